@@ -1,0 +1,1 @@
+"""Bayesian fine-tuning of language models with curves of LoRA adapters."""

@@ -1,0 +1,114 @@
+"""Loading base models and tokenizers from folders, the hub, or GGUF files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from loracurve.errors import UserError
+
+__all__ = ["Dtype", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+def load_base(
+    name: str, classifier: bool = False, dtype: Dtype = "auto", num_labels: int | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a causal language model or a sequence classifier with its tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub. A folder with a single `.gguf` file is read through transformers.
+        classifier: a sequence classification head instead of a language-model head.
+        dtype: `auto` takes the checkpoint's own.
+        num_labels: size of a new classification head.
+        trust_remote_code: allow code from the hub; off unless asked for.
+
+    Raises:
+        UserError: nothing loadable there.
+    """
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if (gguf := _single_gguf(name)) is not None:
+        extra["gguf_file"] = gguf
+    try:
+        model = kind.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load model {name!r}: {' '.join(str(error).split())[:240]}") from error
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if classifier and model.config.pad_token_id is None:
+        # Classifiers on decoders find the last token by the padding token.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer; where it has no padding token, EOS serves (padding is masked everywhere)."""
+    extra = {"gguf_file": gguf} if (gguf := _single_gguf(name)) is not None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:240]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _single_gguf(name: str) -> str | None:
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    return files[0].name if len(files) == 1 else None
+
+
+def model_window(model: nn.Module) -> int | None:
+    """Longest input the model takes, in tokens, or None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for converted models (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loracurve"
+
+
+def convert_gguf(source: Path, dtype: torch.dtype, target: Path) -> Path:
+    """Convert a GGUF file to a safetensors folder once, because dequantising takes ten times as long as loading.
+
+    Args:
+        source: the `.gguf` file.
+        dtype: dtype of the converted weights.
+        target: folder to make; returned as it is if it is there already.
+
+    Returns:
+        `target`. It appears only when it is complete.
+    """
+    if target.is_dir():
+        return target
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The weights are plain now; with this entry save_pretrained would ask for a GGUF quantiser.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():  # another process may have finished first
+            raise
+    return target

@@ -1,0 +1,293 @@
+"""Batches: examples laid out in rows, by a token budget, with shared prefixes stored once.
+
+A row may hold several examples behind their common prefix, and several choices behind one prompt: a tree of tokens, each
+attending to its ancestors. In depth-first order token j is an ancestor of token i exactly when j <= i < end[j], so one
+integer per token describes the mask and the 4-D mask is made on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from loracurve.tasks.encoding import Encoded, Example
+
+__all__ = ["Batch", "collate", "evaluation_batches", "tree_mask"]
+
+
+@dataclass
+class Batch:
+    """Examples as tensors. N rows of T tokens, E examples (of language modelling: E target tokens), C choices."""
+
+    input_ids: Tensor
+    """[N, T]"""
+    scoring: str
+    index: Tensor
+    """[E] number of each example in its split (of its token, for language modelling)"""
+    rows: Tensor
+    """[E] row in which the example lies"""
+    labels: Tensor
+    """[E], -100 where unknown"""
+    ends: Tensor | None = None
+    """[N, T] end of each token's subtree; None: plain causal rows"""
+    position_ids: Tensor | None = None
+    """[N, T], given with `ends`"""
+    attention_mask: Tensor | None = None
+    """[N, T], for whole-sequence classifiers only"""
+    token_type_ids: Tensor | None = None
+    """[N, T], encoders with sentence pairs"""
+    positions: Tensor | None = None
+    """[P] flat positions in [N T] that are read out"""
+    targets: Tensor | None = None
+    """[P] token predicted at each position (`text`, `lm`)"""
+    owner: Tensor | None = None
+    """[P] number of the choice, example * C + choice, that each target belongs to (`text`)"""
+    choice_lengths: Tensor | None = None
+    """[E, C] tokens of each choice, 0 where the choice does not exist (`text`)"""
+    choice_mask: Tensor | None = None
+    """[E, C] whether the choice exists (`answer`); None: all do"""
+    answer_ids: Tensor | None = None
+    """[C] token of each answer (`answer`)"""
+    normalise: str = "sum"
+    slots: Tensor | None = None
+    """[E] slot of each example when several adapters are trained side by side"""
+    row_slots: Tensor | None = None
+    """[N] the same by row"""
+    units: Tensor | None = None
+    """[N] example (its place in the batch) whose parts a row holds, so that they share a t; None: each row is its own"""
+
+    @property
+    def tokens(self) -> int:
+        """Size of the padded token array."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with all tensors on `device`."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, T] subtree ends -> [N, 1, T, T] additive mask: 0 where token i may attend to token j, the dtype's minimum elsewhere."""
+    place = torch.arange(ends.shape[1], device=ends.device)
+    allowed = (place[None, :] <= place[:, None]) & (place[None, :, None] < ends[:, None, :])
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+@dataclass
+class _Row:
+    """A row under construction: a forest of token chains, later chains hanging off earlier ones."""
+
+    tokens: list[int]
+    ends: list[int]
+    depths: list[int]
+
+    def chain(self, tokens: Sequence[int], depth: int) -> int:
+        """Append a chain of tokens; returns its first index."""
+        start = len(self.tokens)
+        self.tokens += tokens
+        self.depths += range(depth, depth + len(tokens))
+        self.ends += [start + len(tokens)] * len(tokens)
+        return start
+
+    def close(self, start: int, stop: int) -> None:
+        """Let the subtree of tokens start..stop-1 reach to the present end of the row."""
+        self.ends[start:stop] = [len(self.tokens)] * (stop - start)
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    low, high = min(prompts), max(prompts)
+    size = 0
+    for x, y in zip(low, high, strict=False):
+        if x != y:
+            break
+        size += 1
+    return size
+
+
+def _own_tokens(example: Example) -> int:
+    return len(example.prompt) + sum(len(c) - 1 for c in example.choices)
+
+
+def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`."""
+    prefix = _common_prefix([examples[i].prompt for i in numbers])
+    rows: list[list[int]] = []
+    used = 0
+    for place, i in enumerate(numbers):
+        own = _own_tokens(examples[i]) - prefix
+        if rows and used + own <= row_tokens:
+            rows[-1].append(place)
+            used += own
+        else:
+            rows.append([place])
+            used = prefix + own
+    return rows
+
+
+def collate(
+    encoded: Encoded,
+    numbers: Sequence[int],
+    row_tokens: int = 256,
+    packing: bool = True,
+    slots: Sequence[int] | None = None,
+) -> Batch:
+    """Lay out the examples `numbers` of a split as one batch.
+
+    Args:
+        encoded: a tokenised split.
+        numbers: which examples, in order.
+        row_tokens: rows are filled with whole examples up to this many tokens (a longer example has a row of its own).
+        packing: whether the model takes 4-D masks; without it every example, and for `text` every choice, has its own row.
+        slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
+    """
+    examples = encoded.examples
+    labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
+    if encoded.scoring == "head":
+        batch = _collate_sequences(encoded, numbers, labels)
+    else:
+        groups: list[list[int]] = []
+        for slot in sorted(set(slots)) if slots else [None]:
+            places = [p for p in range(len(numbers)) if slots is None or slots[p] == slot]
+            if packing:
+                packed = _pack(examples, [numbers[p] for p in places], row_tokens)
+                groups += [[places[p] for p in group] for group in packed]
+            else:
+                groups += [[p] for p in places]
+        batch = _collate_rows(encoded, numbers, labels, groups, packing)
+    if slots:
+        row_slots = torch.zeros(len(batch.input_ids), dtype=torch.long)
+        if batch.units is None:
+            row_slots[batch.rows] = torch.tensor(slots)
+        else:
+            row_slots = torch.tensor(slots)[batch.units]
+        batch.row_slots, batch.slots = row_slots, row_slots[batch.rows]
+    return batch
+
+
+def _collate_rows(
+    encoded: Encoded, numbers: Sequence[int], labels: Tensor, groups: list[list[int]], packing: bool
+) -> Batch:
+    """Rows of token chains for language models: one row per group of examples."""
+    examples = encoded.examples
+    branching = encoded.scoring == "text"
+    rows: list[_Row] = []
+    units: list[int] = []
+    read: list[tuple[int, int, int, int]] = []  # row, place in row, target, owner
+    example_rows = torch.zeros(len(numbers), dtype=torch.long)
+    width = max((len(examples[i].choices) for i in numbers), default=0) if branching else 1
+    for group in groups:
+        prefix = _common_prefix([examples[numbers[p]].prompt for p in group]) if len(group) > 1 else 0
+        row = _Row([], [], [])
+        row.chain(examples[numbers[group[0]]].prompt[:prefix], 0)
+        rows.append(row)
+        units.append(group[0])
+        for p in group:
+            example = examples[numbers[p]]
+            example_rows[p] = len(rows) - 1
+            start = row.chain(example.prompt[prefix:], prefix)
+            stop = len(row.tokens)
+            asks = stop - 1 if stop > start else prefix - 1
+            if encoded.scoring == "answer":
+                read.append((len(rows) - 1, asks, 0, p))
+            for c, choice in enumerate(example.choices):
+                if c and not packing:
+                    row = _Row([], [], [])
+                    row.chain(example.prompt, 0)
+                    rows.append(row)
+                    units.append(p)
+                branch = row.chain(choice[:-1], len(example.prompt))
+                places = [asks, *range(branch, branch + len(choice) - 1)]
+                read += [
+                    (len(rows) - 1, place, token, p * width + c) for place, token in zip(places, choice, strict=True)
+                ]
+            row.close(start, stop)
+        row.close(0, prefix)
+    return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width)
+
+
+def _tensors(
+    encoded: Encoded,
+    numbers: Sequence[int],
+    labels: Tensor,
+    rows: list[_Row],
+    units: list[int],
+    read: list[tuple[int, int, int, int]],
+    example_rows: Tensor,
+    width: int,
+) -> Batch:
+    """Pad the rows and turn the read-outs into tensors."""
+    size = max(len(r.tokens) for r in rows)
+    input_ids = torch.tensor([r.tokens + [0] * (size - len(r.tokens)) for r in rows])
+    row_index, place, targets, owner = (torch.tensor(column) for column in zip(*read, strict=True))
+    batch = Batch(
+        input_ids, encoded.scoring, torch.tensor(numbers), example_rows, labels, positions=row_index * size + place
+    )
+    if any(end < len(r.tokens) for r in rows for end in r.ends):
+        # A padding token attends to itself only, so that no row of the softmax is empty.
+        batch.ends = torch.tensor([r.ends + list(range(len(r.tokens) + 1, size + 1)) for r in rows])
+        batch.position_ids = torch.tensor([r.depths + [0] * (size - len(r.tokens)) for r in rows])
+    if len(set(units)) < len(units):
+        batch.units = torch.tensor(units)
+    if encoded.scoring == "answer":
+        assert encoded.answer_ids is not None
+        batch.answer_ids = torch.tensor(encoded.answer_ids)
+        counts = torch.tensor([encoded.examples[i].n_choices or len(encoded.answer_ids) for i in numbers])
+        if bool((counts < len(encoded.answer_ids)).any()):
+            batch.choice_mask = torch.arange(len(encoded.answer_ids)) < counts[:, None]
+    elif encoded.scoring == "text":
+        batch.targets, batch.owner, batch.normalise = targets, owner, encoded.normalise
+        batch.choice_lengths = torch.bincount(owner, minlength=len(numbers) * width).view(-1, width)
+    else:
+        # Language modelling: every target token is an example of its own, numbered by split position and place.
+        batch.targets = batch.labels = targets
+        batch.rows, batch.index = row_index, torch.tensor([encoded.token_offsets[numbers[p]] for p in owner.tolist()])
+        first = torch.cat([torch.tensor([True]), owner[1:] != owner[:-1]])
+        count = torch.arange(len(owner))
+        batch.index += count - torch.cummax(torch.where(first, count, 0), 0).values
+    return batch
+
+
+def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor) -> Batch:
+    """Whole sequences with a padding mask, for sequence classifiers."""
+    examples = [encoded.examples[i] for i in numbers]
+    size = max(len(e.prompt) for e in examples)
+    pad = encoded.pad_id
+    batch = Batch(
+        torch.tensor([[*e.prompt, *[pad] * (size - len(e.prompt))] for e in examples]),
+        encoded.scoring,
+        torch.tensor(numbers),
+        torch.arange(len(numbers)),
+        labels,
+        attention_mask=torch.tensor([[1] * len(e.prompt) + [0] * (size - len(e.prompt)) for e in examples]),
+    )
+    if all(e.token_types is not None for e in examples):
+        batch.token_type_ids = torch.tensor([[*e.token_types, *[0] * (size - len(e.prompt))] for e in examples])  # type: ignore[misc]
+    return batch
+
+
+def evaluation_batches(
+    encoded: Encoded, tokens_per_batch: int = 4096, row_tokens: int = 256, packing: bool = True
+) -> Iterator[Batch]:
+    """All examples of a split, sorted by length, in batches of at most `tokens_per_batch` padded tokens.
+
+    No example is dropped; one longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
+    sizes = [_own_tokens(encoded.examples[i]) for i in order]
+    start = 0
+    while start < len(order):
+        stop, longest, total = start, 0, 0
+        while stop < len(order):
+            longest, total = max(longest, sizes[stop]), total + sizes[stop]
+            # Packed rows hold what they are given; single rows are padded to the longest.
+            needed = total if packing and encoded.scoring != "head" else longest * (stop - start + 1)
+            if stop > start and needed > tokens_per_batch:
+                break
+            stop += 1
+        yield collate(encoded, order[start:stop], row_tokens, packing)
+        start = stop

@@ -1,0 +1,351 @@
+"""The training loop: one for anchors and curves. Its state is a value that a checkpoint holds completely.
+
+Every random draw is a function of (seed, step, stream), so a resumed run takes the same steps as an uninterrupted one,
+to the bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from loracurve.batching import Batch
+from loracurve.errors import UserError
+from loracurve.model import CurveModel
+from loracurve.randomness import generator, stream_seed
+from loracurve.storage import read_json, read_tensors, write_json, write_tensors
+
+__all__ = ["FitResult", "LoopConfig", "Program", "batch_numbers", "learning_rate_factor", "run_loop"]
+
+Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast to train."""
+
+    steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Examples in each step (for each anchor, where several are trained side by side)."""
+    accumulation: int = 1
+    """Micro-batches that a step is split into, to save memory."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    schedule: Schedule = "linear"
+    """Decay after the warm-up."""
+    warmup: float = 0.06
+    """Part of the steps in which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled decay, acting on the curve point theta(t) (on each adapter for anchors), never on frozen anchors."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (for each anchor on its own); 0 turns clipping off."""
+    evaluate_every: int = 0
+    """Steps between validations; 0: after every tenth of the run."""
+    patience: int = 0
+    """Stop after this many validations without improvement; 0: never."""
+    keep: Literal["best", "last"] = "best"
+    """Which state remains: that of the best validation NLL, or the last."""
+    row_tokens: int = 256
+    """Short examples are packed into rows of up to this many tokens."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints where a run folder is given; 0: at every validation."""
+    seed: int = 0
+    """Seed of data order and initial draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "row_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate: expected a positive number, found {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup: expected a part of the run in [0, 1), found {self.warmup}")
+        if self.accumulation > self.batch_size:
+            raise UserError(f"accumulation {self.accumulation} is larger than batch_size {self.batch_size}; lower it")
+
+
+def learning_rate_factor(config: LoopConfig, step: int) -> float:
+    """Learning rate of a step (0-based) as a fraction of the peak."""
+    warm = math.ceil(config.warmup * config.steps)
+    if config.schedule == "one-cycle":
+        # Smith & Topin 2018 with cosine phases, from 1/25 of the peak up to it and down to 1/250000.
+        if step < warm:
+            return 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * step / warm)) / 2
+        left = (step - warm) / max(config.steps - warm - 1, 1)
+        return 1 / 250_000 + (1 - 1 / 250_000) * (1 + math.cos(math.pi * min(left, 1.0))) / 2
+    if step < warm:
+        return (step + 1) / warm
+    left = (step - warm) / max(config.steps - warm, 1)
+    return {"constant": 1.0, "linear": 1 - left, "cosine": (1 + math.cos(math.pi * left)) / 2}[config.schedule]
+
+
+def batch_numbers(seed: int, step: int, examples: int, batch_size: int) -> list[int]:
+    """Examples of a step: the next `batch_size` of an endless row of permutations, so that none is ever skipped."""
+    numbers: list[int] = []
+    place = step * batch_size
+    while len(numbers) < batch_size:
+        epoch, offset = divmod(place + len(numbers), examples)
+        order = torch.randperm(examples, generator=generator(seed, "order", epoch))
+        numbers += order[offset : offset + batch_size - len(numbers)].tolist()
+    return numbers
+
+
+class Program(Protocol):
+    """What is trained: the loop asks it for batches, losses and validation figures."""
+
+    groups: int
+    """Independent things trained side by side (anchors), each clipped, validated and kept on its own; 1 for a curve."""
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+
+    def loss(self, step: int, part: int, batch: Batch, examples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss that a micro-batch adds and figures to log; `examples` [groups] counts the whole step's examples."""
+
+    def validate(self) -> list[float]:
+        """Validation NLL of each group, in nats."""
+
+    def decay_gram(self) -> Tensor:
+        """[K, K] G with decay P <- P - lr * weight_decay * G P."""
+
+
+@dataclass
+class FitResult:
+    """What a fit did."""
+
+    steps: int
+    seconds: float
+    best_step: list[int]
+    """step after which each group's validation NLL was best"""
+    validation_nll: list[float]
+    """that NLL, nats"""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """logged figures: step, loss, learning rate, validation"""
+    stopped_early: bool = False
+
+
+@dataclass
+class _State:
+    """Everything a checkpoint holds beside the control points."""
+
+    step: int
+    best: list[Tensor]
+    best_nll: list[float]
+    best_step: list[int]
+    stale: int
+    history: list[dict[str, Any]]
+    seconds: float = 0.0
+
+
+def run_loop(
+    model: CurveModel,
+    program: Program,
+    config: LoopConfig,
+    folder: Path | None = None,
+    label: str = "fit",
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+    stop_after: int | None = None,
+) -> FitResult:
+    """Train the control points of `model`; with `folder`, checkpoint there and resume from what is there.
+
+    Args:
+        stop_after: leave after this step as if interrupted (the checkpoint stays).
+
+    Raises:
+        UserError: the loss is not finite (the last good state is kept), several processes, an unusable checkpoint.
+    """
+    accelerator = accelerator or Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("training runs in one process; start it without a multi-process launcher")
+    model.to(accelerator.device)
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    factors = model.factors
+    mask = model.spec.mask.to(accelerator.device)
+    optimizer = torch.optim.AdamW(factors, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0)
+    infinite = [math.inf] * program.groups
+    state = _State(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
+    if folder is not None and (folder / "checkpoint.json").exists():
+        _load(folder, model, optimizer, state)
+    every = config.evaluate_every or max(config.steps // 10, 1)
+    finished = state.step >= config.steps or bool(config.patience and state.stale >= config.patience)
+    started, past = time.perf_counter(), state.seconds
+    with _bar(label, config.steps, state.step, progress) as show:
+        while state.step < config.steps and not finished:
+            figures = _step(model, program, config, optimizer, factors, mask, state.step, folder, state)
+            state.step += 1
+            if state.step % every == 0 or state.step == config.steps:
+                figures["validation_nll"] = program.validate()
+                _keep_best(state, figures["validation_nll"], factors)
+                finished = bool(config.patience and state.stale >= config.patience)
+            state.history.append({"step": state.step, **figures})
+            accelerator.log({f"{label}/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=state.step)
+            show(state.step, figures["loss"], min(state.best_nll))
+            state.seconds = past + time.perf_counter() - started
+            due = state.step % (config.checkpoint_every or every) == 0
+            if folder is not None and (due or finished or state.step == config.steps):
+                _save(folder, factors, optimizer, state)
+            if stop_after is not None and state.step >= stop_after:
+                break
+    if config.keep == "best" and math.isfinite(min(state.best_nll)):
+        with torch.no_grad():
+            for p, best in zip(factors, state.best, strict=True):
+                p.copy_(best)
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_disable()
+    stopped = finished and state.step < config.steps
+    return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+
+
+def _step(
+    model: CurveModel,
+    program: Program,
+    config: LoopConfig,
+    optimizer: torch.optim.Optimizer,
+    factors: Sequence[Tensor],
+    mask: Tensor,
+    step: int,
+    folder: Path | None,
+    state: _State,
+) -> dict[str, Any]:
+    """One optimiser step; returns its figures."""
+    model.train()
+    # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
+    torch.manual_seed(stream_seed(config.seed, "forward", step))
+    batches = [batch.to(model.device) for batch in program.batches(step)]
+    counts = torch.zeros(program.groups, device=model.device)
+    for batch in batches:
+        slots = torch.zeros_like(batch.labels) if batch.slots is None else batch.slots
+        counts += torch.bincount(slots, minlength=program.groups)
+    optimizer.zero_grad(set_to_none=True)
+    total, figures = 0.0, {}
+    for part, batch in enumerate(batches):
+        loss, parts = program.loss(step, part, batch, counts)
+        if not torch.isfinite(loss):
+            where = ""
+            if folder is not None:
+                _save(folder, factors, optimizer, state)
+                where = f"; the last good state is in {folder}"
+            raise UserError(f"the loss is {loss.item()} at step {step + 1}{where}; lower learning_rate or the noise")
+        loss.backward()
+        total += loss.item()
+        for name, value in parts.items():
+            figures[name] = figures.get(name, 0.0) + value.item() * len(batch.labels) / counts.sum().item()
+    for p in factors:
+        p.grad.mul_(mask.view(-1, *[1] * (p.dim() - 1)))  # type: ignore[union-attr]
+    norm = _clip(factors, config.max_grad_norm, program.groups)
+    factor = learning_rate_factor(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+    optimizer.step()
+    if config.weight_decay:
+        rate = config.learning_rate * factor * config.weight_decay
+        gram = program.decay_gram().to(mask.device) * mask[:, None]
+        with torch.no_grad():
+            for p in factors:
+                p.sub_(rate * (gram.to(p) @ p.flatten(1)).view_as(p))
+    return {"loss": total, **figures, "grad_norm": norm, "learning_rate": config.learning_rate * factor}
+
+
+def _clip(factors: Sequence[Tensor], limit: float, groups: int) -> float:
+    """Clip gradients to `limit`, jointly for a curve or by slot for anchors; returns the largest norm."""
+    grads = [p.grad for p in factors if p.grad is not None]
+    if groups == 1:
+        norms = torch.stack([g.norm() for g in grads]).norm()[None]
+    else:
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    if limit > 0:
+        scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(scale.to(g).view(-1, *[1] * (g.dim() - 1)))
+    return float(norms.max())
+
+
+def _keep_best(state: _State, nll: list[float], factors: Sequence[Tensor]) -> None:
+    improved = [new < old for new, old in zip(nll, state.best_nll, strict=True)]
+    state.stale = 0 if any(improved) else state.stale + 1
+    for group, better in enumerate(improved):
+        if better:
+            state.best_nll[group], state.best_step[group] = nll[group], state.step
+            for best, p in zip(state.best, factors, strict=True):
+                rows = slice(None) if len(improved) == 1 else group
+                best[rows].copy_(p.detach()[rows])
+
+
+def _save(folder: Path, factors: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: _State) -> None:
+    """Tensors under a name of their own first, then the JSON that points to them: a kill in between loses nothing."""
+    tensors: dict[str, Tensor] = {}
+    for i, (p, best) in enumerate(zip(factors, state.best, strict=True)):
+        tensors |= {f"{i}.point": p, f"{i}.best": best}
+        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
+    name = f"checkpoint-{state.step}.safetensors"
+    write_tensors(folder / name, tensors)
+    # JSON has no infinity: an NLL that was never measured is null.
+    best_nll = [v if math.isfinite(v) else None for v in state.best_nll]
+    write_json(
+        folder / "checkpoint.json",
+        {
+            "tensors": name,
+            "step": state.step,
+            "best_nll": best_nll,
+            "best_step": state.best_step,
+            "stale": state.stale,
+            "history": state.history,
+            "seconds": state.seconds,
+        },
+    )
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def _load(folder: Path, model: CurveModel, optimizer: torch.optim.Optimizer, state: _State) -> None:
+    values = read_json(folder / "checkpoint.json")
+    factors = model.factors
+    try:
+        tensors = read_tensors(folder / str(values["tensors"]))
+        state.step, state.stale, state.history = values["step"], values["stale"], values["history"]
+        state.best_step, state.seconds = values["best_step"], values["seconds"]
+        state.best_nll = [math.inf if v is None else v for v in values["best_nll"]]
+        with torch.no_grad():
+            for i, p in enumerate(factors):
+                p.copy_(tensors[f"{i}.point"])
+                state.best[i].copy_(tensors[f"{i}.best"])
+                if state.step:
+                    moments = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: the checkpoint does not fit this run ({error}); start in a new folder") from error
+
+
+@contextmanager
+def _bar(label: str, steps: int, done: int, visible: bool) -> Iterable[Callable[[int, float, float], None]]:  # type: ignore[misc]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  best validation NLL {task.fields[best]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not visible) as bar:
+        task = bar.add_task(label, total=steps, completed=done, loss=math.nan, best=math.nan)
+        yield lambda step, loss, best: bar.update(task, completed=step, loss=loss, best=best)

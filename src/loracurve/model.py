@@ -1,0 +1,479 @@
+"""CurveModel: a Hugging Face model that carries a curve of adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from loracurve import curve
+from loracurve.batching import Batch, tree_mask
+from loracurve.errors import UserError
+from loracurve.gauge import Alignment, align
+from loracurve.layers import CurveDense, CurveLayer, CurveLinear, OutputHead, Route
+from loracurve.lora_space import (
+    PREFIX,
+    ControlPoints,
+    adapter_at,
+    initial_control_points,
+    inject,
+    load_adapter,
+    stack_adapters,
+)
+from loracurve.randomness import stream_seed
+
+__all__ = ["CurveModel", "CurveSpec"]
+
+
+@dataclass(frozen=True)
+class CurveSpec:
+    """Shape of a curve: segments, degree, and which of its K = segments * degree + 1 control points are trained."""
+
+    segments: int = 2
+    degree: int = 2
+    trainable: tuple[bool, ...] = ()
+    """one flag for each control point; empty: all are trained (a free curve)"""
+    alignment: str = "none"
+    """gauge alignment that the anchors went through, for the record"""
+
+    def __post_init__(self) -> None:
+        if self.trainable and len(self.trainable) != self.size:
+            raise ValueError(f"trainable needs {self.size} flags, got {len(self.trainable)}")
+
+    @property
+    def size(self) -> int:
+        """K, the number of control points."""
+        return curve.number_of_control_points(self.segments, self.degree)
+
+    @property
+    def mask(self) -> Tensor:
+        """[K] bool, True where a control point is trained."""
+        return torch.tensor(self.trainable or (True,) * self.size)
+
+    @classmethod
+    def anchored(cls, anchors: int, degree: int = 2, alignment: str = "none") -> CurveSpec:
+        """A curve through `anchors` frozen adapters, one segment between each two."""
+        if anchors < 2 or degree < 1:
+            raise UserError(f"an anchored curve needs at least 2 anchors and degree 1, found {anchors} and {degree}")
+        size = curve.number_of_control_points(anchors - 1, degree)
+        return cls(anchors - 1, degree, tuple(k % degree != 0 for k in range(size)), alignment)
+
+    @classmethod
+    def slots(cls, adapters: int) -> CurveSpec:
+        """M independent adapters; as a curve, the polygonal chain through them."""
+        return cls(max(adapters - 1, 1), 1 if adapters > 1 else 0)
+
+
+class CurveModel(nn.Module):
+    """A language model or sequence classifier with a curve of LoRA adapters in it.
+
+    Takes over `base` (its linear layers are wrapped in place, its weights frozen and never modified). Control points are
+    float32 whatever the dtype of the base (float64 for a float64 base).
+
+    Args:
+        base: a Hugging Face model.
+        config: a `peft.LoraConfig`; target matching is PEFT's own.
+        spec: shape of the curve.
+        points: control points; default: drawn like fresh adapters, independently, from `seed`.
+        seed: seed of the draw.
+
+    Raises:
+        UserError: targets that do not match or are not linear, options that curves do not support.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: peft.LoraConfig,
+        spec: CurveSpec | None = None,
+        points: ControlPoints | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.route = Route()
+        self.config = config
+        self.layers: dict[str, CurveLayer] = inject(base, config, self.route)
+        self.model = base
+        self.is_classifier = "SequenceClassification" in type(base).__name__
+        head = None if self.is_classifier else base.get_output_embeddings()
+        if head is not None:
+            name = next(n for n, m in base.named_modules() if m is head)
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
+        self._shared_below = self._share_lower_layers()
+        self._trees: bool | None = None
+        spec = spec or CurveSpec()
+        if points is None:
+            seeds = [stream_seed(seed, "control point", k) for k in range(spec.size)]
+            points = initial_control_points(self.layers, seeds, config.init_lora_weights)
+        self.set_curve(spec, points)
+
+    # ---- making, saving and loading
+
+    @classmethod
+    def from_config(
+        cls, base: nn.Module | str, config: peft.LoraConfig, segments: int = 2, degree: int = 2, seed: int = 0
+    ) -> CurveModel:
+        """A free curve: every control point drawn like a fresh adapter and trained."""
+        return cls(_load_base(base, config), config, CurveSpec(segments, degree), seed=seed)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: nn.Module | str,
+        folders: Sequence[str | Path],
+        degree: int = 2,
+        alignment: Alignment = "balanced+procrustes",
+        inner: Literal["line", "init"] = "line",
+        seed: int = 0,
+    ) -> CurveModel:
+        """An anchored curve through adapters that PEFT saved, in the order given.
+
+        Args:
+            base: the model they were trained on, or its name.
+            folders: at least two PEFT adapter folders.
+            degree: degree of each segment.
+            alignment: gauge alignment of the anchors (`loracurve.gauge.align`).
+            inner: inner control points start on the straight line (Garipov et al. 2018) or at the LoRA init.
+            seed: seed of the LoRA init.
+
+        Raises:
+            UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
+        """
+        loaded = [load_adapter(f) for f in folders]
+        if len(loaded) < 2:
+            raise UserError(f"an anchored curve needs at least 2 adapter folders, found {len(loaded)}")
+        config = loaded[0][0]
+        for folder, (other, _) in zip(folders, loaded, strict=True):
+            for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+                mine, found = getattr(config, key), getattr(other, key)
+                if mine != found:
+                    raise UserError(f"{folder}: {key} is {found!r}, but {mine!r} in {folders[0]}; anchors must agree")
+        model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), seed=seed)
+        anchors = stack_adapters([tensors for _, tensors in loaded])
+        model.set_curve(model.spec, anchors)
+        model.anchor(degree, alignment, inner, seed)
+        return model
+
+    def anchor(
+        self,
+        degree: int = 2,
+        alignment: Alignment = "balanced+procrustes",
+        inner: Literal["line", "init"] = "line",
+        seed: int = 0,
+    ) -> None:
+        """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them; arguments as above."""
+        if inner not in ("line", "init"):
+            raise UserError(f"unknown start of inner points {inner!r}; expected line or init")
+        anchors = align(self.control_points(), alignment)
+        count = len(next(iter(anchors.values())))
+        spec = CurveSpec.anchored(count, degree, alignment)
+        points = {name: curve.on_line(tensor, degree) for name, tensor in anchors.items()}
+        if inner == "init":
+            seeds = [stream_seed(seed, "inner point", k) for k in range(spec.size)]
+            fresh = initial_control_points(self.layers, seeds, self.config.init_lora_weights)
+            points = {n: torch.where(_column(spec.mask, p), fresh[n].to(p), p) for n, p in points.items()}
+        self.set_curve(spec, points)
+
+    def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
+        """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
+
+        Raises:
+            UserError: missing, unknown or wrong-shaped tensors.
+        """
+        expected = {f"{PREFIX}{name}.": layer for name, layer in self.layers.items()}
+        left = set(points)
+        device, dtype = self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
+        for prefix, layer in expected.items():
+            factors = {}
+            for suffix, shape in _factor_shapes(layer).items():
+                tensor = points.get(prefix + suffix)
+                if tensor is None or list(tensor.shape) != [spec.size, *shape]:
+                    found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                    raise UserError(
+                        f"control points: expected {prefix + suffix} of shape {[spec.size, *shape]}, found it {found}"
+                    )
+                left.discard(prefix + suffix)
+                factors[suffix] = tensor.detach().to(device, dtype, copy=True)
+            layer.set_factors(factors)
+        if left:
+            raise UserError(f"control points: unknown tensor {sorted(left)[0]}; they belong to another model or config")
+        self.spec = spec
+
+    def control_points(self) -> ControlPoints:
+        """The control points by PEFT name, detached copies on the CPU, [K, r, n_in] and [K, n_out, r]."""
+        return {
+            f"{PREFIX}{name}.{suffix}": (p.mT if suffix == "lora_B.weight" else p).detach().cpu().clone().contiguous()
+            for name, layer in self.layers.items()
+            for suffix, p in layer.factors().items()
+        }
+
+    def adapter(self, t: float) -> dict[str, Tensor]:
+        """The adapter at t as a PEFT state (`lora_A.weight` [r, n_in], `lora_B.weight` [n_out, r], dense heads)."""
+        return adapter_at(self.control_points(), self.coefficients(torch.tensor(float(t), dtype=torch.float64)))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `curve_config.json` and `control_points.safetensors`; see `loracurve.storage`."""
+        from loracurve.storage import save_curve
+
+        save_curve(self, folder)
+
+    def export(self, folder: str | Path, t: float) -> None:
+        """Write the adapter at t as an ordinary PEFT folder."""
+        from loracurve.storage import export_adapter
+
+        export_adapter(self.config, self.adapter(t), folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: nn.Module | str | None = None) -> CurveModel:
+        """Read what `save_pretrained` wrote; `base` defaults to the model named in the file."""
+        from loracurve.storage import load_curve
+
+        config, spec, points = load_curve(folder)
+        base = base if base is not None else config.base_model_name_or_path
+        if base is None:
+            raise UserError(f"{folder} does not name its base model; pass base=")
+        return cls(_load_base(base, config), config, spec, points)
+
+    # ---- running
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: the base model's."""
+        return self.model.dtype
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """All control points, one stacked tensor of leading dimension K for each factor."""
+        return [p for layer in self.layers.values() for p in layer.factors().values()]
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        """c(t) [*t.shape, K] of this curve, in t's dtype."""
+        return curve.coefficients(t, self.spec.segments, self.spec.degree)
+
+    @property
+    def supports_trees(self) -> bool:
+        """Whether several examples may share a row behind a 4-D mask; found out by a small trial, once."""
+        if self._trees is None:
+            self._trees = not self.is_classifier and self._try_tree()
+        return self._trees
+
+    @torch.no_grad()
+    def _try_tree(self) -> bool:
+        config = self.model.config
+        if "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "is_encoder_decoder", 0):
+            return False
+        kind, training = self.route.kind, self.training
+        self.eval()
+        self.route.kind, self.route.positions = "base", None
+        try:
+            row = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=self.device)
+            ends = torch.tensor([[7, 7, 7, 5, 5, 7, 7]], device=self.device)
+            places = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=self.device)
+            tree = self.model(
+                input_ids=row, attention_mask=tree_mask(ends, self.dtype), position_ids=places, use_cache=False
+            ).logits[0, [4, 6]]
+            apart = self.model(input_ids=row[0, [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]], use_cache=False).logits[:, -1]
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+        finally:
+            self.route.kind = kind
+            self.train(training)
+        scale = apart.float().std().clamp_min(1e-6)
+        tolerance = 0.1 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        return bool(((tree - apart).float().abs().max() / scale) < tolerance)
+
+    def forward(self, t: Tensor | float | None = None, **inputs: Any) -> Any:
+        """The Hugging Face model's own forward at points of the curve.
+
+        Args:
+            t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
+                first. None: the base model without adapters.
+            inputs: as the wrapped model takes them, tensors of leading dimension N.
+        """
+        if t is None:
+            if self.route.kind != "merged":
+                self._set_route(Route("base"))
+            return self.model(**inputs)
+        points = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+        self._set_route(self._points_route(self.coefficients(points), rows))
+        return self.model(**self._replicated(inputs, len(points)))
+
+    def scores(self, batch: Batch, coefficients: Tensor | None) -> Tensor:
+        """Score each class of each example at points of the curve.
+
+        Args:
+            batch: on the model's device.
+            coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
+                [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
+
+        Returns:
+            [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
+            such choice.
+        """
+        replicas = self._set_route(self._route_for(batch, coefficients)).replicas
+        if batch.positions is not None:
+            # Read-outs of every replica; the head is computed there and nowhere else.
+            step = torch.arange(replicas, device=batch.positions.device)[:, None] * batch.tokens
+            self.route.positions = (batch.positions + step).flatten()
+            self.route.position_rows = self.route.positions // batch.input_ids.shape[1]
+            self.route.token_ids = batch.answer_ids
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if batch.ends is not None:
+            inputs |= {"attention_mask": tree_mask(batch.ends, self.dtype), "position_ids": batch.position_ids}
+        for key in ("attention_mask", "token_type_ids"):
+            if getattr(batch, key) is not None:
+                inputs[key] = getattr(batch, key)
+        if not self.is_classifier:
+            inputs["use_cache"] = False
+        logits = self.model(**self._replicated(inputs, replicas)).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+
+    def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int = 16384) -> Tensor:
+        """log p(y | x, theta(t_i)): [n, E, C] for t [n]; points are run together as far as `tokens_per_pass` allows."""
+        batch = batch.to(self.device)
+        c = self.coefficients(t.to(self.device, torch.float64))
+        chunk = max(1, tokens_per_pass // max(batch.tokens, 1))
+        return torch.cat([self.scores(batch, part) for part in c.split(chunk)]).log_softmax(-1)
+
+    @contextmanager
+    def merged(self, t: float) -> Iterator[None]:
+        """Fold the point t into copies of the touched weights: whole data sets at one point cost what the base costs."""
+        c = self.coefficients(torch.tensor(float(t), dtype=torch.float64))
+        for layer in self.layers.values():
+            layer.merge(c)
+        self._set_route(Route("merged"))
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.unmerge()
+            self._set_route(Route("base"))
+
+    def _set_route(self, route: Route) -> Route:
+        # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
+        self.route.__dict__.update(route.__dict__)
+        return self.route
+
+    def _points_route(self, coefficients: Tensor, rows: int, replicas: int | None = None) -> Route:
+        c = coefficients.to(self.device)
+        per_row = c.to(self.dtype).repeat_interleave(rows if replicas is None else rows // len(c), dim=0)
+        return Route("points", per_row, c, replicas=len(c) if replicas is None else replicas, rows=rows)
+
+    def _route_for(self, batch: Batch, coefficients: Tensor | None) -> Route:
+        rows = batch.input_ids.shape[0]
+        if coefficients is None:
+            return Route(self.route.kind if self.route.kind == "merged" else "base", rows=rows)
+        if batch.row_slots is not None:
+            counts = torch.bincount(batch.row_slots, minlength=len(coefficients))
+            if bool((counts == counts[0]).all()):
+                return self._points_route(coefficients, rows, replicas=1)
+            coefficients = coefficients[batch.row_slots][None]
+        elif coefficients.dim() == 2:
+            return self._points_route(coefficients, rows)
+        n, segments = coefficients.shape[0], self.spec.segments
+        flat = coefficients.reshape(n * rows, -1)
+        # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
+        grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
+        windows = segments if grouped is not None and self._within_segments(grouped) else 1
+        per_row = flat.to(self.device, self.dtype)
+        return Route("rows", per_row, windows=windows, degree=self.spec.degree, replicas=n, rows=rows)
+
+    def _within_segments(self, grouped: Tensor) -> bool:
+        """Whether group s of coefficient vectors [S, R/S, K] uses the control points of segment s alone."""
+        d = self.spec.degree
+        outside = grouped.detach().clone()
+        for s in range(len(grouped)):
+            outside[s, :, s * d : (s + 1) * d + 1] = 0
+        return not bool(outside.any())
+
+    # ---- replication of rows at several points
+
+    def _replicated(self, inputs: dict[str, Any], n: int) -> dict[str, Any]:
+        if n == 1 or self._shared_below:
+            return inputs
+        return {k: _repeat(v, n) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def _share_lower_layers(self) -> int:
+        """Where only upper layers are adapted, run the lower ones once for all points: rows multiply at the boundary."""
+        if self.is_classifier:
+            return 0
+        places = [re.match(r"(.*?)\.(\d+)\.", name) for name in self.layers if not self._is_head(name)]
+        if not places or any(m is None for m in places) or len({m[1] for m in places if m}) != 1:
+            return 0
+        stack = self.model.get_submodule(places[0][1])  # type: ignore[index]
+        first = min(int(m[2]) for m in places if m)
+        if first > 0:
+            for layer in list(stack)[first:]:
+                layer.register_forward_pre_hook(self._multiply_rows, with_kwargs=True)
+        return first
+
+    def _is_head(self, name: str) -> bool:
+        layer = self.layers[name]
+        return isinstance(layer, CurveDense) or getattr(self.model.get_output_embeddings(), "inner", None) is layer
+
+    def _multiply_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        n, rows = self.route.replicas, self.route.rows
+        if n == 1:
+            return None
+
+        def multiply(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
+                return _repeat(value, n)
+            return tuple(multiply(v) for v in value) if isinstance(value, tuple) else value
+
+        return tuple(multiply(a) for a in args), {k: multiply(v) for k, v in kwargs.items()}
+
+
+def _repeat(value: Tensor, n: int) -> Tensor:
+    return value.repeat(n, *[1] * (value.dim() - 1))
+
+
+def _column(mask: Tensor, like: Tensor) -> Tensor:
+    """[K] -> [K, 1, ...], to select control points of a stacked tensor."""
+    return mask.to(like.device).view(-1, *[1] * (like.dim() - 1))
+
+
+def _factor_shapes(layer: CurveLayer) -> dict[str, list[int]]:
+    if isinstance(layer, CurveLinear):
+        return {"lora_A.weight": [layer.rank, layer.in_features], "lora_B.weight": [layer.out_features, layer.rank]}
+    return {suffix: list(p.shape) for suffix, p in layer.base_layer.named_parameters()}
+
+
+def _class_scores(batch: Batch, logits: Tensor) -> Tensor:
+    """[n, P, V or C] read-outs -> [n, E, C] class scores, by the batch's way of scoring."""
+    if batch.scoring == "answer":
+        if batch.choice_mask is not None:
+            logits = logits.masked_fill(~batch.choice_mask, -torch.inf)
+        return logits
+    if batch.scoring == "text":
+        assert batch.targets is not None and batch.owner is not None and batch.choice_lengths is not None
+        n, p, _ = logits.shape
+        chosen = logits.gather(-1, batch.targets.expand(n, p)[..., None])[..., 0] - logits.logsumexp(-1)
+        total = chosen.new_zeros(n, batch.choice_lengths.numel()).index_add(1, batch.owner, chosen)
+        total = total.view(n, *batch.choice_lengths.shape)
+        if batch.normalise == "mean":
+            total = total / batch.choice_lengths.clamp_min(1)
+        return total.masked_fill(batch.choice_lengths == 0, -torch.inf)
+    return logits
+
+
+def _load_base(base: nn.Module | str, config: peft.LoraConfig) -> nn.Module:
+    if isinstance(base, nn.Module):
+        return base
+    from loracurve.bases import load_base
+
+    return load_base(base, classifier=config.task_type == peft.TaskType.SEQ_CLS)[0]

@@ -1,0 +1,138 @@
+"""Files: atomic writes, JSON and safetensors, curve folders, PEFT adapter folders. No pickle is read or written.
+
+A curve folder holds `curve_config.json` and `control_points.safetensors` (PEFT parameter names, leading dimension K).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loracurve.errors import UserError
+from loracurve.lora_space import ControlPoints, check_config
+
+if TYPE_CHECKING:
+    from loracurve.model import CurveModel, CurveSpec
+
+__all__ = [
+    "atomic_write",
+    "export_adapter",
+    "load_curve",
+    "read_json",
+    "read_tensors",
+    "save_curve",
+    "write_json",
+    "write_tensors",
+]
+
+FORMAT = 1
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary name beside `path`, flush it to disk and rename it, so that `path` is old or whole.
+
+    Raises:
+        UserError: no space left, or the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder with --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN is refused because JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    atomic_write(path, lambda p: p.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises UserError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: expected a file, found none") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    atomic_write(path, lambda p: save_file(held, p, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: expected a safetensors file, found none")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+
+def save_curve(model: CurveModel, folder: str | Path) -> None:
+    """Write the curve of `model` into `folder`; the tensors first, so that a config never lacks them."""
+    folder = Path(folder)
+    write_tensors(folder / "control_points.safetensors", model.control_points())
+    write_json(
+        folder / "curve_config.json",
+        {"format": FORMAT, "curve": dataclasses.asdict(model.spec), "lora": _config_dict(model.config)},
+    )
+
+
+def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlPoints]:
+    """Read a curve folder; raises UserError for missing or broken parts."""
+    from loracurve.model import CurveSpec
+
+    folder = Path(folder)
+    if not (folder / "curve_config.json").is_file():
+        raise UserError(f"{folder}: expected a curve folder, found no curve_config.json")
+    values = read_json(folder / "curve_config.json")
+    try:
+        if values["format"] != FORMAT:
+            raise UserError(f"{folder}: curve format {values['format']!r}; this version reads format {FORMAT}")
+        shape = values["curve"]
+        spec = CurveSpec(**{**shape, "trainable": tuple(bool(x) for x in shape["trainable"])})
+        config = peft.LoraConfig(**{k: v for k, v in values["lora"].items() if k not in ("peft_type", "auto_mapping")})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}/curve_config.json does not describe a curve ({error!r})") from error
+    check_config(config)
+    return config, spec, read_tensors(folder / "control_points.safetensors")
+
+
+def export_adapter(config: peft.LoraConfig, adapter: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write one adapter as an ordinary PEFT folder, which `peft.PeftModel.from_pretrained` loads."""
+    folder = Path(folder)
+    write_tensors(folder / "adapter_model.safetensors", adapter)
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    if config.task_type == peft.TaskType.SEQ_CLS and not config.modules_to_save:
+        config.modules_to_save = ["classifier", "score"]
+    write_json(folder / "adapter_config.json", _config_dict(config))

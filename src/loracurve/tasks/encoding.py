@@ -1,0 +1,260 @@
+"""Rows to token ids: the examples that models are trained on and evaluated with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from loracurve.errors import UserError
+from loracurve.tasks.data import Dataset, Row, as_text
+from loracurve.tasks.templates import LETTERS, Template, fields_of, label_word
+from loracurve.tasks.tokens import answer_tokens, choice_tokens, fit_fields, leading_tokens, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Encoded", "Encoder", "Example"]
+
+Fields = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids.
+
+    `prompt` begins with the special tokens that the tokenizer puts in front. `choices` are the continuations: one for
+    each choice ("text"), the completion alone ("lm"), none otherwise. `n_choices` is how many of the classes this row
+    has: of the shared answer ids only the first `n_choices` count. `token_types` belong to `prompt` (encoders).
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    label: int | None
+    n_choices: int
+    token_types: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split, tokenised: exactly one example for each row, in the rows' order.
+
+    `answer_ids` ("answer" only): token id of each class or letter, shared by all examples and found as continuations
+    of their own prompts. `normalise`: how a choice's text is scored, "sum" or "mean" over its tokens. `truncated`:
+    how many examples were cut to the window. `pad_id`: the tokenizer's padding token.
+    """
+
+    examples: list[Example]
+    scoring: Literal["answer", "text", "head", "lm"]
+    answer_ids: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    normalise: str
+    truncated: int
+    pad_id: int = 0
+
+    @cached_property
+    def token_offsets(self) -> list[int]:
+        """ "lm": number of each example's first completion token when those of all examples are counted, and their sum."""
+        return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+class Encoder:
+    """Encodes rows of any data set by the prompt of one (see `Task.encode_rows`). `window` None: nothing is cut."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset,
+        scoring: Literal["letter", "label", "text", "head", "lm"],
+        template: Template | None,
+        window: int | None,
+        normalise: str = "sum",
+        append_eos: bool = False,
+    ) -> None:
+        self.tokenizer, self.scoring, self.template, self.window = tokenizer, scoring, template, window
+        self.kind, self.labels, self.normalise = dataset.kind, dataset.labels, normalise
+        self.lead = leading_tokens(tokenizer)
+        self.eos: tuple[int, ...] = ()
+        if append_eos:
+            if tokenizer.eos_token_id is None:
+                raise UserError("append_eos: expected a tokenizer with an end-of-sequence token, found none")
+            self.eos = (int(tokenizer.eos_token_id),)
+        # Multiple choice by letter or text: every row has its own choices, else all rows share the classes.
+        self.own_choices = dataset.kind == "multiple_choice" and scoring in ("letter", "text")
+        rows = [row for part in dataset.splits.values() for row in part]
+        if self.own_choices:
+            self.classes = tuple(LETTERS[: max(len(row.choices) for row in rows)])
+        else:
+            self.classes = () if scoring == "lm" else dataset.labels
+        if dataset.kind == "multiple_choice" and not self.own_choices:
+            other = next((row for row in rows if row.choices != self.labels), None)
+            if other is not None:
+                raise UserError(
+                    f"scoring {scoring}: expected the choices {list(self.labels)} in every row, found "
+                    f"{list(other.choices)} in {other.id!r}; use scoring letter or text"
+                )
+        fixed = template.fixed_answers if template is not None else None
+        if fixed is not None and scoring == "head":
+            raise UserError("answers: expected none with scoring head, which has no answer tokens; leave them out")
+        if fixed is not None and self.own_choices and scoring == "text":
+            raise UserError("answers: expected none where each row's own choices are scored; leave them out")
+        if fixed is not None and len(fixed) != len(self.classes):
+            raise UserError(f"answers: expected {len(self.classes)} for the classes {self.classes}, found {len(fixed)}")
+
+    def encode(self, rows: Sequence[Row], labelled: bool = True) -> Encoded:
+        """One example for each row. See `Task.encode_rows`."""
+        if self.scoring == "lm":
+            return self._encode_lm(rows)
+        assert self.template is not None
+        classes = self.classes
+        if self.own_choices:
+            # Rows of another data set may have more options than the task's own.
+            classes = tuple(LETTERS[: max([len(classes), *(len(row.choices) for row in rows)])])
+            lone = next((row.id for row in rows if len(row.choices) < 2), None)
+            if lone is not None:
+                raise UserError(f"row {lone!r}: expected choices to score, found a row without any")
+        answers = self._answers(rows, classes)
+        if self.scoring == "letter" and answers and len(answers[0]) < len(classes):
+            raise UserError(f"answers: expected {len(classes)}, as many as the most choices, found {len(answers[0])}")
+        fields = [fields_of(self.template, row, None if self.own_choices else self.labels) for row in rows]
+        fields, truncated = self._fit(rows, fields, answers)
+        counts = [len(row.choices) if self.own_choices else len(classes) for row in rows]
+        labels = [self._label(row, count, labelled) for row, count in zip(rows, counts, strict=True)]
+        names = [row.id for row in rows]
+        answer_ids: tuple[int, ...] | None = None
+        choices: list[tuple[tuple[int, ...], ...]] = [()] * len(rows)
+        types: list[tuple[int, ...] | None] = [None] * len(rows)
+        kind: Literal["answer", "text", "head"] = "answer"
+        if self.scoring == "head":
+            kind = "head"
+            inputs = self._heads(fields)
+            prompts = [ids for ids, _ in inputs]
+            types = [token_types for _, token_types in inputs]
+        elif self.scoring == "text":
+            kind = "text"
+            pairs = choice_tokens(self.tokenizer, [self._prompt(values) for values in fields], answers)
+            prompts = [(*self.lead, *prompt) for prompt, _ in pairs]
+            choices = [tuple(tuple(choice) for choice in continuations) for _, continuations in pairs]
+            for name, prompt, row_choices in zip(names, prompts, choices, strict=True):
+                if not prompt or not all(row_choices):
+                    raise UserError(
+                        f"example {name!r}: expected a prompt and choices with tokens of their own, found none"
+                    )
+        else:
+            texts = [self._prompt(values) for values in fields]
+            bare, answer_ids = answer_tokens(self.tokenizer, texts, answers[0] if answers else (), names)
+            prompts = [(*self.lead, *prompt) for prompt in bare]
+        examples = [Example(*parts) for parts in zip(names, prompts, choices, labels, counts, types, strict=True)]
+        return Encoded(examples, kind, answer_ids, classes, self.normalise, truncated, self.tokenizer.pad_token_id or 0)
+
+    def _answers(self, rows: Sequence[Row], classes: Sequence[str]) -> list[tuple[str, ...]]:
+        """The continuations of each row's prompt; with shared answers the same tuple for every row."""
+        assert self.template is not None
+        space = "" if self.template.prompt[-1:].isspace() else " "
+        if self.template.fixed_answers is not None:
+            shared = self.template.fixed_answers
+        elif self.scoring == "letter":
+            shared = tuple(f"{space}{letter}" for letter in LETTERS[: len(classes)])
+        elif self.own_choices:
+            return [tuple(f"{space}{choice.strip()}" for choice in row.choices) for row in rows]
+        else:
+            shared = tuple(f"{space}{label_word(label)}" for label in self.labels)
+        return [shared] * len(rows)
+
+    def _label(self, row: Row, count: int, labelled: bool) -> int | None:
+        own_kind = (self.kind == "multiple_choice") == bool(row.choices)
+        # Fixed answers, other choices: the label is an index into something else.
+        foreign = self.kind == "multiple_choice" and not self.own_choices and row.choices != self.labels
+        if not labelled or not own_kind or foreign or row.label is None:
+            return None
+        if not 0 <= row.label < count:
+            raise UserError(
+                f"row {row.id!r}: expected a label from 0 to {count - 1}, found {row.label}; "
+                "rows with other classes are encoded with labelled=False"
+            )
+        return row.label
+
+    def _prompt(self, fields: Fields) -> str:
+        assert self.template is not None
+        return self.template.prompt.format(**fields)
+
+    def _heads(self, fields: Sequence[Fields]) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
+        """Whole inputs with the tokenizer's own special tokens, and their token types where it has them."""
+        assert self.template is not None
+        if self.template.pair:
+            main, second = self.template.fields
+            inputs = [(values[main], values[second]) for values in fields]
+        else:
+            inputs = [(self._prompt(values), "") for values in fields]
+        encoded: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [((), None)] * len(inputs)
+        # A row of another kind has no second text and is encoded as a single one.
+        for paired in (True, False):
+            part = [index for index, (_, second_text) in enumerate(inputs) if bool(second_text) == paired]
+            if not part:
+                continue
+            texts, pairs = ([inputs[index][side] for index in part] for side in (0, 1))
+            batch = self.tokenizer(texts, pairs if paired else None, padding=False, truncation=False, verbose=False)
+            types = batch.get("token_type_ids")
+            for place, index in enumerate(part):
+                encoded[index] = tuple(batch["input_ids"][place]), None if types is None else tuple(types[place])
+        return encoded
+
+    def _fit(
+        self, rows: Sequence[Row], fields: list[Fields], answers: list[tuple[str, ...]]
+    ) -> tuple[list[Fields], int]:
+        """Fields cut to the window, and how many rows were."""
+        if self.window is None:
+            return fields, 0
+        texts = [self._prompt(values) for values in fields]
+        lengths = [len(ids) for ids in tokenise(self.tokenizer, texts)]
+        # The batch of bare prompts finds the few rows worth an exact look: no token is shorter than a byte, and 4 is
+        # room for special tokens.
+        spare = [4 + (max(len(a.encode()) for a in row) if self.scoring == "text" else 0) for row in answers]
+        fitted, cut = list(fields), 0
+        for index, values in enumerate(fields):
+            if lengths[index] + len(self.lead) + spare[index] <= self.window:
+                continue
+            measure = self._measure(answers[index])
+            fitted[index] = fit_fields(self.tokenizer, values, measure, self.window, f"row {rows[index].id!r}")
+            cut += fitted[index] is not values
+        return fitted, cut
+
+    def _measure(self, answers: Sequence[str]) -> Callable[[Fields], int]:
+        """Tokens of the longest sequence that the model sees of a row with these fields."""
+
+        def measure(fields: Fields) -> int:
+            if self.scoring == "head":
+                return len(self._heads([fields])[0][0])
+            prompt = self._prompt(fields)
+            texts = [prompt + answer for answer in answers] if self.scoring == "text" else [prompt]
+            return len(self.lead) + max(map(len, tokenise(self.tokenizer, texts)))
+
+        return measure
+
+    def _encode_lm(self, rows: Sequence[Row]) -> Encoded:
+        starts = [row.prompt or "" for row in rows]
+        ends = [[as_text(row) if row.prompt is None else row.completion or ""] for row in rows]
+        examples, truncated = [], 0
+        for row, (start, (rest,)) in zip(rows, choice_tokens(self.tokenizer, starts, ends), strict=True):
+            prompt, completion = [*self.lead, *start], [*rest, *self.eos]
+            if not prompt:
+                # Without a BOS there is nothing before the first token to predict it from.
+                prompt, completion = completion[:1], completion[1:]
+            if not completion or not prompt:
+                raise UserError(f"row {row.id!r}: expected at least two tokens to learn from, found too short a text")
+            if self.window is not None and len(prompt) + len(completion) > self.window:
+                truncated += 1
+                kept = max(self.window - len(completion) - len(self.lead), 0 if self.lead else 1)
+                body = prompt[len(self.lead) :]
+                prompt = [*self.lead, *(body[-kept:] if kept else [])]
+                completion = completion[: self.window - len(prompt)]
+                if not completion:
+                    raise UserError(f"max_length: expected room for a completion, found a window of {self.window}")
+            examples.append(Example(row.id, tuple(prompt), (tuple(completion),), None, 1))
+        return Encoded(examples, "lm", None, (), self.normalise, truncated)

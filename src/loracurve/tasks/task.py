@@ -1,0 +1,251 @@
+"""A task: a data set, a prompt, and how an answer is scored, tokenised for one tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from loracurve.errors import UserError, nearest
+from loracurve.tasks.data import Dataset, Row, read_dataset, split_validation, subset
+from loracurve.tasks.encoding import Encoded, Encoder
+from loracurve.tasks.hub import HUB, load_from_hub
+from loracurve.tasks.templates import TEMPLATES, Template, custom_template, default_template
+from loracurve.tasks.word_sentiment import word_sentiment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Scoring", "Task", "TaskConfig", "load_task", "open_dataset"]
+
+Scoring = Literal["letter", "label", "text", "head", "lm"]
+logger = logging.getLogger("loracurve")
+_MAIN_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What to learn and how its answers are scored."""
+
+    data: str
+    """A data folder (train/validation/test.jsonl and meta.json), the name of a hub data set, or word_sentiment."""
+    scoring: Scoring
+    """letter: options are listed and their letters scored; label: the class's word, one token; text: log-likelihood of
+    each choice's text; head: a sequence classification head; lm: language modelling."""
+    template: str | None = None
+    """Name of a built-in prompt template. Default: the one for this kind of data and scoring."""
+    prompt: str | None = None
+    """A prompt of your own with fields such as {text}, {text2}, {question}, {context}, {options}."""
+    answers: list[str] | None = None
+    """What continues your own prompt, one for each class, in label order. A leading space is put in where needed."""
+    normalise: Literal["sum", "mean"] = "sum"
+    """Score of a choice's text: sum or mean of the log-likelihoods of its tokens."""
+    max_length: int | None = None
+    """Longest input in tokens, the choice or completion included. Default: the model's window."""
+    limit_train: int | None = None
+    """Use this many training rows, drawn by the hash of their ids."""
+    limit_validation: int | None = None
+    """Use this many validation rows."""
+    limit_test: int | None = None
+    """Use this many test rows."""
+    validation_fraction: float = 0.1
+    """Part of train that becomes validation where the data set has no validation split."""
+    append_eos: bool = False
+    """Language modelling: the end-of-sequence token belongs to the completion."""
+    seed: int = 0
+    """Seed of the validation split, of the limits and of word_sentiment's splits."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (("scoring", get_args(Scoring)), ("normalise", ("sum", "mean"))):
+            value = getattr(self, name)
+            if value not in valid:
+                raise UserError(
+                    f"{name}: expected one of {', '.join(valid)}, found {value!r}{nearest(str(value), valid)}"
+                )
+        for name in ("max_length", "limit_train", "limit_validation", "limit_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected a positive number, found {value}")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise UserError(f"validation_fraction: expected a number between 0 and 1, found {self.validation_fraction}")
+        if self.template is not None and self.prompt is not None:
+            raise UserError("expected template or prompt, found both; leave one out")
+        if self.answers is not None and self.prompt is None:
+            raise UserError("answers: expected a prompt with them, found none; give prompt too")
+
+
+class Task:
+    """A data set with its prompt, for one tokenizer. Made by `load_task`.
+
+    Attributes: `config`, `dataset` (after limits and validation split), `tokenizer`, `template` (None for lm),
+    `window` (longest input in tokens, or None), `validation` (how the validation split came about).
+    """
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template | None,
+        window: int | None,
+        validation: str = "the data set's own",
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.template = template
+        self.window = window
+        self.validation = validation
+        self._encoder = Encoder(
+            tokenizer, dataset, config.scoring, template, window, config.normalise, config.append_eos
+        )
+        self._encoded: dict[str, Encoded] = {}
+        self._truncated: dict[str, int] = {}
+
+    @property
+    def template_id(self) -> str:
+        """``name@version:hash`` of the prompt; ``none`` for language modelling."""
+        return "none" if self.template is None else self.template.id
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, or the letters of the options; empty for language modelling."""
+        return self._encoder.classes
+
+    def encode(self, split: str) -> Encoded:
+        """One split, tokenised: as many examples as rows, in their order. Kept after the first call."""
+        if split not in self._encoded:
+            self._encoded[split] = self.encode_rows(self.dataset.rows(split), split)
+        return self._encoded[split]
+
+    def encode_rows(self, rows: Sequence[Row], name: str = "rows", labelled: bool = True) -> Encoded:
+        """Tokenise rows of this or any other data set by this task's prompt.
+
+        `labelled` False: the rows' labels mean something else here (out of distribution) and are left out, as they
+        are for rows of another kind. `name` is used in messages and in `describe`.
+
+        Raises UserError for labels out of range, choices that don't fit, and answers that aren't single tokens.
+        """
+        encoded = self._encoder.encode(rows, labelled)
+        self._truncated[name] = encoded.truncated
+        if encoded.truncated:
+            logger.warning(
+                "%s, %s: %d of %d prompts were cut on the left to fit %d tokens",
+                *(self.dataset.name, name, encoded.truncated, len(encoded), self.window),
+            )
+        return encoded
+
+    def labels(self, split: str) -> torch.Tensor:
+        """Labels of a split, LongTensor [rows]. Raises UserError where a row has none."""
+        rows = self.dataset.rows(split)
+        missing = next((row.id for row in rows if row.label is None), None)
+        if missing is not None:
+            raise UserError(f"{self.dataset.name}, {split}: expected a label on every row, found none on {missing!r}")
+        return torch.tensor([row.label for row in rows], dtype=torch.long)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run directory records; JSON-able. `truncated` has the splits encoded so far."""
+        template = self.template
+        return {
+            "name": self.dataset.name,
+            "kind": self.dataset.kind,
+            "scoring": self.config.scoring,
+            "classes": list(self.classes),
+            "sizes": {split: len(rows) for split, rows in self.dataset.splits.items()},
+            "template": None
+            if template is None
+            else {
+                "name": template.name,
+                "version": template.version,
+                "hash": template.hash,
+                "prompt": template.prompt,
+                "answer": template.answer,
+            },
+            "normalise": self.config.normalise,
+            "window": self.window,
+            "truncated": dict(self._truncated),
+            "validation": self.validation,
+            "notes": self.dataset.notes,
+            "source": self.dataset.source,
+        }
+
+
+def open_dataset(data: str, seed: int = 0) -> Dataset:
+    """A data set by folder path, by hub name or ``word_sentiment`` (in this order). Raises UserError if it is none."""
+    if Path(data).is_dir():
+        return read_dataset(data)
+    if data == "word_sentiment":
+        return word_sentiment(seed=seed)
+    if data in HUB:
+        return load_from_hub(data)
+    close = nearest(data, [*HUB, "word_sentiment"])
+    raise UserError(f"data: expected a folder, a hub data set or word_sentiment, found {data!r}{close}")
+
+
+def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_window: int | None = None) -> Task:
+    """Open the data, settle validation rows and limits, and choose the prompt. Downloads only for hub names.
+
+    `model_window`: longest input of the model in tokens (None: unknown). Raises UserError where they don't fit.
+    """
+    if config.max_length is not None and model_window is not None and config.max_length > model_window:
+        raise UserError(f"max_length: expected at most the model's window of {model_window}, found {config.max_length}")
+    dataset = _sized_dataset(config)
+    splits, validation = dict(dataset.splits), "the data set's own"
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = split_validation(
+            dataset.rows("train"), config.validation_fraction, config.seed
+        )
+        size, part = len(splits["validation"]), config.validation_fraction
+        validation = f"{size} rows ({part:g}) of train by hash of id, seed {config.seed}"
+    for split in _MAIN_SPLITS:
+        limit = getattr(config, f"limit_{split}")
+        if limit is not None and split in splits:
+            splits[split] = subset(splits[split], limit, config.seed)
+    splits = {split: splits[split] for split in _MAIN_SPLITS if split in splits} | splits
+    dataset = replace(dataset, splits=splits)
+    template = _template(config, dataset)
+    return Task(config, dataset, tokenizer, template, config.max_length or model_window, validation)
+
+
+def _sized_dataset(config: TaskConfig) -> Dataset:
+    if config.data != "word_sentiment" or Path(config.data).is_dir():
+        return open_dataset(config.data, config.seed)
+    # Made to measure: there are more words than the default sizes use.
+    asked = {split: getattr(config, f"limit_{split}") for split in _MAIN_SPLITS}
+    return word_sentiment(**{split: size for split, size in asked.items() if size is not None}, seed=config.seed)
+
+
+def _template(config: TaskConfig, dataset: Dataset) -> Template | None:
+    scoring = config.scoring
+    if (scoring == "lm") != (dataset.kind == "language_modelling"):
+        raise UserError(f"scoring: expected one that suits {dataset.kind} data, found {scoring!r}")
+    if scoring == "lm":
+        if config.template is not None or config.prompt is not None:
+            raise UserError("template, prompt: expected none with scoring lm; write the prompt into the rows")
+        return None
+    rows = [row for split in _MAIN_SPLITS for row in dataset.splits.get(split, [])]
+    second = "context" if dataset.kind == "multiple_choice" else "text2"
+    has_second = any(getattr(row, second) for row in rows)
+    if config.prompt is not None:
+        template = custom_template(dataset.kind, scoring, config.prompt, config.answers)
+    elif config.template is not None:
+        if config.template not in TEMPLATES:
+            close = nearest(config.template, TEMPLATES)
+            raise UserError(f"template: expected one of {', '.join(TEMPLATES)}, found {config.template!r}{close}")
+        template = TEMPLATES[config.template]
+    elif dataset.name == "word_sentiment" and scoring == "label":
+        template = TEMPLATES["word_sentiment"]
+    else:
+        template = default_template(dataset.kind, scoring, has_second)
+    if (template.kind, template.form) != (dataset.kind, scoring):
+        raise UserError(
+            f"template {template.name}: it is for {template.kind} scored by {template.form}, "
+            f"found {dataset.kind} scored by {scoring}"
+        )
+    if second in template.fields and not has_second:
+        raise UserError(f"prompt: expected rows with {second!r} for the field {{{second}}}, {dataset.name} has none")
+    return template

@@ -1,0 +1,85 @@
+"""Layouts of batches: whatever is packed behind a mask must score as if it stood alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from made import made_task, vocabulary
+from tiny import lora_config, random_points, tiny
+
+from loracurve.batching import collate, evaluation_batches, tree_mask
+from loracurve.inference import predict
+from loracurve.model import CurveModel, CurveSpec
+
+T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+
+
+def test_tree_mask_lets_tokens_see_their_ancestors_only() -> None:
+    # prefix 0 1, branch 2 3, branch 4, padding 5
+    mask = tree_mask(torch.tensor([[5, 5, 4, 4, 5, 6]]), torch.float32)[0, 0] == 0
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert mask.int().tolist() == expected
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text", "lm"])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_packed_rows_score_like_single_examples(architecture: str, scoring: str, tmp_path: Path) -> None:
+    task = made_task(tmp_path, architecture, scoring)
+    model = CurveModel(tiny(architecture, torch.float64, vocabulary(task)), lora_config(architecture), CurveSpec(2, 2))
+    model.set_curve(model.spec, random_points(model))
+    assert model.supports_trees
+    encoded = task.encode("test")
+    if scoring == "text":
+        encoded = replace(encoded, normalise="mean")
+    alone = predict(model, (collate(encoded, [i], packing=False) for i in range(len(encoded))), T)
+    for row_tokens in (1, 60, 10_000):
+        batches = list(evaluation_batches(encoded, tokens_per_batch=400, row_tokens=row_tokens))
+        packed = predict(model, batches, T)
+        torch.testing.assert_close(packed.point_log_probs, alone.point_log_probs, rtol=1e-6, atol=1e-6)
+    rows = {len(b.input_ids) for b in evaluation_batches(encoded, row_tokens=10_000, tokens_per_batch=10**6)}
+    assert rows == {1}, "everything fits into one row"
+
+
+def test_packing_stores_a_shared_prefix_once(tmp_path: Path) -> None:
+    encoded = made_task(tmp_path, "qwen2", "text").encode("test")
+    numbers = list(range(len(encoded)))
+    packed = collate(encoded, numbers, row_tokens=10_000)
+    apart = collate(encoded, numbers, packing=False)
+    assert packed.input_ids.shape[0] == 1
+    assert packed.tokens < 0.6 * apart.tokens
+
+
+def test_no_example_is_dropped_for_any_budget(tmp_path: Path) -> None:
+    encoded = made_task(tmp_path, "llama", "letter").encode("train")
+    for budget in (1, 37, 500):
+        seen = torch.cat([b.index for b in evaluation_batches(encoded, budget)])
+        assert sorted(seen.tolist()) == list(range(len(encoded)))
+
+
+def test_missing_choices_have_no_probability(tmp_path: Path) -> None:
+    for scoring in ("letter", "text"):
+        task = made_task(tmp_path / scoring, "qwen2", scoring)
+        model = CurveModel(tiny("qwen2", vocabulary=vocabulary(task)), lora_config("qwen2"))
+        encoded = task.encode("test")
+        predictive = predict(model, evaluation_batches(encoded), T)
+        counts = torch.tensor([e.n_choices for e in encoded.examples])
+        assert set(counts.tolist()) == {2, 3}
+        assert (predictive.probs[counts == 2, 2] == 0).all()
+        assert (predictive.probs[counts == 3, 2] > 0).all()
+
+
+def test_rows_of_one_example_share_a_unit_where_choices_cannot_be_packed(tmp_path: Path) -> None:
+    encoded = made_task(tmp_path, "qwen2", "text").encode("test")
+    batch = collate(encoded, [3, 4, 5], packing=False)
+    assert batch.units is not None
+    assert torch.bincount(batch.units).tolist() == [encoded.examples[i].n_choices for i in (3, 4, 5)]
