@@ -50,9 +50,8 @@ def test_temperature_with_absent_classes_and_on_a_predictive():
 
 def test_temperature_edges():
     certain = torch.tensor([[0.8, 0.2]]).log()
-    assert fit_temperature(certain, torch.tensor([0])) == pytest.approx(
-        0.01, rel=1e-3
-    )  # separable: as sharp as allowed
+    # Separable: as sharp as needed for a likelihood of 1, or the sharpest allowed.
+    assert 0.01 <= fit_temperature(certain, torch.tensor([0])) < 0.05
     assert fit_temperature(certain, torch.tensor([1])) == pytest.approx(100, rel=1e-3)
     with pytest.raises(ValueError, match="finite"):
         fit_temperature(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]))
@@ -93,7 +92,7 @@ def test_selective_guarantee_holds_in_simulation(ties):
     generator = torch.Generator().manual_seed(1)
     levels = torch.arange(1, 11, dtype=torch.float64) / 10
     for _ in range(repeats):
-        uncertainty = torch.rand(300, generator=generator, dtype=torch.float64)
+        uncertainty = torch.rand(1000, generator=generator, dtype=torch.float64)
         if ties:
             uncertainty = (uncertainty * 10).ceil() / 10
         result = selective_threshold(uncertainty, errors_at(uncertainty, generator), risk, delta)

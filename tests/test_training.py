@@ -93,7 +93,7 @@ def test_anchors_in_one_pass_equal_separate_peft_runs(architecture: str, accumul
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
             # Llama's and Qwen's RMSNorm computes in float32 whatever the dtype; the encoder is float64 throughout.
-            rtol, atol = (1e-9, 1e-11) if architecture == "encoder" else (1e-5, 1e-7)
+            rtol, atol = (1e-9, 1e-11) if architecture == "encoder" else (1e-5, 1e-6)
             torch.testing.assert_close(found[name][m], tensor, rtol=rtol, atol=atol)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ def load_base(
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if (gguf := _single_gguf(name)) is not None:
-        extra["gguf_file"] = gguf
+        extra |= _gguf_options(gguf)
     try:
         model = kind.from_pretrained(
             name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code, **extra
@@ -74,6 +75,13 @@ def _single_gguf(name: str) -> str | None:
     return files[0].name if len(files) == 1 else None
 
 
+def _gguf_options(file: str) -> dict[str, Any]:
+    """Options that read a GGUF file into plain weights; later transformers would keep its packed blocks."""
+    packed_by_default = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": packed_by_default(dequantize=True)} if packed_by_default else {}
+    return {"gguf_file": file, **plain}
+
+
 def model_window(model: nn.Module) -> int | None:
     """Longest input the model takes, in tokens, or None where its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)
@@ -97,7 +105,7 @@ def convert_gguf(source: Path, dtype: torch.dtype, target: Path) -> Path:
     """
     if target.is_dir():
         return target
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_gguf_options(source.name))
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The weights are plain now; with this entry save_pretrained would ask for a GGUF quantiser.
     if hasattr(model.config, "quantization_config"):

@@ -1,7 +1,8 @@
 """How good predictions and their uncertainties are, with bootstrap intervals over examples.
 
 A measure that the data leave undefined (an AUROC without errors) is a `Scalar` whose value is None and whose reason
-says why, never 0.5 or NaN. Scores rank examples: only their order counts, ties count half (AUROC) or in expectation (AURC).
+says why, never 0.5 or NaN. Scores rank examples: only their order counts, and ties count half (AUROC) or in expectation
+(AURC).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
 )
 
-from loracurve import objective
 from loracurve.inference import Predictive, effective_points
+from loracurve.objective import negative_log_likelihood as per_example_nll
 
 __all__ = [
     "Interval",
@@ -68,7 +69,7 @@ def accuracy(probs: Tensor, labels: Tensor) -> float:
 
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
     """Mean -log p(label) in nats; probs ``[E, C]``, labels ``[E]``. Inf if a label has probability 0."""
-    return objective.negative_log_likelihood(probs.double().log(), labels).mean().item()
+    return per_example_nll(probs.double().log(), labels).mean().item()
 
 
 def brier_per_example(probs: Tensor, labels: Tensor) -> Tensor:

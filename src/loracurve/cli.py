@@ -1,0 +1,275 @@
+"""The command `loracurve`: its sub-commands are functions, their options are the functions' signatures.
+
+Exit codes: 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import docstring_parser
+
+from loracurve import __version__
+from loracurve.config import RunConfig
+from loracurve.config_files import Parser, load_config, parse, run_parser
+from loracurve.errors import UserError, nearest
+
+__all__ = ["COMMANDS", "main", "parse_fit_config"]
+
+
+def quickstart(out: str = "runs/quickstart", resume: bool = False, seed: int = 0) -> None:
+    """Fit a curve to a real 135M model on word sentiment and judge it: about three minutes on two CPU cores.
+
+    Args:
+        out: new folder for the run.
+        resume: go on with a run that was interrupted.
+        seed: seed of data, anchors and curve.
+    """
+    from loracurve.quickstart import run_quickstart
+
+    run_quickstart(Path(out), resume, seed)
+
+
+def fit(config: RunConfig, out: str, resume: bool = False) -> None:
+    """Train anchors (if anchored) and a curve, and evaluate them: CONFIG.yaml [--key value ...] --out FOLDER.
+
+    Args:
+        config: all options of a run, from a YAML file and the command line.
+        out: new folder for the run.
+        resume: go on with a run that was interrupted.
+    """
+    from loracurve.report.tables import print_report
+    from loracurve.run import fit_run
+
+    print_report(fit_run(config, Path(out), resume))
+    print(f"The run is in {out}")
+
+
+def evaluate(
+    run: str,
+    task: str | None = None,
+    points: int | None = None,
+    weights: Literal["uniform", "arc-length", "likelihood"] | None = None,
+    split: str = "test",
+    out: str | None = None,
+) -> None:
+    """Average a fitted curve on a labelled split and write metrics and predictions.
+
+    Args:
+        run: run directory.
+        task: another data set with the same classes, put into the same prompt. Default: the run's own.
+        points: points of the curve. Default: the run's own.
+        weights: weights of the points. Default: the run's own.
+        split: which split.
+        out: new folder. Default: a name made from the options, in RUN/evaluations.
+    """
+    from loracurve.evaluation import Method, labels_of, predict_split, summarise
+    from loracurve.report.tables import print_methods
+    from loracurve.run import environment, new_folder, open_run, write_predictions
+    from loracurve.storage import write_json
+
+    opened = open_run(run, task)
+    changes = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
+    evaluation = replace(opened.config.evaluation, **changes)
+    encoded = opened.task.encode(split)
+    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}".replace("/", "_").replace(" ", "_")
+    folder = new_folder(Path(out) if out else Path(run) / "evaluations" / name)
+    average = opened.average(evaluation)
+    method = Method("curve", len(average.t), {split: predict_split(opened.model, encoded, average.t, average.weights)})
+    known = method.sets[split].labels
+    report = {
+        "average": average.record,
+        "methods": summarise([method], {split: labels_of(encoded) if known is None else known}),
+    }
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "metrics.json", report)
+    if known is None:
+        write_predictions(folder / "predictions.parquet", [method], {split: encoded})
+    print_methods(report["methods"], split)
+    print(f"Written to {folder}")
+
+
+def predict(run: str, input: str, out: str | None = None, points: int | None = None) -> None:
+    """Predict rows of a JSONL file: one JSON line each with probabilities and uncertainty.
+
+    Args:
+        run: run directory.
+        input: JSONL file with rows as in training; labels are not needed.
+        out: new JSONL file. Default: standard output.
+        points: points of the curve. Default: the run's own.
+    """
+    from loracurve.predicting import predict_rows
+    from loracurve.run import open_run
+    from loracurve.storage import atomic_write
+
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    opened = open_run(run)
+    evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+    text = "".join(json.dumps(line) + "\n" for line in predict_rows(opened, Path(input), evaluation))
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        atomic_write(Path(out), lambda p: p.write_text(text))
+        print(f"Written to {out}", file=sys.stderr)
+
+
+def export(run: str, out: str, points: int | None = None, best: bool = False, t: float | None = None) -> None:
+    """Write points of a curve as ordinary PEFT adapter folders.
+
+    Args:
+        run: run directory.
+        out: new folder for the adapters and index.json (their t and weights).
+        points: this many points, as they are averaged. Default: the run's own number.
+        best: only the point of lowest validation NLL.
+        t: only this point, in [0, 1].
+    """
+    from loracurve.run import best_point, new_folder, open_run
+    from loracurve.storage import export_adapter, write_json
+
+    if best + (t is not None) + (points is not None) > 1:
+        raise UserError("expected one of --points, --best and --t, found several; give one")
+    if t is not None and not 0 <= t <= 1:
+        raise UserError(f"t: expected a number in [0, 1], found {t}")
+    opened = open_run(run)
+    folder = new_folder(Path(out))
+    if best:
+        times, weights = [best_point(opened)], [1.0]
+    elif t is not None:
+        times, weights = [t], [1.0]
+    else:
+        wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+        average = opened.average(wanted)
+        times, weights = average.t.tolist(), average.weights.tolist()
+    index = []
+    for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
+        name = f"point-{i:02d}"
+        export_adapter(opened.model.config, opened.model.adapter(time), folder / name)
+        index.append({"folder": name, "t": time, "weight": weight})
+    write_json(folder / "index.json", index)
+    print(f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}")
+
+
+def calibrate(
+    run: str,
+    risk: float = 0.05,
+    delta: float = 0.1,
+    alpha: float = 0.1,
+    measure: Literal["entropy", "mutual_information"] = "entropy",
+    input: str | None = None,
+) -> None:
+    """Fit a temperature, an abstention threshold with its guarantee, and prediction sets; predict then uses them.
+
+    Args:
+        run: run directory; RUN/calibration.json is written (an earlier one is replaced).
+        risk: highest error rate wanted among the answered rows.
+        delta: probability with which the guarantee may fail.
+        alpha: prediction sets miss the label with at most this probability.
+        measure: uncertainty that decides on abstaining.
+        input: labelled JSONL rows that were not used in training. Default: the validation split, which also chose the
+            trained state, so that the guarantee then holds only approximately.
+    """
+    from loracurve.predicting import calibrate_run
+    from loracurve.run import open_run
+
+    for name, value in (("risk", risk), ("delta", delta), ("alpha", alpha)):
+        if not 0 < value < 1:
+            raise UserError(f"{name}: expected a number between 0 and 1, found {value}")
+    for line in calibrate_run(open_run(run), risk, delta, alpha, measure, Path(input) if input else None):
+        print(line)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate)
+}
+
+
+def parse_fit_config(path: str | Path) -> RunConfig:
+    """Read a YAML file as `loracurve fit` does."""
+    return load_config(path)
+
+
+def _command_parser(name: str) -> Parser:
+    command = COMMANDS[name]
+    described = inspect.getdoc(command) or ""
+    options: dict[str, Any] = {"prog": f"loracurve {name}", "description": described.split("\n\n")[0]}
+    if name != "fit":
+        parser = Parser(**options)
+        parser.add_function_arguments(command, as_positional=True)
+        return parser
+    parser = run_parser(**options)
+    help_by_name = {p.arg_name: p.description for p in docstring_parser.parse(described).params}
+    parser.add_argument("--out", type=str, required=True, help=help_by_name["out"])
+    parser.add_argument("--resume", action="store_true", help=help_by_name["resume"])
+    return parser
+
+
+def _usage() -> str:
+    lines = ["usage: loracurve COMMAND [options]   (loracurve COMMAND --help lists them)", ""]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:12}{(inspect.getdoc(command) or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+    if name == "fit" and rest and not rest[0].startswith("-"):
+        rest.insert(0, "--config")
+    parser = _command_parser(name)
+    with redirect_stderr(StringIO()):  # the parser prints usage with its errors; one line says it
+        values = parse(parser, rest)
+    if name == "fit":
+        config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
+        fit(config, values.out, values.resume)
+    else:
+        COMMANDS[name](**{p: values[p] for p in inspect.signature(COMMANDS[name]).parameters})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten_upstream()
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"loracurve: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("loracurve: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quieten_upstream() -> None:
+    """Keep progress bars and notices of loading libraries out of the output; errors still show."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The options of a run. YAML files and the command line are made from these dataclasses; there is no second list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import peft
+
+from loracurve.bases import Dtype
+from loracurve.errors import UserError
+from loracurve.gauge import Alignment
+from loracurve.inference import Rule
+from loracurve.loop import LoopConfig
+from loracurve.tasks import TaskConfig
+from loracurve.training import FitConfig
+
+__all__ = ["CurveConfig", "EvaluationConfig", "LoraOptions", "ModelConfig", "RunConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str
+    """A folder or a name on the hub."""
+    dtype: Dtype = "auto"
+    """Dtype of the frozen base weights; `auto` takes the checkpoint's."""
+    trust_remote_code: bool = False
+    """Allow code that comes with a hub model to run."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapters; names as in `peft.LoraConfig`."""
+
+    r: int = 8
+    """Rank."""
+    lora_alpha: float = 16
+    """Scaling numerator: updates are scaled by lora_alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Names or a regular expression of the adapted linear maps, or all-linear."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input while training."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    layers_to_transform: list[int] | None = None
+    """Adapt these layers only; lower ones then run once for all points."""
+    modules_to_save: list[str] | None = None
+    """Linear layers trained whole beside the adapters (a new classification head is added by itself)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from r, by module name."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas that differ from lora_alpha, by module name."""
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    """Draw of A; B starts at 0."""
+
+    def to_peft(self, base: str, classifier: bool) -> peft.LoraConfig:
+        """The same as a `peft.LoraConfig` for a base model name."""
+        values = {k: v for k, v in vars(self).items() if k != "init_lora_weights"}
+        return peft.LoraConfig(
+            **values,
+            init_lora_weights=True if self.init_lora_weights == "kaiming" else "gaussian",
+            base_model_name_or_path=base,
+            task_type=peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM,
+        )
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """Shape of the curve."""
+
+    kind: Literal["anchored", "free"] = "anchored"
+    """anchored: through independently fine-tuned adapters; free: all control points trained together."""
+    anchors: int = 3
+    """Number of adapters to train as anchors (anchored; their segments are one fewer)."""
+    segments: int = 2
+    """Number of segments (free)."""
+    degree: int = 2
+    """Degree of each segment."""
+    alignment: Alignment = "balanced+procrustes"
+    """Gauge alignment of the anchors before they are joined."""
+    inner: Literal["line", "init"] = "line"
+    """Start of the inner control points: on the straight line between anchors, or at the LoRA init."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "anchored" and self.anchors < 2:
+            raise UserError(f"curve.anchors: expected at least 2, found {self.anchors}")
+        if self.kind == "anchored" and self.degree < 2:
+            raise UserError(f"curve.degree: expected at least 2 for an anchored curve, found {self.degree}")
+        if self.segments < 1 or self.degree < 1:
+            raise UserError(f"curve: expected segments and degree >= 1, found {self.segments} and {self.degree}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the curve is averaged and judged."""
+
+    points: int = 10
+    """Points of the curve in the model average, that is forward passes at test time."""
+    quadrature: Rule = "uniform"
+    """uniform: equally spaced with both ends; gauss-legendre: nodes by segment; monte-carlo: random."""
+    weights: Literal["uniform", "arc-length", "likelihood"] = "uniform"
+    """Weights of the points. likelihood: proportional to exp(-N L(t) / T) with L the validation NLL of N rows."""
+    temperature: float = 0.0
+    """T of the likelihood weights; 0: fitted to the validation NLL of the average."""
+    ood: list[str] = field(default_factory=list)
+    """Data sets put into the same prompt to measure out-of-distribution detection."""
+    seed: int = 0
+    """Seed of Monte Carlo points and bootstrap intervals."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that `loracurve fit` needs."""
+
+    model: ModelConfig
+    task: TaskConfig
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    curve: CurveConfig = field(default_factory=CurveConfig)
+    adapters: list[str] = field(default_factory=list)
+    """Existing PEFT adapter folders to use as anchors instead of training them."""
+    anchor_training: LoopConfig = field(default_factory=LoopConfig)
+    curve_training: FitConfig = field(default_factory=FitConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.curve.kind == "free":
+            raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")

@@ -1,0 +1,95 @@
+"""YAML and command-line options to dataclasses and back, through jsonargparse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from loracurve.config import RunConfig
+from loracurve.errors import UserError, nearest
+from loracurve.storage import atomic_write
+
+__all__ = ["Parser", "load_config", "parse", "run_parser", "save_config"]
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are exceptions, so that they can be told in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(exit_on_error=False, allow_abbrev=False, **options)
+
+
+def run_parser(**options: Any) -> Parser:
+    """The parser of a `RunConfig`: `--config FILE` and one option for each field."""
+    parser = Parser(**options)
+    parser.add_argument("--config", action="config", help="YAML file with the options below.")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> Any:
+    """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
+    try:
+        return parser.instantiate_classes(parser.parse_args(list(arguments)))
+    except UserError:
+        raise
+    except (jsonargparse.ArgumentError, TypeError, ValueError, yaml.YAMLError, OSError) as error:
+        raise UserError(_one_line(error, parser)) from error
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file as a `RunConfig`; raises UserError for unknown keys, wrong types and missing files."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected a YAML file with the options of a run, found none")
+    values = parse(run_parser(), ["--config", str(path)])
+    return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a config as YAML, atomically; `load_config` reads it back equal."""
+    text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    atomic_write(path, lambda p: p.write_text(text))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _one_line(error: BaseException, parser: Parser) -> str:
+    """The part of a parser's message that says what is wrong."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    names = [action.dest for action in parser._actions]
+    if match := re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", text):
+        word = f"{match[1]}.{match[2]}"
+        return f"unknown option {word}{_closest(word, names)}"
+    if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text):
+        word = match[1] or match[2]
+        return f"unknown option {word}{_closest(word, names)}"
+    text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
+    text = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", text).replace("Expected a one", "expected one")
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected", "expected").replace("Got value:", "Found")[:400]
+
+
+def _closest(word: str, names: Sequence[str]) -> str:
+    """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    if found := nearest(word, names):
+        return found
+    last = {name.rsplit(".", 1)[-1]: name for name in names}
+    if found := nearest(word.rsplit(".", 1)[-1], last):
+        return f"; did you mean {last[found.split(chr(39))[1]]!r}?"
+    return ""

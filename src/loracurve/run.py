@@ -1,0 +1,267 @@
+"""The run directory: configs, environment, anchors, curve, predictions and figures of one fit; everything resumable."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from loracurve.bases import load_base, model_window
+from loracurve.config import EvaluationConfig, RunConfig
+from loracurve.config_files import load_config, save_config
+from loracurve.curve import chord_length
+from loracurve.errors import UserError
+from loracurve.evaluation import (
+    Average,
+    Method,
+    choose_average,
+    compare,
+    labels_of,
+    point_nll,
+    predict_split,
+    summarise,
+)
+from loracurve.gauge import align, delta_w_gram
+from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
+from loracurve.model import CurveModel, CurveSpec
+from loracurve.predictive import Predictive
+from loracurve.storage import atomic_write, export_adapter, write_json
+from loracurve.tasks import Encoded, Task, load_task, open_dataset
+from loracurve.training import fit, fit_anchors, slot_times
+
+__all__ = ["Run", "best_point", "environment", "fit_run", "new_folder", "open_run", "write_predictions"]
+
+
+@dataclass
+class Run:
+    """An opened run: where it lies, its config, its curve and its task."""
+
+    folder: Path
+    config: RunConfig
+    model: CurveModel
+    task: Task
+
+    def average(self, evaluation: EvaluationConfig | None = None) -> Average:
+        """The points and weights to predict with."""
+        return choose_average(self.model, evaluation or self.config.evaluation, self.task.encode("validation"))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and threads, recorded beside every result."""
+    versions = {}
+    for package in ("loracurve", "torch", "transformers", "peft", "accelerate", "torchmetrics", "datasets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.system(),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        "command": " ".join(["loracurve", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def new_folder(folder: Path, resume: bool = False) -> Path:
+    """Make a folder for results; raises UserError where one with contents exists, unless it is to be resumed."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder for results, found a file; choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise UserError(f"{folder} exists already; choose another --out, or go on with it by --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from error
+    return folder
+
+
+def open_run(folder: str | Path, data: str | None = None) -> Run:
+    """Open a finished run; `data` replaces its data set (same prompt and classes)."""
+    folder = Path(folder)
+    if not (folder / "curve" / "curve_config.json").is_file():
+        raise UserError(f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit")
+    config = load_config(folder / "config.yaml")
+    base, task = _base_and_task(config, data)
+    model = CurveModel.from_pretrained(folder / "curve", base)
+    return Run(folder, config, model.to(accelerate.PartialState().device), task)
+
+
+def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn.Module, Task]:
+    from dataclasses import replace
+
+    classifier = config.task.scoring == "head"
+    task_config = config.task if data is None else replace(config.task, data=data)
+    labels = len(open_dataset(config.task.data, config.task.seed).labels) if classifier else None
+    base, tokenizer = load_base(
+        config.model.name, classifier, config.model.dtype, labels, config.model.trust_remote_code
+    )
+    return base, load_task(task_config, tokenizer, model_window(base))
+
+
+def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
+    new_folder(out, resume)
+    if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
+        raise UserError(f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out")
+    torch.manual_seed(config.curve_training.seed)  # a new classification head is drawn from the global generator
+    base, task = _base_and_task(config)
+    save_config(config, out / "config.yaml")
+    write_json(out / "environment.json", environment())
+    # Tokenising everything first finds faults in the data before hours of training.
+    sets = evaluation_sets(task, config.evaluation)
+    task.encode("train")
+    classifier = config.task.scoring == "head"
+    lora = config.lora.to_peft(config.model.name, classifier)
+    timings: dict[str, float] = {}
+    loop = {"progress": progress}
+    started = time.perf_counter()
+    anchors: ControlPoints | None = None
+    if config.curve.kind == "free":
+        model = CurveModel(
+            base, lora, CurveSpec(config.curve.segments, config.curve.degree), seed=config.curve_training.seed
+        )
+    else:
+        if config.adapters:
+            loaded = [load_adapter(folder) for folder in config.adapters]
+            model = CurveModel.from_adapters(base, config.adapters, alignment="none")
+            anchors = stack_adapters([tensors for _, tensors in loaded])
+        else:
+            model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
+            write_json(out / "anchors" / "history.json", result.history)
+            anchors = model.control_points()
+            timings["anchors"] = result.seconds
+        for m in range(len(next(iter(anchors.values())))):
+            export_adapter(model.config, {n: p[m] for n, p in anchors.items()}, out / "anchors" / str(m))
+        model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
+        model.anchor(config.curve.degree, config.curve.alignment, config.curve.inner, config.curve_training.seed)
+    result = fit(model, task, config.curve_training, out / "training", **loop)
+    timings["curve"] = result.seconds
+    write_json(out / "training" / "history.json", result.history)
+    model.save_pretrained(out / "curve")
+    evaluated = time.perf_counter()
+    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
+    report["training"] = {"best_step": result.best_step, "validation_nll": result.validation_nll, "steps": result.steps}
+    report["seconds"] = timings | {
+        "evaluation": time.perf_counter() - evaluated,
+        "total": time.perf_counter() - started,
+    }
+    report["task"] = task.describe()
+    write_json(out / "metrics.json", report)
+    return report
+
+
+def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
+    """The tokenised sets: test, further splits of the data set, and the OOD sets in the same prompt."""
+    sets = {name: task.encode(name) for name in task.dataset.splits if name not in ("train", "validation")}
+    for data in config.ood:
+        dataset = open_dataset(data)
+        sets[f"ood:{dataset.name}"] = task.encode_rows(dataset.rows("test"), f"ood:{dataset.name}", labelled=False)
+    if "test" not in sets:
+        raise UserError(f"{task.dataset.name}: expected a test split, found {', '.join(task.dataset.splits)}")
+    return sets
+
+
+def evaluate_methods(
+    model: CurveModel,
+    task: Task,
+    config: EvaluationConfig,
+    sets: dict[str, Encoded],
+    anchors: ControlPoints | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Predict every set by every method and write predictions.parquet; the model keeps its curve."""
+    average = choose_average(model, config, task.encode("validation"))
+    labels = {name: labels_of(e) for name, e in sets.items() if e.scoring != "lm" and all(x.label is not None for x in e.examples)}
+    curve = _along("curve", model, average.t, average.weights, sets)
+    methods = [curve]
+    spec, points = model.spec, model.control_points()
+    if anchors is not None:
+        count = len(next(iter(anchors.values())))
+        slots = CurveSpec.slots(count)
+        model.set_curve(slots, anchors)
+        ensemble = _along("ensemble", model, slot_times(count), None, sets)
+        ensemble.t = []
+        methods = [*(_single(ensemble, m) for m in range(count)), ensemble]
+        for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
+            model.set_curve(slots, control)
+            methods.append(_along(name, model, average.t, None, {"test": sets["test"]}))
+        methods.append(curve)
+        model.set_curve(spec, points)
+    lm = sets["test"].scoring == "lm"
+    report: dict[str, Any] = {"average": average.record}
+    if lm:
+        labels = {name: p.labels for name, p in curve.sets.items() if p.labels is not None}
+    report["methods"] = summarise(methods, labels)
+    report["comparisons"] = [
+        compare(curve, method, labels["test"], config.seed) for method in methods if method is not curve
+    ]
+    if anchors is not None:
+        scalings = {f"base_model.model.{n}.lora_A.weight": getattr(x, "scaling", 1.0) for n, x in model.layers.items()}
+        report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
+    if not lm:
+        write_predictions(out / "predictions.parquet", methods, sets)
+    return report
+
+
+def _along(name: str, model: CurveModel, t: Tensor, weights: Tensor | None, sets: dict[str, Encoded]) -> Method:
+    predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
+    return Method(name, len(t), predicted, t.tolist())
+
+
+def _single(ensemble: Method, m: int) -> Method:
+    """One member of an ensemble as a method of its own."""
+    sets = {}
+    for name, p in ensemble.sets.items():
+        if p.point_log_probs is not None:
+            sets[name] = Predictive.from_log_probs(p.point_log_probs[m : m + 1])
+    return Method(f"adapter {m}", 1, sets)
+
+
+def write_predictions(path: Path, methods: list[Method], sets: dict[str, Encoded]) -> None:
+    """Write one row for each example, set and method as Parquet (columns as documented in the README)."""
+    tables = []
+    for method in methods:
+        for name, predictive in method.sets.items():
+            examples = sets[name].examples
+            n, count, _ = predictive.point_probs.shape
+            classes = [max(e.n_choices, 1) for e in examples]
+            columns: dict[str, Any] = {
+                "id": [e.id for e in examples],
+                "set": [name] * count,
+                "method": [method.name] * count,
+                "label": pa.array([e.label for e in examples], pa.int32()),
+                "probs": [p[:c] for p, c in zip(predictive.probs.tolist(), classes, strict=True)],
+                "point_probs": [
+                    [q[:c] for q in p]
+                    for p, c in zip(predictive.point_probs.transpose(0, 1).tolist(), classes, strict=True)
+                ],
+                "weights": [predictive.weights.tolist()] * count,
+                **{k: getattr(predictive, k).tolist() for k in ("entropy", "expected_entropy", "mutual_information")},
+            }
+            tables.append(pa.table(columns))
+    table = pa.concat_tables(tables)
+    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
+def best_point(run: Run, points: int = 21) -> float:
+    """The t of lowest validation NLL on a uniform grid of points."""
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    validation = run.task.encode("validation")
+    nll = point_nll(predict_split(run.model, validation, t), labels_of(validation)).mean(1)
+    return float(t[int(nll.argmin())])

@@ -1,0 +1,111 @@
+"""The project's frame: what README, Makefile, packaging and the public face promise exists."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import loracurve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = sorted((ROOT / "src" / "loracurve" / "configs").glob("**/*.yaml"))
+
+
+def fenced(language: str) -> Iterator[str]:
+    """Blocks ```language of the README."""
+    yield from re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Shell lines of the README, split at blanks, comments left out."""
+    lines = [line.partition("#")[0].split() for block in fenced("(?:bash|sh|console)") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_readme_commands_exist() -> None:
+    from loracurve.cli import COMMANDS
+
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = commands()
+    assert {line[1] for line in named if line[0] == "make"} >= {"quickstart", "test"}
+    for program, verb, *_ in named:
+        assert program in ("make", "pip", "loracurve"), f"README shows an unknown command {program}"
+        if program == "make":
+            assert verb in targets, f"README shows make {verb}, the Makefile has {sorted(targets)}"
+        if program == "loracurve":
+            assert verb in COMMANDS, f"README shows loracurve {verb}, the command has {sorted(COMMANDS)}"
+
+
+def test_readme_lists_every_command() -> None:
+    from loracurve.cli import COMMANDS
+
+    assert {line[1] for line in commands() if line[0] == "loracurve"} == set(COMMANDS)
+
+
+def test_readme_python_names_exist() -> None:
+    blocks = list(fenced("python"))
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for path in re.findall(r"\blc((?:\.\w+)+)", block):
+            found: object = loracurve
+            for name in path[1:].split("."):
+                found = getattr(found, name)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/gotchas.md", "CONTRIBUTING.md"])
+def test_documents_name_existing_functions_and_files(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for module, names in re.findall(r"`(?:loracurve\.)?([a-z_]+)\.([A-Za-z_.]+)(?:\(\))?`", text):
+        if (ROOT / "src" / "loracurve" / f"{module}.py").exists():
+            found: object = importlib.import_module(f"loracurve.{module}")
+            if names == "py":
+                continue
+            for name in names.split("."):
+                assert hasattr(found, name), f"{document} names {module}.{names}, which does not exist"
+                found = getattr(found, name)
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse(path: Path) -> None:
+    from loracurve.cli import parse_fit_config
+
+    parse_fit_config(path)
+
+
+def test_some_configs_are_shipped() -> None:
+    assert CONFIGS
+
+
+def test_version_stands_once() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert declared == loracurve.__version__ == importlib.metadata.version("loracurve")
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert loracurve.__all__
+    for name in loracurve.__all__:
+        found = getattr(loracurve, name)
+        assert isinstance(found, str) or (found.__doc__ or "").strip(), f"loracurve.{name} has no docstring"
+
+
+def test_no_tracked_file_names_a_machine_path() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    # Put together here, or this file would be found itself.
+    machine = re.compile(rb"(?<![\w.])/(?:work|root)" + b"/")
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file():
+            assert not machine.search(path.read_bytes()), f"{name} names a path of one machine"
