@@ -46,18 +46,19 @@ format: env
 mypy: env
 	@$(BIN)/mypy
 
-# Installs the wheel where the source tree cannot be seen. The environment's other packages are lent by a .pth file, whose
-# directories' own .pth files (the editable install among them) are not followed.
+# Installs the wheel where the source tree cannot be seen. The environment's other packages are lent by a .pth file;
+# .pth files inside the folder it names (the editable install's is one) are not followed.
 wheel: env
 	@rm -rf build dist
 	@mkdir -p dist
 	@$(BIN)/python -m build --wheel --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
 	@rm -rf build dist/build.log
-	@$(PYTHON) -m venv --without-pip $(CHECK)
+	@$(BIN)/python -m venv --without-pip $(CHECK)
 	@$(BIN)/python -m pip --python $(CHECK)/bin/python install -q --disable-pip-version-check --no-deps dist/*.whl
 	@site=$$($(CHECK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	files() { cd "$$1" && find . -type f ! -path '*/__pycache__/*' | sort; }; \
-	diff <(files src/loracurve) <(files "$$site/loracurve") || { echo "the wheel's files differ from the source's"; exit 1; }; \
+	diff <(files src/loracurve) <(files "$$site/loracurve") \
+		|| { echo "the wheel's files (>) differ from the source's (<)"; exit 1; }; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/lent.pth"; \
 	cd $(CHECK) && ./bin/loracurve --help > /dev/null
 	@rm -rf build

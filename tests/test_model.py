@@ -17,7 +17,9 @@ T = torch.tensor([0.0, 0.2, 0.5, 0.85, 1.0], dtype=torch.float64)
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
 
-def build(architecture: str, segments: int, dtype: torch.dtype, **options: object) -> tuple[CurveModel, torch.nn.Module]:
+def build(
+    architecture: str, segments: int, dtype: torch.dtype, **options: object
+) -> tuple[CurveModel, torch.nn.Module]:
     base = tiny(architecture, dtype)
     untouched = copy.deepcopy(base)
     model = CurveModel(base, lora_config(architecture, **options), CurveSpec(segments, 2))
@@ -45,7 +47,9 @@ def peft_logits(twin: peft.PeftModel, count: int, ids: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_three_ways_to_run_equal_a_loop_over_peft_adapters(architecture: str, segments: int, dtype: torch.dtype) -> None:
+def test_three_ways_to_run_equal_a_loop_over_peft_adapters(
+    architecture: str, segments: int, dtype: torch.dtype
+) -> None:
     model, base = build(architecture, segments, dtype)
     twin = peft_twin(base, model.config, adapters_on(model, T))
     ids = inputs()

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from loracurve import curve
 from loracurve.errors import UserError
-from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
 from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
+from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig
 from loracurve.tasks import Task
@@ -38,7 +38,12 @@ def build(architecture: str, tmp_path: Path, spec: CurveSpec, dtype: torch.dtype
 
 
 def separate_fine_tune(
-    base: torch.nn.Module, config: peft.LoraConfig, task: Task, loop: LoopConfig, seed: int, init: dict[str, torch.Tensor]
+    base: torch.nn.Module,
+    config: peft.LoraConfig,
+    task: Task,
+    loop: LoopConfig,
+    seed: int,
+    init: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """One adapter trained by PEFT and torch alone, an example a row."""
     model = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config), autocast_adapter_dtype=False)

@@ -1,10 +1,10 @@
 """Bayesian fine-tuning of language models with curves of LoRA adapters.
 
-    import loracurve as lc
+import loracurve as lc
 
-    model = lc.CurveModel.from_adapters(base, ["runs/a0", "runs/a1", "runs/a2"], degree=2)
-    lc.fit(model, task, lc.FitConfig(steps=300))
-    predictive = lc.predict_split(model, task.encode("test"), t)
+model = lc.CurveModel.from_adapters(base, ["runs/a0", "runs/a1", "runs/a2"], degree=2)
+lc.fit(model, task, lc.FitConfig(steps=300))
+predictive = lc.predict_split(model, task.encode("test"), t)
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -24,7 +24,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 def load_base(
-    name: str, classifier: bool = False, dtype: Dtype = "auto", num_labels: int | None = None, trust_remote_code: bool = False
+    name: str,
+    classifier: bool = False,
+    dtype: Dtype = "auto",
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model or a sequence classifier with its tokenizer.
 
@@ -44,7 +48,10 @@ def load_base(
         extra |= _gguf_options(gguf)
     try:
         model = kind.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code, **extra
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            **extra,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {name!r}: {' '.join(str(error).split())[:240]}") from error

@@ -1,19 +1,21 @@
 """Batches: examples laid out in rows, by a token budget, with shared prefixes stored once.
 
-A row may hold several examples behind their common prefix, and several choices behind one prompt: a tree of tokens, each
-attending to its ancestors. In depth-first order token j is an ancestor of token i exactly when j <= i < end[j], so one
-integer per token describes the mask and the 4-D mask is made on the device.
+A row may hold several examples behind their common prefix, and several choices behind one prompt: a tree of tokens,
+each attending to its ancestors. In depth-first order token j is an ancestor of token i exactly when j <= i < end[j], so
+one integer per token describes the mask and the 4-D mask is made on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loracurve.tasks.encoding import Encoded, Example
+from loracurve.tasks.tokens import common_prefix
 
 __all__ = ["Batch", "collate", "evaluation_batches", "tree_mask"]
 
@@ -57,7 +59,7 @@ class Batch:
     row_slots: Tensor | None = None
     """[N] the same by row"""
     units: Tensor | None = None
-    """[N] example (its place in the batch) whose parts a row holds, so that they share a t; None: each row is its own"""
+    """[N] example (its place in the batch) whose parts a row holds: these share a t; None: each row is its own"""
 
     @property
     def tokens(self) -> int:
@@ -66,12 +68,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all tensors on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 
 def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, T] subtree ends -> [N, 1, T, T] additive mask: 0 where token i may attend to token j, the dtype's minimum elsewhere."""
+    """[N, T] subtree ends -> [N, 1, T, T] additive mask: 0 where token i may attend to j, else the dtype's minimum."""
     place = torch.arange(ends.shape[1], device=ends.device)
     allowed = (place[None, :] <= place[:, None]) & (place[None, :, None] < ends[:, None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=ends.device)
@@ -99,23 +103,13 @@ class _Row:
         self.ends[start:stop] = [len(self.tokens)] * (stop - start)
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    low, high = min(prompts), max(prompts)
-    size = 0
-    for x, y in zip(low, high, strict=False):
-        if x != y:
-            break
-        size += 1
-    return size
-
-
 def _own_tokens(example: Example) -> int:
     return len(example.prompt) + sum(len(c) - 1 for c in example.choices)
 
 
 def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`."""
-    prefix = _common_prefix([examples[i].prompt for i in numbers])
+    prefix = common_prefix([examples[i].prompt for i in numbers])
     rows: list[list[int]] = []
     used = 0
     for place, i in enumerate(numbers):
@@ -142,7 +136,7 @@ def collate(
         encoded: a tokenised split.
         numbers: which examples, in order.
         row_tokens: rows are filled with whole examples up to this many tokens (a longer example has a row of its own).
-        packing: whether the model takes 4-D masks; without it every example, and for `text` every choice, has its own row.
+        packing: whether the model takes 4-D masks; else every example, and for `text` every choice, has its own row.
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
     """
     examples = encoded.examples
@@ -181,7 +175,7 @@ def _collate_rows(
     example_rows = torch.zeros(len(numbers), dtype=torch.long)
     width = max((len(examples[i].choices) for i in numbers), default=0) if branching else 1
     for group in groups:
-        prefix = _common_prefix([examples[numbers[p]].prompt for p in group]) if len(group) > 1 else 0
+        prefix = common_prefix([examples[numbers[p]].prompt for p in group]) if len(group) > 1 else 0
         row = _Row([], [], [])
         row.chain(examples[numbers[group[0]]].prompt[:prefix], 0)
         rows.append(row)

@@ -80,10 +80,12 @@ def evaluate(
     from loracurve.storage import write_json
 
     opened = open_run(run, task)
-    changes = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
+    changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
     evaluation = replace(opened.config.evaluation, **changes)
     encoded = opened.task.encode(split)
-    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}".replace("/", "_").replace(" ", "_")
+    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}".replace("/", "_").replace(
+        " ", "_"
+    )
     folder = new_folder(Path(out) if out else Path(run) / "evaluations" / name)
     average = opened.average(evaluation)
     method = Method("curve", len(average.t), {split: predict_split(opened.model, encoded, average.t, average.weights)})
@@ -248,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     _quieten_upstream()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)

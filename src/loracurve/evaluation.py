@@ -78,7 +78,9 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
         temperature = config.temperature or _fit_likelihood_temperature(nll, weights)
         weights = likelihood_weights(nll.sum(1), weights, temperature)
         record |= {"temperature": temperature, "rows": nll.shape[1]}
-    return Average(t, weights, record | {"t": t.tolist(), "w": weights.tolist(), "effective": effective_points(weights)})
+    return Average(
+        t, weights, record | {"t": t.tolist(), "w": weights.tolist(), "effective": effective_points(weights)}
+    )
 
 
 def point_nll(predictive: Predictive, labels: Tensor) -> Tensor:

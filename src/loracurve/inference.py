@@ -27,6 +27,7 @@ __all__ = [
 
 Rule = Literal["uniform", "gauss-legendre", "monte-carlo"]
 
+
 def quadrature(
     kind: Rule, points: int, segments: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:

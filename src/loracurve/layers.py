@@ -80,7 +80,7 @@ def _rows_product(x: Tensor, stack: Tensor, coefficients: Tensor) -> Tensor:
 
 
 class CurveLayer(nn.Module):
-    """What the curve layers share: the base layer, the route, and control points as parameters of leading dimension K."""
+    """What curve layers share: the base layer, the route, and control points as parameters of leading dimension K."""
 
     def __init__(self, base_layer: nn.Module, route: Route) -> None:
         super().__init__()
@@ -89,6 +89,10 @@ class CurveLayer(nn.Module):
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The layer's control points by PEFT's parameter suffix (`lora_A.weight`, ...), each [K, ...]."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of one control point's tensors by suffix, in PEFT's layout."""
         raise NotImplementedError
 
     def set_factors(self, factors: dict[str, Tensor]) -> None:
@@ -111,16 +115,23 @@ class CurveLinear(CurveLayer):
     contiguous matrix [K r, n_out]. `scaling` is PEFT's alpha / r (or alpha / sqrt(r)).
     """
 
-    def __init__(self, base_layer: nn.Module, route: Route, scaling: float, dropout: float, in_out: tuple[int, int]):
+    base_layer: nn.Linear
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(
+        self, base_layer: nn.Module, route: Route, rank: int, scaling: float, dropout: float, n_in: int, n_out: int
+    ) -> None:
         super().__init__(base_layer, route)
-        self.scaling = scaling
+        self.rank, self.scaling = rank, scaling
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.in_features, self.out_features = in_out
+        self.in_features, self.out_features = n_in, n_out
         # GPT-2's Conv1D keeps its weight as [n_in, n_out].
         self.transposed = type(base_layer).__name__ == "Conv1D"
-        self.A: nn.Parameter
-        self.B: nn.Parameter
         self._merged: Tensor | None = None
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {"lora_A.weight": [self.rank, self.in_features], "lora_B.weight": [self.out_features, self.rank]}
 
     def factors(self) -> dict[str, nn.Parameter]:
         return {"lora_A.weight": self.A, "lora_B.weight": self.B}
@@ -143,30 +154,32 @@ class CurveLinear(CurveLayer):
     def forward(self, x: Tensor) -> Tensor:
         route = self.route
         if route.kind == "merged":
+            assert self._merged is not None
             weight = self._merged.mT if self.transposed else self._merged
-            return F.linear(x, weight, getattr(self.base_layer, "bias", None))
+            return F.linear(x, weight, self.base_layer.bias)
         y = self.base_layer(x)
         if route.kind == "base":
             return y
         x = self.dropout(x)
+        assert route.coefficients is not None
         if route.kind == "points":
+            assert route.groups is not None
             return self._add_points(y, x, route.groups)
         return self._add_rows(y, x, _expand(route.coefficients, x.shape[0]))
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
         ids = slice(None) if token_ids is None else token_ids
-        bias = getattr(self.base_layer, "bias", None)
-        weight = self._merged if self.route.kind == "merged" else self.base_layer.weight
+        bias = self.base_layer.bias
+        weight = self.base_layer.weight if self._merged is None else self._merged
         y = F.linear(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
         if self.route.kind in ("base", "merged"):
             return y
+        assert self.route.coefficients is not None
         return self._add_rows(y, self.dropout(x), self.route.coefficients[rows], self.B[:, :, ids], windows=False)
 
     def _add_points(self, y: Tensor, x: Tensor, groups: Tensor) -> Tensor:
-        a, b = (
-            (groups.to(f) @ f.flatten(1)).view(groups.shape[0], *f.shape[1:]).to(x.dtype) for f in (self.A, self.B)
-        )
+        a, b = ((groups.to(f) @ f.flatten(1)).view(groups.shape[0], *f.shape[1:]).to(x.dtype) for f in (self.A, self.B))
         hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT)
         out = torch.baddbmm(y.reshape(len(a), -1, y.shape[-1]), hidden, b, alpha=self.scaling)
         return out.view(y.shape)
@@ -184,13 +197,18 @@ class CurveLinear(CurveLayer):
 
 
 class CurveDense(CurveLayer):
-    """A trained dense layer (a classification head of `modules_to_save`): its weight [K, o, i] and bias are curve points."""
+    """A dense layer trained whole (a head of `modules_to_save`): weight [K, o, i] and bias [K, o] are curve points."""
+
+    base_layer: nn.Linear
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Linear, route: Route) -> None:
         super().__init__(base_layer, route)
-        self.weight: nn.Parameter
-        self.bias: nn.Parameter | None = None
         self._merged: tuple[Tensor, Tensor | None] | None = None
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {suffix: list(p.shape) for suffix, p in self.base_layer.named_parameters()}
 
     def factors(self) -> dict[str, nn.Parameter]:
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
@@ -212,8 +230,10 @@ class CurveDense(CurveLayer):
         if route.kind == "base":
             return self.base_layer(x)
         if route.kind == "merged":
+            assert self._merged is not None
             weight, bias = self._merged
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        assert route.coefficients is not None
         # A head is small: all control points at once, whatever the way to run.
         c = _expand(route.coefficients, x.shape[0])[None]
         y = _rows_product(x.reshape(1, c.shape[1], -1, x.shape[-1]), self.weight.to(x.dtype).mT[None], c)[0]
@@ -229,7 +249,9 @@ class OutputHead(nn.Module):
     model does to logits afterwards (scaling, soft-capping) acts element by element and stays as it is.
     """
 
-    def __init__(self, inner: nn.Module, route: Route) -> None:
+    inner: nn.Linear | CurveLinear
+
+    def __init__(self, inner: nn.Linear | CurveLinear, route: Route) -> None:
         super().__init__()
         self.inner = inner
         self.route = route
@@ -237,7 +259,7 @@ class OutputHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base weight, for code that ties or inspects output embeddings."""
-        return getattr(self.inner, "base_layer", self.inner).weight
+        return (self.inner.base_layer if isinstance(self.inner, CurveLinear) else self.inner).weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         route = self.route
@@ -245,7 +267,8 @@ class OutputHead(nn.Module):
             return self.inner(hidden)
         chosen = hidden.reshape(-1, hidden.shape[-1])[route.positions]
         if isinstance(self.inner, CurveLinear):
+            assert route.position_rows is not None
             return self.inner.select(chosen, route.position_rows, route.token_ids)
         ids = slice(None) if route.token_ids is None else route.token_ids
-        bias = getattr(self.inner, "bias", None)
+        bias = self.inner.bias
         return F.linear(chosen, self.inner.weight[ids], None if bias is None else bias[ids])

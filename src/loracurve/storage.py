@@ -5,6 +5,7 @@ A curve folder holds `curve_config.json` and `control_points.safetensors` (PEFT 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -38,7 +39,7 @@ __all__ = [
 FORMAT = 1
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, flush it to disk and rename it, so that `path` is old or whole.
 
     Raises:
@@ -53,9 +54,12 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder with --out") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; free some space or choose another folder with --out"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,7 +84,9 @@ class _Validation:
 class _Anchors:
     """M independent adapters in one pass: slot m sees its own mini-batches; the loss is the sum of the slots' means."""
 
-    def __init__(self, model: CurveModel, train: Encoded, validation: Encoded, config: LoopConfig, anchors: int) -> None:
+    def __init__(
+        self, model: CurveModel, train: Encoded, validation: Encoded, config: LoopConfig, anchors: int
+    ) -> None:
         self.model, self.train, self.config, self.groups = model, train, config, anchors
         self.validation = _Validation(model, validation, config)
         self.seeds = slot_seeds(config.seed, anchors)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,9 @@ def method_rows(methods: Mapping[str, Any], split: str = "test") -> list[dict[st
     if singles:
         figures = {k: _mean([m["sets"][split][k] for m in singles]) for k in singles[0]["sets"][split] if k in COLUMNS}
         found = {s: _detection([m["detection"].get(s) for m in singles]) for s in singles[0]["detection"]}
+        # One point has no mutual information; a zero would read as a finding.
+        figures["mutual_information"] = None
+        found = {s: (by_entropy, None) for s, (by_entropy, _) in found.items()}
         rows.append({"method": f"single adapter (mean of {len(singles)})", "passes": 1, **figures, "detection": found})
     for name, m in methods.items():
         if m in singles:
@@ -46,37 +50,43 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
-    """Print one row for each method: passes, ACC, NLL, ECE, MI, and OOD AUROC by entropy / MI."""
+    """Print accuracy and calibration of each method, and how well uncertainty tells other sets from this one."""
     rows = method_rows(methods, split)
-    ood = sorted({s for row in rows for s in row["detection"]})
-    table = Table(title=f"{split} split")
-    table.add_column("method")
-    for heading in ("passes", *COLUMNS.values(), *(f"AUROC {s}\nentropy / MI" for s in ood)):
-        table.add_column(heading, justify="right")
+    table = _table(f"{split} split", ["method", "passes", *COLUMNS.values()])
     for row in rows:
-        single = row["method"].startswith("single")
-        cells = [_number(row.get(k)) for k in COLUMNS]
-        if single:
-            cells[-1] = "-"
-        for s in ood:
-            by_entropy, by_mi = row["detection"].get(s, (None, None))
-            cells.append(f"{_number(by_entropy, 3)} / {'-' if single else _number(by_mi, 3)}")
-        table.add_row(row["method"], str(row["passes"]), *cells)
-    Console(width=None).print(table)
+        table.add_row(row["method"], str(row["passes"]), *(_number(row.get(k)) for k in COLUMNS))
+    console = Console()
+    console.print(table)
+    sets = sorted({s for row in rows for s in row["detection"]})
+    if sets:
+        table = _table(f"AUROC of telling a set from {split}, by entropy / by MI", ["method", "passes", *sets])
+        for row in rows:
+            if row["detection"]:
+                cells = (" / ".join(_number(v, 3) for v in row["detection"][s]) for s in sets)
+                table.add_row(row["method"], str(row["passes"]), *cells)
+        console.print(table)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print the table of methods and the paired comparisons of the curve with each of them."""
+    """Print the tables of methods and the paired comparisons of the curve with each of them."""
     print_methods(report["methods"])
-    table = Table(title="curve minus other, paired over test examples, 95 % bootstrap interval")
-    for heading in ("other", "NLL", "", "ACC", ""):
-        table.add_column(heading)
+    table = _table(
+        "curve minus other, paired over test examples, 95 % bootstrap interval", ["other", "", "difference", ""]
+    )
     for c in report["comparisons"]:
-        cells = []
         for measure in ("nll", "acc"):
             found = c[measure]
             better = (found["estimate"] < 0) == (measure == "nll")
-            verdict = ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
-            cells += [f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", verdict]
-        table.add_row(c["second"], *cells)
+            verdict = (
+                ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
+            )
+            interval = f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+            table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval, verdict)
     Console().print(table)
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 or not heading else "right", no_wrap=True)
+    return table

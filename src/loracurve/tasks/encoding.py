@@ -57,7 +57,7 @@ class Encoded:
 
     @cached_property
     def token_offsets(self) -> list[int]:
-        """For "lm": the number of each example's first completion token when all are counted, and the total at the end."""
+        """For "lm": number of each example's first completion token when all are counted, and the total at the end."""
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 from loracurve.errors import UserError
-from loracurve.tasks.data import Dataset, Row
+from loracurve.tasks.data import Dataset, Row, subset
 
 __all__ = ["FAMILY_LETTERS", "word_sentiment"]
 
@@ -25,7 +25,9 @@ MAX_SPREAD = 1.0
 _PLAIN = re.compile("[a-z]{3,}")
 
 
-def word_sentiment(train: int = 960, validation: int = 200, test: int = 600, seed: int = 0) -> Dataset:
+def word_sentiment(
+    train: int = 960, validation: int = 200, test: int = 600, ambiguous: int = 300, seed: int = 0
+) -> Dataset:
     """Splits train, validation, test (classes negative, positive), ambiguous and elements (both without labels).
 
     Clear words: mean rating (from -4 to 4) of at least 1 in size, standard deviation at most 1, no raters of opposite
@@ -65,7 +67,7 @@ def word_sentiment(train: int = 960, validation: int = 200, test: int = 600, see
             rows.extend(clear[family])
         splits[split] = rows[:size]
     splits = {split: splits[split] for split in ("train", "validation", "test")}
-    splits["ambiguous"] = [row for row in unclear if row.id[:FAMILY_LETTERS] not in used]
+    splits["ambiguous"] = subset([row for row in unclear if row.id[:FAMILY_LETTERS] not in used], ambiguous, seed)
     splits["elements"] = [Row(name, text=name) for name in _elements() if name not in lexicon]
     notes = (
         f"VADER lexicon words a-z: |mean| >= {MIN_MEAN}, sd <= {MAX_SPREAD}, raters of one sign; split by the first "

@@ -1,0 +1,67 @@
+"""Run directories of tiny models, made by the command line as a user makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from made import write_rows
+from tiny import tiny
+from tokenizers_made import bert_style, llama_style, qwen_style
+from transformers import BertForSequenceClassification
+
+from loracurve.cli import main
+
+TOKENIZERS = {"qwen2": qwen_style, "llama": llama_style, "encoder": bert_style}
+SIZES = {"train": 40, "validation": 24, "test": 17}
+# Steps and rates at which a tiny model learns something and no control point stays where it was.
+QUICK = [
+    "--anchor_training.steps=4",
+    "--anchor_training.batch_size=4",
+    "--anchor_training.learning_rate=1e-2",
+    "--curve_training.steps=4",
+    "--curve_training.batch_size=4",
+    "--curve_training.learning_rate=1e-2",
+    "--curve_training.evaluation_points=3",
+    "--evaluation.points=3",
+    "--curve.anchors=2",
+    "--lora.r=2",
+    "--lora.lora_alpha=4",
+]
+
+
+def base_folder(folder: Path, architecture: str) -> Path:
+    """A tiny model and its tokenizer as a hub checkout has them; an encoder without a classification head."""
+    tokenizer = TOKENIZERS[architecture]()
+    base = tiny(architecture, vocabulary=len(tokenizer))
+    if isinstance(base, BertForSequenceClassification):
+        base = base.bert
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def data_folder(folder: Path, scoring: str, sizes: dict[str, int] | None = None) -> Path:
+    return write_rows(folder, sizes or SIZES, choice=scoring in ("letter", "text"), lm=scoring == "lm")
+
+
+def config_file(path: Path, model: Path, data: Path, scoring: str) -> Path:
+    """The least that a config needs. JSON is YAML."""
+    path.write_text(json.dumps({"model": {"name": str(model)}, "task": {"data": str(data), "scoring": scoring}}))
+    return path
+
+
+def command(*arguments: object) -> None:
+    """Run `loracurve`; anything but success fails the test."""
+    assert main([str(a) for a in arguments]) == 0
+
+
+def tree_hash(folder: Path) -> str:
+    """Names and contents of everything below `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        if path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
