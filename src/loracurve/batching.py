@@ -129,6 +129,7 @@ def collate(
     row_tokens: int = 256,
     packing: bool = True,
     slots: Sequence[int] | None = None,
+    pad_to: int = 1,
 ) -> Batch:
     """Lay out the examples `numbers` of a split as one batch.
 
@@ -138,11 +139,12 @@ def collate(
         row_tokens: rows are filled with whole examples up to this many tokens (a longer example has a row of its own).
         packing: whether the model takes 4-D masks; else every example, and for `text` every choice, has its own row.
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
+        pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
     """
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
     if encoded.scoring == "head":
-        batch = _collate_sequences(encoded, numbers, labels)
+        batch = _collate_sequences(encoded, numbers, labels, pad_to)
     else:
         groups: list[list[int]] = []
         for slot in sorted(set(slots)) if slots else [None]:
@@ -152,7 +154,7 @@ def collate(
                 groups += [[places[p] for p in group] for group in packed]
             else:
                 groups += [[p] for p in places]
-        batch = _collate_rows(encoded, numbers, labels, groups, packing)
+        batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
     if slots:
         row_slots = torch.zeros(len(batch.input_ids), dtype=torch.long)
         if batch.units is None:
@@ -164,7 +166,7 @@ def collate(
 
 
 def _collate_rows(
-    encoded: Encoded, numbers: Sequence[int], labels: Tensor, groups: list[list[int]], packing: bool
+    encoded: Encoded, numbers: Sequence[int], labels: Tensor, groups: list[list[int]], packing: bool, pad_to: int
 ) -> Batch:
     """Rows of token chains for language models: one row per group of examples."""
     examples = encoded.examples
@@ -173,7 +175,7 @@ def _collate_rows(
     units: list[int] = []
     read: list[tuple[int, int, int, int]] = []  # row, place in row, target, owner
     example_rows = torch.zeros(len(numbers), dtype=torch.long)
-    width = max((len(examples[i].choices) for i in numbers), default=0) if branching else 1
+    width = encoded.most_choices if branching else 1
     for group in groups:
         prefix = common_prefix([examples[numbers[p]].prompt for p in group]) if len(group) > 1 else 0
         row = _Row([], [], [])
@@ -201,7 +203,7 @@ def _collate_rows(
                 ]
             row.close(start, stop)
         row.close(0, prefix)
-    return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width)
+    return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
 
 
 def _tensors(
@@ -213,9 +215,13 @@ def _tensors(
     read: list[tuple[int, int, int, int]],
     example_rows: Tensor,
     width: int,
+    pad_to: int,
 ) -> Batch:
     """Pad the rows and turn the read-outs into tensors."""
-    size = max(len(r.tokens) for r in rows)
+    size = _ceil(max(len(r.tokens) for r in rows), pad_to)
+    if encoded.scoring == "text":
+        # Read-outs that fill up the shape belong to one choice too many, which is dropped after summing.
+        read = read + [(0, 0, 0, len(numbers) * width)] * (_ceil(len(read), pad_to) - len(read))
     input_ids = torch.tensor([r.tokens + [0] * (size - len(r.tokens)) for r in rows])
     row_index, place, targets, owner = (torch.tensor(column) for column in zip(*read, strict=True))
     batch = Batch(
@@ -235,7 +241,8 @@ def _tensors(
             batch.choice_mask = torch.arange(len(encoded.answer_ids)) < counts[:, None]
     elif encoded.scoring == "text":
         batch.targets, batch.owner, batch.normalise = targets, owner, encoded.normalise
-        batch.choice_lengths = torch.bincount(owner, minlength=len(numbers) * width).view(-1, width)
+        lengths = torch.bincount(owner, minlength=len(numbers) * width)
+        batch.choice_lengths = lengths[: len(numbers) * width].view(-1, width)
     else:
         # Language modelling: every target token is an example of its own, numbered by split position and place.
         batch.targets = batch.labels = targets
@@ -246,10 +253,14 @@ def _tensors(
     return batch
 
 
-def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor) -> Batch:
+def _ceil(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor, pad_to: int) -> Batch:
     """Whole sequences with a padding mask, for sequence classifiers."""
     examples = [encoded.examples[i] for i in numbers]
-    size = max(len(e.prompt) for e in examples)
+    size = _ceil(max(len(e.prompt) for e in examples), pad_to)
     pad = encoded.pad_id
     batch = Batch(
         torch.tensor([[*e.prompt, *[pad] * (size - len(e.prompt))] for e in examples]),

@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CurveDense", "CurveLayer", "CurveLinear", "OutputHead", "Route"]
+__all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows and coefficients belong together: plain numbers, known before anything runs on a device."""
+
+    kind: Literal["base", "rows", "points", "merged"]
+    replicas: int = 1
+    """how often each row of the batch is run"""
+    windows: int = 1
+    """*rows*: equal consecutive groups of rows that lie in one segment each"""
 
 
 @dataclass

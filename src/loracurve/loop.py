@@ -10,22 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from loracurve.batching import Batch
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.errors import UserError
 from loracurve.model import CurveModel
 from loracurve.randomness import generator, stream_seed
+from loracurve.stepping import Program, StepConfig, Stepper
 
-__all__ = ["FitResult", "LoopConfig", "Program", "batch_numbers", "learning_rate_factor", "run_loop"]
+__all__ = ["FitResult", "LoopConfig", "batch_numbers", "learning_rate_factor", "run_loop"]
 
 Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 
@@ -62,6 +62,8 @@ class LoopConfig:
     """Which state remains: that of the best validation NLL, or the last."""
     row_tokens: int = 256
     """Short examples are packed into rows of up to this many tokens."""
+    capture: bool = True
+    """On a GPU, capture whole steps in CUDA graphs; rows are then padded to a few lengths and hold one example each."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: int = 0
@@ -107,25 +109,6 @@ def batch_numbers(seed: int, step: int, examples: int, batch_size: int) -> list[
     return numbers
 
 
-class Program(Protocol):
-    """What is trained: the loop asks it for batches, losses and validation figures."""
-
-    groups: int
-    """Independent things trained side by side (anchors), each clipped, validated and kept on its own; 1 for a curve."""
-
-    def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step."""
-
-    def loss(self, step: int, part: int, batch: Batch, examples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that a micro-batch adds and figures to log; `examples` [groups] counts the whole step's examples."""
-
-    def validate(self) -> list[float]:
-        """Validation NLL of each group, in nats."""
-
-    def decay_gram(self) -> Tensor:
-        """[K, K] G with decay P <- P - lr * weight_decay * G P."""
-
-
 @dataclass
 class FitResult:
     """What a fit did."""
@@ -167,33 +150,52 @@ def run_loop(
         enable: Any = model.model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     factors = model.factors
-    mask = model.spec.mask.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        factors, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
-    )
+    options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
+    stepper = Stepper(program, factors, model.spec.mask, StepConfig(**options), config.capture)
     infinite = [math.inf] * program.groups
     state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
     if folder is not None and (folder / "checkpoint.json").exists():
-        load_checkpoint(folder, factors, optimizer, state)
+        load_checkpoint(folder, factors, stepper.optimizer, state)
     every = config.evaluate_every or max(config.steps // 10, 1)
+    save_every = config.checkpoint_every or every
+    # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
+    look_every = 1 if accelerator.device.type == "cpu" else 20
     finished = state.step >= config.steps or bool(config.patience and state.stale >= config.patience)
     started, past = time.perf_counter(), state.seconds
+    waiting: list[dict[str, Any]] = []
+    rows: list[Tensor] = []
+    model.train()
     with _bar(label, config.steps, state.step, progress) as show:
         while state.step < config.steps and not finished:
-            figures = _step(model, program, config, optimizer, factors, mask, state.step, folder, state)
+            # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
+            torch.manual_seed(stream_seed(config.seed, "forward", state.step))
+            factor = learning_rate_factor(config, state.step)
+            rows.append(stepper(program.parts(state.step), factor))
             state.step += 1
-            if state.step % every == 0 or state.step == config.steps:
-                figures["validation_nll"] = program.validate()
-                _keep_best(state, figures["validation_nll"], factors)
+            waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})
+            last = state.step == config.steps or state.step == stop_after
+            validate, save = state.step % every == 0, state.step % save_every == 0
+            if not (validate or save or last or state.step % look_every == 0):
+                continue
+            if (bad := _collect(state, waiting, rows, program.figures)) is not None:
+                state.step = bad - 1
+                where = ""
+                if folder is not None:
+                    save_checkpoint(folder, factors, stepper.optimizer, state)
+                    where = f"; the last good state is in {folder}"
+                raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
+            if validate or state.step == config.steps:
+                nll = program.validate()
+                state.history[-1]["validation_nll"] = nll
+                _keep_best(state, nll, factors)
                 finished = bool(config.patience and state.stale >= config.patience)
-            state.history.append({"step": state.step, **figures})
-            accelerator.log({f"{label}/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=state.step)
+            figures = {k: v for k, v in state.history[-1].items() if isinstance(v, float)}
+            accelerator.log({f"{label}/{k}": v for k, v in figures.items()}, step=state.step)
             show(state.step, figures["nll"], min(state.best_nll))
             state.seconds = past + time.perf_counter() - started
-            due = state.step % (config.checkpoint_every or every) == 0
-            if folder is not None and (due or finished or state.step == config.steps):
-                save_checkpoint(folder, factors, optimizer, state)
-            if stop_after is not None and state.step >= stop_after:
+            if folder is not None and (save or finished or last):
+                save_checkpoint(folder, factors, stepper.optimizer, state)
+            if state.step == stop_after:
                 break
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
         with torch.no_grad():
@@ -206,69 +208,17 @@ def run_loop(
     return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
 
 
-def _step(
-    model: CurveModel,
-    program: Program,
-    config: LoopConfig,
-    optimizer: torch.optim.Optimizer,
-    factors: Sequence[Tensor],
-    mask: Tensor,
-    step: int,
-    folder: Path | None,
-    state: LoopState,
-) -> dict[str, Any]:
-    """One optimiser step; returns its figures."""
-    model.train()
-    # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
-    torch.manual_seed(stream_seed(config.seed, "forward", step))
-    batches = [batch.to(model.device) for batch in program.batches(step)]
-    counts = torch.zeros(program.groups, device=model.device)
-    for batch in batches:
-        slots = torch.zeros_like(batch.labels) if batch.slots is None else batch.slots
-        counts += torch.bincount(slots, minlength=program.groups)
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    figures: dict[str, Any] = {}
-    for part, batch in enumerate(batches):
-        loss, parts = program.loss(step, part, batch, counts)
-        if not torch.isfinite(loss):
-            where = ""
-            if folder is not None:
-                save_checkpoint(folder, factors, optimizer, state)
-                where = f"; the last good state is in {folder}"
-            raise UserError(f"the loss is {loss.item()} at step {step + 1}{where}; lower learning_rate or the noise")
-        loss.backward()
-        total += loss.item()
-        for name, value in parts.items():
-            figures[name] = figures.get(name, 0.0) + value.item() * len(batch.labels) / counts.sum().item()
-    for p in factors:
-        p.grad.mul_(mask.view(-1, *[1] * (p.dim() - 1)))  # type: ignore[union-attr]
-    norm = _clip(factors, config.max_grad_norm, program.groups)
-    factor = learning_rate_factor(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor
-    optimizer.step()
-    if config.weight_decay:
-        rate = config.learning_rate * factor * config.weight_decay
-        gram = program.decay_gram().to(mask.device) * mask[:, None]
-        with torch.no_grad():
-            for p in factors:
-                p.sub_(rate * (gram.to(p) @ p.flatten(1)).view_as(p))
-    return {"loss": total, **figures, "grad_norm": norm, "learning_rate": config.learning_rate * factor}
-
-
-def _clip(factors: Sequence[Tensor], limit: float, groups: int) -> float:
-    """Clip gradients to `limit`, jointly for a curve or by slot for anchors; returns the largest norm."""
-    grads = [p.grad for p in factors if p.grad is not None]
-    if groups == 1:
-        norms = torch.stack([g.norm() for g in grads]).norm()[None]
-    else:
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-    if limit > 0:
-        scale = (limit / (norms + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(scale.to(g).view(-1, *[1] * (g.dim() - 1)))
-    return float(norms.max())
+def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> int | None:
+    """Move figures of finished steps into the history; returns the first step whose loss is not finite, if any."""
+    if not rows:
+        return None
+    for entry, values in zip(waiting, torch.stack(rows).tolist(), strict=True):
+        if not math.isfinite(values[0]):
+            return int(entry["step"])
+        state.history.append(entry | dict(zip(("loss", "grad_norm", *names), values, strict=True)))
+    waiting.clear()
+    rows.clear()
+    return None
 
 
 def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor]) -> None:

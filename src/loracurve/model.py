@@ -16,7 +16,7 @@ from loracurve.batching import Batch, tree_mask
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment, align
 from loracurve.inference import evaluation_mode
-from loracurve.layers import OutputHead, Route
+from loracurve.layers import Layout, OutputHead, Route
 from loracurve.lora_space import (
     PREFIX,
     ControlPoints,
@@ -251,22 +251,49 @@ class CurveModel(nn.Module):
             return self.model(**inputs)
         points = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
-        self._set_route(self._points_route(self.coefficients(points), rows))
+        self._set_route(self._route_for(self.coefficients(points), Layout("points", len(points)), rows))
         return self.model(**self.replication.inputs(inputs))
 
-    def scores(self, batch: Batch, coefficients: Tensor | None) -> Tensor:
+    def arrange(self, batch: Batch, coefficients: Tensor | None) -> tuple[Tensor | None, Layout]:
+        """Choose the way to run for coefficients of any form that `scores` takes; best called with CPU tensors.
+
+        Returns:
+            Coefficients [G, K] (points: G equal groups of rows) or [R, K] (rows), and the layout.
+        """
+        if coefficients is None:
+            return None, Layout("merged" if self.route.kind == "merged" else "base")
+        rows = batch.input_ids.shape[0]
+        if batch.row_slots is not None:
+            counts = torch.bincount(batch.row_slots, minlength=len(coefficients))
+            if bool((counts == counts[0]).all()):
+                return coefficients, Layout("points")
+            return coefficients[batch.row_slots.to(coefficients.device)], Layout("rows")
+        if coefficients.dim() == 2:
+            return coefficients, Layout("points", len(coefficients))
+        n, segments = coefficients.shape[0], self.spec.segments
+        flat = coefficients.reshape(n * rows, -1)
+        # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
+        grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
+        windows = segments if grouped is not None and self._within_segments(grouped) else 1
+        return flat, Layout("rows", n, windows)
+
+    def scores(self, batch: Batch, coefficients: Tensor | None, layout: Layout | None = None) -> Tensor:
         """Score each class of each example at points of the curve.
 
         Args:
             batch: on the model's device.
             coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
                 [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
+            layout: with it, `coefficients` are what `arrange` returned.
 
         Returns:
             [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
             such choice.
         """
-        replicas = self._set_route(self._route_for(batch, coefficients)).replicas
+        if layout is None:
+            coefficients, layout = self.arrange(batch, coefficients)
+        self._set_route(self._route_for(coefficients, layout, batch.input_ids.shape[0]))
+        replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
             step = torch.arange(replicas, device=batch.positions.device)[:, None] * batch.tokens
@@ -311,29 +338,13 @@ class CurveModel(nn.Module):
         self.route.__dict__.update(route.__dict__)
         return self.route
 
-    def _points_route(self, coefficients: Tensor, rows: int, replicas: int | None = None) -> Route:
-        c = coefficients.to(self.device)
-        per_row = c.to(self.dtype).repeat_interleave(rows if replicas is None else rows // len(c), dim=0)
-        return Route("points", per_row, c, replicas=len(c) if replicas is None else replicas, rows=rows)
-
-    def _route_for(self, batch: Batch, coefficients: Tensor | None) -> Route:
-        rows = batch.input_ids.shape[0]
-        if coefficients is None:
-            return Route(self.route.kind if self.route.kind == "merged" else "base", rows=rows)
-        if batch.row_slots is not None:
-            counts = torch.bincount(batch.row_slots, minlength=len(coefficients))
-            if bool((counts == counts[0]).all()):
-                return self._points_route(coefficients, rows, replicas=1)
-            coefficients = coefficients[batch.row_slots][None]
-        elif coefficients.dim() == 2:
-            return self._points_route(coefficients, rows)
-        n, segments = coefficients.shape[0], self.spec.segments
-        flat = coefficients.reshape(n * rows, -1)
-        # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
-        grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
-        windows = segments if grouped is not None and self._within_segments(grouped) else 1
-        per_row = flat.to(self.device, self.dtype)
-        return Route("rows", per_row, windows=windows, degree=self.spec.degree, replicas=n, rows=rows)
+    def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:
+        route = Route(layout.kind, replicas=layout.replicas, rows=rows, windows=layout.windows, degree=self.spec.degree)
+        if coefficients is not None:
+            c = coefficients.to(self.device)
+            route.groups = c if layout.kind == "points" else None
+            route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
+        return route
 
     def _within_segments(self, grouped: Tensor) -> bool:
         """Whether group s of coefficient vectors [S, R/S, K] uses the control points of segment s alone."""

@@ -20,7 +20,8 @@ def class_scores(batch: Batch, logits: Tensor) -> Tensor:
         assert batch.targets is not None and batch.owner is not None and batch.choice_lengths is not None
         n, p, _ = logits.shape
         chosen = logits.gather(-1, batch.targets.expand(n, p)[..., None])[..., 0] - logits.logsumexp(-1)
-        total = chosen.new_zeros(n, batch.choice_lengths.numel()).index_add(1, batch.owner, chosen)
+        size = batch.choice_lengths.numel()
+        total = chosen.new_zeros(n, size + 1).index_add(1, batch.owner, chosen)[:, :size]
         total = total.view(n, *batch.choice_lengths.shape)
         if batch.normalise == "mean":
             total = total / batch.choice_lengths.clamp_min(1)

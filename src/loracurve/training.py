@@ -17,11 +17,15 @@ from loracurve.loop import FitResult, LoopConfig, batch_numbers, run_loop
 from loracurve.model import CurveModel
 from loracurve.objective import ObjectiveConfig, negative_log_likelihood, objective
 from loracurve.randomness import generator, stream_seed
+from loracurve.stepping import Part
 from loracurve.tasks import Encoded, Task
 
 __all__ = ["FitConfig", "fit", "fit_anchors", "sample_points", "slot_seeds", "slot_times"]
 
 Sampling = Literal["stratified", "uniform"]
+
+# Captured rows are padded to multiples of this many tokens: few graphs, and tiles that tensor cores like.
+CAPTURED_LENGTHS = 32
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class _Validation:
 class _Anchors:
     """M independent adapters in one pass: slot m sees its own mini-batches; the loss is the sum of the slots' means."""
 
+    figures = ("nll",)
+
     def __init__(
         self, model: CurveModel, train: Encoded, validation: Encoded, config: LoopConfig, anchors: int
     ) -> None:
@@ -91,21 +97,24 @@ class _Anchors:
         self.validation = _Validation(model, validation, config)
         self.seeds = slot_seeds(config.seed, anchors)
 
-    def batches(self, step: int) -> list[Batch]:
+    def parts(self, step: int) -> list[Part]:
         c = self.config
         drawn = [batch_numbers(s, step, len(self.train), c.batch_size) for s in self.seeds]
-        parts = []
+        batches = []
         for part in torch.arange(c.batch_size).chunk(c.accumulation):
             numbers = [numbers[i] for numbers in drawn for i in part.tolist()]
             slots = [m for m in range(self.groups) for _ in part]
-            parts.append(collate(self.train, numbers, c.row_tokens, self.model.supports_trees, slots))
-        return parts
-
-    def loss(self, step: int, part: int, batch: Batch, examples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            batches.append(_collate(self.model, self.train, numbers, c, slots))
+        of_examples = [b.slots for b in batches if b.slots is not None]
+        counts = torch.bincount(torch.cat(of_examples), minlength=self.groups)
         eye = torch.eye(self.groups, dtype=torch.float64)
-        log_probs = self.model.scores(batch, eye).log_softmax(-1)
-        nll = negative_log_likelihood(log_probs, batch.labels)[0]
-        return (nll / examples[batch.slots]).sum(), {"nll": nll.detach().mean()}
+        return [_part(self.model, b, eye, 1 / counts[s].double()) for b, s in zip(batches, of_examples, strict=True)]
+
+    def loss(self, part: Part) -> tuple[Tensor, Tensor]:
+        log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
+        nll = negative_log_likelihood(log_probs, part.batch.labels)[0]
+        loss = (nll * part.share.to(nll.dtype)).sum()
+        return loss, loss.detach()[None] / self.groups
 
     def validate(self) -> list[float]:
         predictive = self.validation.predictive(slot_times(self.groups))
@@ -122,18 +131,24 @@ class _Curve:
     """The curve as a whole: every example at n points, the objective over them."""
 
     groups = 1
+    figures = ("nll", "jsd")
 
     def __init__(self, model: CurveModel, train: Encoded, validation: Encoded, config: FitConfig) -> None:
         self.model, self.train, self.config = model, train, config
         self.validation = _Validation(model, validation, config)
 
-    def batches(self, step: int) -> list[Batch]:
+    def parts(self, step: int) -> list[Part]:
         c = self.config
         numbers = batch_numbers(c.seed, step, len(self.train), c.batch_size)
-        parts = torch.tensor(numbers).chunk(c.accumulation)
-        return [collate(self.train, part.tolist(), c.row_tokens, self.model.supports_trees) for part in parts]
+        chunks = torch.tensor(numbers).chunk(c.accumulation)
+        batches = [_collate(self.model, self.train, chunk.tolist(), c) for chunk in chunks]
+        total = sum(len(b.labels) for b in batches)
+        return [
+            _part(self.model, b, self._coefficients(b, step, i), torch.tensor(len(b.labels) / total))
+            for i, b in enumerate(batches)
+        ]
 
-    def loss(self, step: int, part: int, batch: Batch, examples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _coefficients(self, batch: Batch, step: int, part: int) -> Tensor:
         c = self.config
         draw = generator(c.seed, "points", step, part)
         if c.share_points:
@@ -141,10 +156,13 @@ class _Curve:
         elif batch.units is None:
             t = sample_points((c.points, len(batch.input_ids)), c.sampling, draw)
         else:
-            t = sample_points((c.points, len(batch.labels)), c.sampling, draw)[:, batch.units.cpu()]
-        log_probs = self.model.scores(batch, self.model.coefficients(t)).log_softmax(-1)
-        loss, figures = objective(log_probs, batch.labels, c.objective)
-        return loss * len(batch.labels) / examples.sum(), figures
+            t = sample_points((c.points, len(batch.labels)), c.sampling, draw)[:, batch.units]
+        return self.model.coefficients(t)
+
+    def loss(self, part: Part) -> tuple[Tensor, Tensor]:
+        log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
+        loss, figures = objective(log_probs, part.batch.labels, self.config.objective)
+        return loss * part.share, torch.stack([figures[name] for name in self.figures]) * part.share
 
     def validate(self) -> list[float]:
         t, weights = quadrature("uniform", self.config.evaluation_points, self.model.spec.segments)
@@ -154,6 +172,21 @@ class _Curve:
 
     def decay_gram(self) -> Tensor:
         return curve.coefficient_gram(self.model.spec.segments, self.model.spec.degree)
+
+
+def _collate(
+    model: CurveModel, encoded: Encoded, numbers: list[int], config: LoopConfig, slots: list[int] | None = None
+) -> Batch:
+    """A training batch: packed where that saves work, of few shapes where steps are captured."""
+    if config.capture and model.device.type == "cuda":
+        return collate(encoded, numbers, 1, model.supports_trees, slots, pad_to=CAPTURED_LENGTHS)
+    return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
+
+
+def _part(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> Part:
+    arranged, layout = model.arrange(batch, coefficients)
+    assert arranged is not None
+    return Part(batch, arranged, layout, share)
 
 
 def fit_anchors(

@@ -60,6 +60,11 @@ class Encoded:
         """For "lm": number of each example's first completion token when all are counted, and the total at the end."""
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
 
+    @cached_property
+    def most_choices(self) -> int:
+        """The largest number of choices that an example has."""
+        return max((len(example.choices) for example in self.examples), default=0)
+
     def __len__(self) -> int:
         return len(self.examples)
 
