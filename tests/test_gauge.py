@@ -1,4 +1,4 @@
-"""Gauge alignment: models stay what they are, lines between them move, and only the default forgets the incoming gauge."""
+"""Gauge alignment: models stay what they are, lines between them move; only the default forgets the incoming gauge."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from loracurve.objective import (
     negative_log_likelihood,
     objective,
     pairwise_jensen_shannon,
+    resolve_tau,
 )
 
 
@@ -86,6 +87,7 @@ CONFIGS = [
     ObjectiveConfig("mixture", 0.5),
     ObjectiveConfig("mixture", 1),
     ObjectiveConfig("bonus", 1),
+    ObjectiveConfig("hinge", 5, tau=0.6),
 ]
 
 
@@ -157,18 +159,125 @@ def test_example_weights_multiply():
 
 @pytest.mark.parametrize(
     "jsd,weight",
-    [("mixture", 1.1), ("mixture", -0.1), ("mixture", math.nan), ("bonus", -1), ("bonus", math.inf), ("none", 1)],
+    [("mixture", 1.1), ("mixture", -0.1), ("mixture", math.nan), ("bonus", -1), ("bonus", math.inf), ("none", 1)]
+    + [("hinge", -1), ("hinge", math.nan)],
 )
 def test_bad_weights_are_refused(jsd, weight):
     with pytest.raises(UserError, match=r"objective\.weight: expected"):
         ObjectiveConfig(jsd, weight)
 
 
-def test_bad_form_is_refused_and_a_large_bonus_warns():
-    with pytest.raises(UserError, match="none, mixture or bonus"):
-        ObjectiveConfig("hinge")
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"jsd": "hinge", "weight": 5, "tau": -0.1}, r"objective\.tau: expected a number of nats"),
+        ({"jsd": "hinge", "weight": 5, "tau": math.nan}, r"objective\.tau: expected a number of nats"),
+        ({"jsd": "hinge", "weight": 5, "tau_relative": 0}, r"objective\.tau_relative: expected"),
+        ({"jsd": "hinge", "weight": 5, "tau": 0.1, "tau_relative": 2}, "leave one out"),
+        ({"jsd": "bonus", "weight": 1, "tau": 0.1}, "set jsd to hinge"),
+        ({"tau_relative": 2}, "set jsd to hinge"),
+    ],
+)
+def test_bad_targets_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ObjectiveConfig(**options)
+
+
+def test_bad_form_is_refused_and_risky_settings_warn():
+    with pytest.raises(UserError, match="one of none, mixture, bonus, hinge"):
+        ObjectiveConfig("hing")
     with pytest.warns(UserWarning, match="more diversity"):
         ObjectiveConfig("bonus", 2)
+    with pytest.warns(UserWarning, match="no pair of points reaches"):
+        ObjectiveConfig("hinge", 5, tau=0.7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ObjectiveConfig("bonus", 1)
+        ObjectiveConfig("hinge", 5, tau=0.1)
+
+
+def test_resolve_tau():
+    assert resolve_tau(ObjectiveConfig("hinge", 5, tau=0.1), None) == 0.1
+    assert resolve_tau(ObjectiveConfig("hinge", 5, tau=0.1), 0.5) == 0.1
+    assert resolve_tau(ObjectiveConfig("hinge", 5), 0.03) == 0.03
+    assert resolve_tau(ObjectiveConfig("hinge", 5, tau_relative=3), 0.02) == pytest.approx(0.06)
+    assert resolve_tau(ObjectiveConfig("bonus", 1), None) == 0
+    with pytest.raises(UserError, match="free curve"):
+        resolve_tau(ObjectiveConfig("hinge", 5), None)
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="whose predictions differ"):
+            resolve_tau(ObjectiveConfig("hinge", 5), bad)
+
+
+def test_hinge_by_hand():
+    log_probs, labels = random_log_probs(2, 6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    nll, jsd = negative_log_likelihood(log_probs, labels).mean(), jensen_shannon(log_probs).mean()
+    for tau, term in ((jsd.item() + 0.02, 0.02), (jsd.item() - 0.01, 0.0)):
+        loss, report = objective(log_probs, labels, ObjectiveConfig("hinge", 5), tau=tau)
+        assert loss.item() == pytest.approx(nll.item() + 5 * term)
+        assert report["jsd"].item() == pytest.approx(jsd.item())
+    by_tensor, _ = objective(log_probs, labels, ObjectiveConfig("hinge", 5), tau=jsd + 0.02)
+    assert by_tensor.item() == pytest.approx(nll.item() + 0.1)
+    by_config, _ = objective(log_probs, labels, ObjectiveConfig("hinge", 5, tau=0.5))
+    assert by_config.item() == pytest.approx(nll.item() + 5 * (0.5 - jsd.item()))
+    with pytest.raises(ValueError, match="resolve_tau"):
+        objective(log_probs, labels, ObjectiveConfig("hinge", 5))
+
+
+def test_hinge_target_means_the_same_for_any_number_of_points():
+    # Copies of a pair: the pairs' divergence is that of the distinct pairs; their number is known.
+    pair, labels = random_log_probs(2, 5, 3), torch.zeros(5, dtype=torch.long)
+    _, report = objective(torch.cat([pair, pair]), labels, ObjectiveConfig("hinge", 1, tau=0.1))
+    assert report["jsd"].item() == pytest.approx(jensen_shannon(pair).mean().item() * 4 / 6)
+
+
+def test_hinge_has_no_gradient_above_its_target():
+    logits = random_log_probs(2, 4, 3).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 0])
+    gradients = []
+    for config in (ObjectiveConfig(), ObjectiveConfig("hinge", 5, tau=1e-6), ObjectiveConfig("hinge", 5, tau=0.6)):
+        loss, _ = objective(logits.log_softmax(-1), labels, config)
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert not torch.allclose(gradients[0], gradients[2])
+
+
+def test_divergence_on_other_inputs():
+    log_probs, others, labels = random_log_probs(2, 3, 4), random_log_probs(2, 7, 5, seed=1), torch.tensor([3, 0, 1])
+    nll = negative_log_likelihood(log_probs, labels)
+    w = torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)
+    loss, report = objective(log_probs, labels, ObjectiveConfig("bonus", 0.5), w, jsd_log_probs=others)
+    assert report["jsd"].item() == pytest.approx(jensen_shannon(others).mean().item())
+    assert loss.item() == pytest.approx(((w * nll).mean() - 0.5 * jensen_shannon(others).mean()).item())
+    with pytest.raises(ValueError, match="mixture"):
+        objective(log_probs, labels, ObjectiveConfig("mixture", 0.5), jsd_log_probs=others)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_examples_without_label_enter_nothing(config, weighted):
+    logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    logits[:, 1, 0] = -math.inf  # class 0 has probability 0 where the label is missing
+    logits.requires_grad_()
+    labels = torch.tensor([2, -100, 0, -100])
+    w = torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
+    loss, report = objective(logits.log_softmax(-1), labels, config, w)
+    kept = [0, 2]
+    alone, alone_report = objective(
+        logits[:, kept].log_softmax(-1), labels[kept], config, None if w is None else w[:, kept]
+    )
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(report, alone_report)
+    loss.backward()
+    assert logits.grad.isfinite().all() and (logits.grad[:, [1, 3]] == 0).all() and logits.grad.abs().sum() > 0
+    none, _ = objective(logits.detach().log_softmax(-1), torch.full((4,), -100), config)
+    assert none.isfinite()
+
+
+def test_pairwise_gradients_are_finite_where_probabilities_are_zero():
+    logits = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(4))
+    logits[:, 0, 3] = -math.inf
+    logits[0, 1, 0] = 200.0  # the other probabilities underflow
+    logits.requires_grad_()
+    pairwise_jensen_shannon(logits.log_softmax(-1)).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().sum() > 0

@@ -107,11 +107,18 @@ def _own_tokens(example: Example) -> int:
     return len(example.prompt) + sum(len(c) - 1 for c in example.choices)
 
 
+# Packed rows need a mask and longer attention: they must save at least this part of the padded tokens.
+WORTH_PACKING = 0.2
+
+
 def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`."""
+    """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`.
+
+    One example a row where packing would save little: prompts of like length without a long common prefix.
+    """
     prefix = common_prefix([examples[i].prompt for i in numbers])
     rows: list[list[int]] = []
-    used = 0
+    used = longest = 0
     for place, i in enumerate(numbers):
         own = _own_tokens(examples[i]) - prefix
         if rows and used + own <= row_tokens:
@@ -120,6 +127,10 @@ def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) 
         else:
             rows.append([place])
             used = prefix + own
+        longest = max(longest, used)
+    apart = len(numbers) * max(_own_tokens(examples[i]) for i in numbers)
+    if len(rows) * longest > (1 - WORTH_PACKING) * apart:
+        return [[place] for place in range(len(numbers))]
     return rows
 
 

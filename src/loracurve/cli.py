@@ -24,6 +24,8 @@ from loracurve import __version__
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
 from loracurve.errors import UserError, nearest
+from loracurve.landscape_commands import report, scan, spell_out
+from loracurve.scanning import ScanConfig
 
 __all__ = ["COMMANDS", "main", "parse_fit_config"]
 
@@ -193,7 +195,7 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate)
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report)
 }
 
 
@@ -208,7 +210,10 @@ def _command_parser(name: str) -> Parser:
     options: dict[str, Any] = {"prog": f"loracurve {name}", "description": described.split("\n\n")[0]}
     if name != "fit":
         parser = Parser(**options)
-        parser.add_function_arguments(command, as_positional=True)
+        if name == "scan":
+            parser.add_class_arguments(ScanConfig)
+        # Lists are options: a positional list would have to be given as JSON.
+        parser.add_function_arguments(command, as_positional=name != "report", skip={"options"})
         return parser
     parser = run_parser(**options)
     help_by_name = {p.arg_name: p.description for p in docstring_parser.parse(described).params}
@@ -236,12 +241,22 @@ def _run(arguments: Sequence[str]) -> None:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
     if name == "fit" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
+    if name == "scan" and rest and not rest[0].startswith("-"):
+        rest.insert(0, "--run")
+    if name == "report" and rest and not rest[0].startswith("-"):
+        rest.insert(0, "--runs")
     parser = _command_parser(name)
+    lists = {"scan": ("--adapters", "--paths"), "report": ("--runs",)}.get(name, ())
+    flags = [f"--{p.name}" for p in inspect.signature(COMMANDS[name]).parameters.values() if p.annotation == "bool"]
+    rest = spell_out(rest, lists, () if name == "fit" else flags)
     with redirect_stderr(StringIO()):  # the parser prints usage with its errors; one line says it
         values = parse(parser, rest)
     if name == "fit":
         config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
         fit(config, values.out, values.resume)
+    elif name == "scan":
+        options = ScanConfig(**{f.name: values[f.name] for f in fields(ScanConfig)})
+        scan(options, **{p: values[p] for p in inspect.signature(scan).parameters if p != "options"})
     else:
         COMMANDS[name](**{p: values[p] for p in inspect.signature(COMMANDS[name]).parameters})
 

@@ -1,30 +1,19 @@
-"""One optimiser step: eager, or captured whole (forward, backward, optimiser) in a CUDA graph.
-
-At the sizes people fine-tune with, a GPU waits for Python. A captured step is launched at once; what changes from step
-to step (tokens, curve points, learning rate) is copied into tensors of fixed place. Nothing in a step looks at a value.
-"""
+"""One optimiser step on stacked control points: forward, backward, clipping, AdamW and decay, captured as a whole."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loracurve.batching import Batch
+from loracurve.capture import Captured
 from loracurve.layers import Layout
 
-__all__ = ["Part", "Program", "StepConfig", "Stepper", "map_tensors"]
-
-logger = logging.getLogger("loracurve")
-
-# Eager steps before a shape is captured: they fill the optimiser's state and the allocator, and count as training.
-WARM_UP = 2
-# Shapes worth a graph; each holds the activations of a step, shared with the others by one pool.
-MOST_GRAPHS = 16
+__all__ = ["Part", "Program", "StepConfig", "Stepper"]
 
 
 @dataclass
@@ -70,41 +59,6 @@ class StepConfig:
     max_grad_norm: float
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `function` to every tensor in nested dataclasses and lists."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, list):
-        return [map_tensors(v, function) for v in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
-    return value
-
-
-def _signature(value: Any) -> Any:
-    """Shapes and plain values: what must agree for a captured step to be used again."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, list):
-        return tuple(_signature(v) for v in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return tuple((f.name, _signature(getattr(value, f.name))) for f in fields(value))
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return found
-
-
-@dataclass
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    output: Tensor
-
-
 class Stepper:
     """Takes optimiser steps on stacked control points.
 
@@ -135,57 +89,19 @@ class Stepper:
             eps=config.eps,
             weight_decay=0.0,
             fused=True,
+            capturable=device.type == "cuda",
         )
         # The fused kernel skips the update where this is 1, without telling the host.
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.gram = program.decay_gram().to(device) * self.mask[:, None]
-        self.capture = capture and device.type == "cuda"
-        self.seen: dict[Any, int] = {}
-        self.graphs: dict[Any, _Graph] = {}
-        self.stream = torch.cuda.Stream(device) if self.capture else None
-        self.pool: Any = None
+        self.captured = Captured(self._step, device, capture)
 
     def __call__(self, parts: list[Part], factor: float) -> Tensor:
         """Step at `factor` times the peak learning rate; returns [loss, gradient norm, *figures] on the device."""
         self.rate.fill_(self.config.learning_rate * factor)
-        device = self.factors[0].device
-        if device.type != "cuda":
+        if self.rate.device.type != "cuda":
             self.optimizer.param_groups[0]["lr"] = float(self.rate)
-        if not self.capture:
-            return self._step(map_tensors(parts, lambda t: t.to(device)))
-        key = _signature(parts)
-        if (found := self.graphs.get(key)) is not None:
-            for place, value in zip(found.inputs, _tensors(parts), strict=True):
-                place.copy_(value, non_blocking=True)
-            found.graph.replay()
-            return found.output.clone()
-        assert self.stream is not None
-        self.stream.wait_stream(torch.cuda.current_stream())
-        # Gradient accumulation remembers the stream of its first use: warm up on the one that is captured.
-        with torch.cuda.stream(self.stream):
-            moved = map_tensors(parts, lambda t: t.to(device, copy=True))
-            self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] > WARM_UP and len(self.graphs) < MOST_GRAPHS:
-                output = self._captured(key, moved)
-            else:
-                output = self._step(moved)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return output
-
-    def _captured(self, key: Any, parts: list[Part]) -> Tensor:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                output = self._step(parts)
-        except RuntimeError as error:
-            logger.warning("steps run without capture: %s", str(error).splitlines()[0])
-            self.capture = False
-            torch.cuda.synchronize()
-            return self._step(parts)
-        self.pool = graph.pool()
-        self.graphs[key] = _Graph(graph, _tensors(parts), output)
-        graph.replay()
-        return output.clone()
+        return self.captured(parts)
 
     def _step(self, parts: list[Part]) -> Tensor:
         for p in self.factors:

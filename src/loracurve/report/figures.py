@@ -29,7 +29,7 @@ __all__ = ["loss_along_path", "reliability", "save", "selective_prediction", "un
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (5, 2, 1, 2, 1, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#666666"
+GREY = "#666666"
 
 # Sizes in points for figures of 6 inches, so that they can be read at a width of 600 pixels.
 _STYLE = {
@@ -69,15 +69,15 @@ def loss_along_path(
         UserError: no paths, or a path with another number of positions than losses.
     """
     _some(paths, "path")
-    with _drawing():
+    with drawing():
         figure, (axes,) = _panels(1, (6.0, 3.9))
         for number, position in enumerate(np.asarray(anchors, dtype=float).ravel()):
-            axes.axvline(position, color=_GREY, linewidth=1, linestyle=":", label="" if number else "anchors")
-        for (name, (t, loss)), style in zip(paths.items(), _styles(), strict=False):
+            axes.axvline(position, color=GREY, linewidth=1, linestyle=":", label="" if number else "anchors")
+        for (name, (t, loss)), style in zip(paths.items(), styles(), strict=False):
             x, y = _columns(t, loss, name)
             _line(axes, x, y, name, style)
         axes.set(xlabel="position on the path t (fraction)", ylabel=ylabel, title=title, xlim=(-0.02, 1.02))
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     return figure
 
 
@@ -93,11 +93,11 @@ def reliability(methods: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: int = 
     """
     _some(methods, "method")
     edges = np.linspace(0, 1, bins + 1)
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(6.0, 5.2), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-        for (name, (confidence, correct)), style in zip(methods.items(), _styles(), strict=False):
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
+        for (name, (confidence, correct)), style in zip(methods.items(), styles(), strict=False):
             x, y = _columns(confidence, correct, name)
             if len(x) and (x.min() < 0 or x.max() > 1):
                 raise UserError(f"{name}: expected confidences in [0, 1], found {x.min():g} to {x.max():g}")
@@ -114,7 +114,7 @@ def reliability(methods: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: int = 
         counts.set_yscale("symlog", linthresh=1)
         counts.set(xlabel=f"confidence (fraction), {bins} bins", ylabel="items")
         counts.set_ylim(bottom=0)
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     return figure
 
 
@@ -137,10 +137,10 @@ def uncertainty_by_set(sets: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
         "expected_entropy": "aleatoric:\nexpected entropy",
         "mutual_information": "epistemic:\nmutual information",
     }
-    with _drawing():
+    with drawing():
         figure, panels = _panels(3, (7.2, 3.6), sharey=True)
         for axes, (measure, heading) in zip(panels, measures.items(), strict=True):
-            for (name, values), style in zip(sets.items(), _styles(), strict=False):
+            for (name, values), style in zip(sets.items(), styles(), strict=False):
                 if measure not in values or not np.size(values[measure]):
                     raise UserError(f"{name}: expected {measure} for each item, found none")
                 # Rounding may leave an information of -1e-9.
@@ -152,7 +152,7 @@ def uncertainty_by_set(sets: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         panels[0].set_ylabel("items at or below (fraction)")
-        _legend_above(figure, panels[0])
+        legend_above(figure, panels[0])
     return figure
 
 
@@ -166,15 +166,15 @@ def selective_prediction(methods: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> 
         UserError: no methods, or lengths that differ.
     """
     _some(methods, "method")
-    with _drawing():
+    with drawing():
         figure, (axes,) = _panels(1, (6.0, 3.9))
-        for (name, (coverage, accuracy)), style in zip(methods.items(), _styles(), strict=False):
+        for (name, (coverage, accuracy)), style in zip(methods.items(), styles(), strict=False):
             x, y = _columns(coverage, accuracy, name)
             _line(axes, x, y, name, style)
         axes.set(xlabel="coverage: items answered (fraction)", ylabel="accuracy among them (fraction)")
         axes.set(title="Selective prediction", xlim=(0, 1.02))
         axes.xaxis.set_major_locator(MultipleLocator(0.2))
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     return figure
 
 
@@ -199,13 +199,13 @@ def save(figure: Figure, folder: str | Path, name: str, dpi: int = 150) -> tuple
         def write(target: Path, kind: str = path.suffix[1:], metadata: dict[str, None] = metadata) -> None:
             figure.savefig(target, format=kind, dpi=dpi, metadata=metadata)
 
-        with _drawing():
+        with drawing():
             atomic_write(path, write)
     return paths
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     with matplotlib.style.context(["default", _STYLE]):  # whatever style the user's session has
         yield
 
@@ -215,7 +215,7 @@ def _panels(count: int, size: tuple[float, float], sharey: bool = False) -> tupl
     return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
-def _styles() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
     """Colour, line style and marker of the first, second, ... line; of different cycle length."""
     for colour, dashes, marker in zip(cycle(_COLOURS), cycle(_DASHES), cycle(_MARKERS), strict=False):
         yield {"color": colour, "linestyle": dashes, "marker": marker}
@@ -228,7 +228,7 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, style: dict[str, 
     axes.plot(x[order], y[order], label=name, **{**style, "marker": marker})
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
+def legend_above(figure: Figure, axes: Axes) -> None:
     """Above the axes, where no line can run behind it, in as many columns as the width has room for."""
     handles, labels = axes.get_legend_handles_labels()
     room = 11 * figure.get_figwidth()  # characters; a handle is as wide as 6

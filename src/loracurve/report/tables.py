@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["method_rows", "print_methods", "print_report"]
+__all__ = ["method_rows", "print_barriers", "print_methods", "print_report"]
 
 COLUMNS = {"acc": "ACC", "nll": "NLL", "ece": "ECE", "mutual_information": "MI"}
 
@@ -83,6 +83,29 @@ def print_report(report: Mapping[str, Any]) -> None:
             interval = f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
             table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval, verdict)
     Console().print(table)
+
+
+def print_barriers(scan: Mapping[str, Any]) -> None:
+    """Print the barrier of every path between neighbouring anchors, from what `scanning.scan_to_folder` returns."""
+    chosen = scan["settings"]["choose"]
+    table = _table(
+        f"barriers: test NLL above the line between two anchors, at the t* of most {chosen} NLL, 95 % interval",
+        ["path", "", "t*", "excess", "", "above ends"],
+    )
+    for b in scan["barriers"]:
+        verdict = ("barrier" if b["excess"] > 0 else "below") if b["distinguishable"] else "none"
+        table.add_row(
+            b["path"],
+            f"{b['segment']}-{b['segment'] + 1}",
+            f"{b['t_star']:.2f}",
+            f"{b['excess']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]",
+            verdict,
+            f"{b['above_ends']:+.4f}",
+        )
+    console = Console()
+    console.print(table)
+    cost = scan["cost"]
+    console.print(f"{cost['evaluations']} merged evaluations, {cost['seconds_per_evaluation']:.2f} s each")
 
 
 def _table(title: str, headings: list[str]) -> Table:

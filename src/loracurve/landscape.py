@@ -1,0 +1,253 @@
+"""The loss along paths through LoRA space: every point is one merged evaluation.
+
+An adapter of any rank is folded into copies of the weights it touches, W' = W0 + s B A, and whole splits are then
+predicted at the cost of the base model. A merged weight is rounded to the dtype of the base: with a bfloat16 base that
+moves the loss by about 2e-3 nats, so paths of small barriers are scanned on a float32 copy of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from loracurve.batching import Batch, evaluation_batches
+from loracurve.errors import UserError
+from loracurve.evaluation import labels_of, point_nll
+from loracurve.inference import predict
+from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route
+from loracurve.lora_space import PREFIX
+from loracurve.model import CurveModel
+from loracurve.paths import Path
+from loracurve.predictive import Predictive
+from loracurve.tasks import Encoded
+
+__all__ = [
+    "LaidOut",
+    "PathScan",
+    "Scan",
+    "lay_out",
+    "mean_loss",
+    "merged_adapter",
+    "merged_weights",
+    "predict_merged",
+    "scan_paths",
+]
+
+
+@contextmanager
+def merged_adapter(model: CurveModel, adapter: Mapping[str, Tensor]) -> Iterator[None]:
+    """Fold one adapter of any rank into copies of the touched weights; the model's curve stays as it is.
+
+    Args:
+        adapter: by PEFT name, A ``[q, n_in]``, B ``[n_out, q]``, dense heads; all maps of the model. Tensors that
+            require gradients get them, where gradients are enabled.
+
+    Raises:
+        UserError: a quantised base weight, into which nothing can be folded.
+    """
+    for name, layer in model.layers.items():
+        _fold(layer, f"{PREFIX}{name}.", adapter)
+    model.route.__dict__.update(Route("merged").__dict__)
+    try:
+        yield
+    finally:
+        for layer in model.layers.values():
+            layer.unmerge()
+        model.route.__dict__.update(Route("base").__dict__)
+
+
+def _fold(layer: CurveLayer, prefix: str, adapter: Mapping[str, Tensor]) -> None:
+    device = next(layer.base_layer.parameters()).device
+    if isinstance(layer, CurveDense):
+        parts = {suffix: adapter[prefix + suffix].to(device) for suffix in layer.shapes()}
+        layer._merged = parts["weight"], parts.get("bias")
+        return
+    assert isinstance(layer, CurveLinear)
+    weight = layer.base_layer.weight
+    if not weight.is_floating_point():
+        raise UserError(
+            "a scan folds adapters into floating-point weights, found quantised ones; load the base in bfloat16"
+        )
+    # float32 while the update is added (float64 for a float64 base), rounded once.
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (adapter[f"{prefix}lora_{x}.weight"].to(device, precise) for x in "AB")
+    left, right = (a.mT, b.mT) if layer.transposed else (b, a)
+    layer._merged = torch.addmm(weight.detach().to(precise), left, right, alpha=layer.scaling).to(weight.dtype)
+
+
+def merged_weights(model: CurveModel) -> dict[str, Tensor]:
+    """Inside `merged_adapter`: make the merged weights leaves that require gradients.
+
+    Returns:
+        The weights by the parameter name of A, dense tensors by their own, in the base layer's layout.
+    """
+    leaves: dict[str, Tensor] = {}
+    for name, layer in model.layers.items():
+        if isinstance(layer, CurveDense):
+            assert layer._merged is not None
+            weight, bias = (None if p is None else p.detach().requires_grad_() for p in layer._merged)
+            assert weight is not None
+            layer._merged = weight, bias
+            leaves |= {f"{PREFIX}{name}.weight": weight} | ({} if bias is None else {f"{PREFIX}{name}.bias": bias})
+        else:
+            assert isinstance(layer, CurveLinear) and layer._merged is not None
+            layer._merged = layer._merged.detach().requires_grad_()
+            leaves[f"{PREFIX}{name}.lora_A.weight"] = layer._merged
+    return leaves
+
+
+@dataclass(frozen=True, eq=False)
+class LaidOut:
+    """A split as batches on the model's device, laid out once for all points, and its labels ``[E]``."""
+
+    name: str
+    encoded: Encoded
+    batches: list[Batch]
+    labels: Tensor
+
+    @property
+    def examples(self) -> int:
+        """Number of predictions: rows, or target tokens of language modelling."""
+        return self.encoded.token_offsets[-1] if self.encoded.scoring == "lm" else len(self.encoded)
+
+
+def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = None) -> LaidOut:
+    """Batches of a split, of its first `rows` rows (None: all)."""
+    if rows is not None and rows < len(encoded):
+        encoded = replace(encoded, examples=encoded.examples[:rows])
+    batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.supports_trees)]
+    return LaidOut(name, encoded, batches, labels_of(encoded))
+
+
+class _Merged:
+    """The model at the adapter that is folded in, as something that `inference.predict` takes."""
+
+    def __init__(self, model: CurveModel) -> None:
+        self.model = model
+
+    def point_log_probs(self, batch: Any, t: Tensor) -> Tensor:
+        return self.model.scores(batch, None).log_softmax(-1)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self.model.modules()
+
+    def eval(self) -> Any:
+        return self.model.eval()
+
+
+def predict_merged(model: CurveModel, adapter: Mapping[str, Tensor], splits: Sequence[LaidOut]) -> list[Predictive]:
+    """Predict whole splits by one adapter of any rank: one merged evaluation."""
+    with merged_adapter(model, adapter):
+        return [
+            predict(_Merged(model), s.batches, torch.zeros(1), summarise=s.encoded.scoring == "lm", examples=s.examples)
+            for s in splits
+        ]
+
+
+def mean_loss(model: CurveModel, adapter: Mapping[str, Tensor], split: LaidOut) -> float:
+    """Mean NLL (nats) of one split by one adapter of any rank."""
+    (predictive,) = predict_merged(model, adapter, [split])
+    return float(point_nll(predictive, _labels(split, predictive)).mean())
+
+
+def _labels(split: LaidOut, predictive: Predictive) -> Tensor:
+    """Labels ``[E]``; those of language modelling are the target tokens, which the predictions carry."""
+    return split.labels if predictive.labels is None else predictive.labels
+
+
+@dataclass(frozen=True, eq=False)
+class PathScan:
+    """One path: losses, hits and predictions of every split at every point."""
+
+    name: str
+    segments: int
+    t: Tensor
+    """[n] float64"""
+    nll: dict[str, Tensor]
+    """[n, E] NLL in nats, by split"""
+    correct: dict[str, Tensor]
+    """[n, E] bool, by split"""
+    log_probs: dict[str, Tensor]
+    """[n, E, C] float32, by split; empty for language modelling"""
+
+    def segment(self, s: int) -> slice:
+        """The points of segment s, both ends included."""
+        steps = (len(self.t) - 1) // self.segments
+        return slice(s * steps, (s + 1) * steps + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The scan of several paths over the same rows."""
+
+    paths: dict[str, PathScan]
+    labels: dict[str, Tensor]
+    """[E] by split; none for language modelling"""
+    ids: dict[str, list[str]]
+    """[E] by split; none for language modelling"""
+    cost: dict[str, float] = field(default_factory=dict)
+    """merged evaluations and the seconds they took"""
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each path, split and point: path, split, t, segment, nll (nats), acc (fraction)."""
+        rows = []
+        for path in self.paths.values():
+            for split, nll in path.nll.items():
+                for i, t in enumerate(path.t.tolist()):
+                    segment = min(int(t * path.segments), path.segments - 1)
+                    acc = float(path.correct[split][i].double().mean())
+                    rows.append((path.name, split, t, segment, float(nll[i].mean()), acc))
+        return pd.DataFrame(rows, columns=["path", "split", "t", "segment", "nll", "acc"])
+
+
+def scan_paths(
+    model: CurveModel,
+    paths: Mapping[str, Path],
+    splits: Sequence[LaidOut],
+    t: Mapping[str, Tensor],
+    progress: Callable[[str], None] | None = None,
+) -> Scan:
+    """Evaluate every path at its points.
+
+    Args:
+        model: any curve on the right base and targets; only its layers are used.
+        splits: rows, laid out once.
+        t: the positions of each path ``[n]`` (`paths.grid`).
+        progress: called after every point with the path's name.
+    """
+    started, count = time.perf_counter(), 0
+    found = {}
+    for name, path in paths.items():
+        columns: dict[str, dict[str, list[Tensor]]] = {s.name: {"nll": [], "hit": [], "lp": []} for s in splits}
+        for position in t[name].tolist():
+            for split, predictive in zip(splits, predict_merged(model, path.adapter(position), splits), strict=True):
+                labels, column = _labels(split, predictive), columns[split.name]
+                column["nll"].append(point_nll(predictive, labels)[0])
+                column["hit"].append(predictive.correct(labels))
+                if predictive.point_log_probs is not None:
+                    column["lp"].append(predictive.point_log_probs[0])
+            count += 1
+            if progress is not None:
+                progress(name)
+        found[name] = PathScan(
+            name,
+            path.segments,
+            t[name],
+            {s: torch.stack(c["nll"]) for s, c in columns.items()},
+            {s: torch.stack(c["hit"]) for s, c in columns.items()},
+            {s: torch.stack(c["lp"]) for s, c in columns.items() if c["lp"]},
+        )
+    seconds = time.perf_counter() - started
+    return Scan(
+        found,
+        {s.name: s.labels for s in splits if s.encoded.scoring != "lm"},
+        {s.name: [e.id for e in s.encoded.examples] for s in splits if s.encoded.scoring != "lm"},
+        {"evaluations": count, "seconds": seconds, "seconds_per_evaluation": seconds / max(count, 1)},
+    )

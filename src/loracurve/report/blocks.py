@@ -1,0 +1,59 @@
+"""What a report is built of: sections, with a block of figures, tables and sentences for each run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from loracurve.report.run_data import RunData
+
+__all__ = ["Block", "Section", "Sheet", "interval", "number"]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: one list of strings for each row; the first column is text, the others are numbers."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+    """how many columns, from the left, are text"""
+
+
+@dataclass
+class Block:
+    """What a section says about one run."""
+
+    figures: list[tuple[str, str, Figure]] = field(default_factory=list)
+    """file name, what it shows in words, the figure"""
+    sheets: list[Sheet] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """numbers shown that stand neither in metrics.json nor in scan.json, for figures/report.json"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to look for, and the function that makes a run's block."""
+
+    title: str
+    lead: str
+    make: Callable[[RunData], Block]
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A number for a table; a dash where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def interval(found: Mapping[str, Any], digits: int = 4) -> str:
+    """Estimate and interval, with a star where the interval excludes 0."""
+    star = " *" if found["distinguishable"] else ""
+    return f"{found['estimate']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]{star}"

@@ -1,0 +1,111 @@
+"""One self-contained HTML page about one or several runs, and its figures as files."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from loracurve.errors import UserError
+from loracurve.report import figures
+from loracurve.report.blocks import Block
+from loracurve.report.run_data import RunData, read_run
+from loracurve.report.sections import SECTIONS
+from loracurve.storage import atomic_write, write_json
+
+__all__ = ["write_page"]
+
+
+def write_page(folders: Sequence[Path], out: Path) -> Path:
+    """Write the page, and every figure as PNG and PDF in FOLDER/figures of its run.
+
+    Numbers that stand in no other file of the run (accuracy at coverage, the examples' ids) go to
+    FOLDER/figures/report.json. Parts that a run does not have are said to be missing.
+
+    Args:
+        folders: run directories, side by side on the page.
+        out: the page.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: no runs, the same one twice, or a folder that is no evaluated run.
+    """
+    if not folders:
+        raise UserError("report: expected at least one run directory, found none")
+    if len({f.resolve() for f in folders}) < len(folders):
+        raise UserError("report: expected different run directories, found one twice")
+    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    numbers: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
+    sections = []
+    for section in SECTIONS:
+        blocks = []
+        for run in runs:
+            block = section.make(run)
+            numbers[run.name] |= block.numbers
+            blocks.append(
+                {"run": run.name, "images": _images(run, block), "sheets": block.sheets, "notes": block.notes}
+            )
+        sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
+    for run in runs:
+        write_json(run.folder / "figures" / "report.json", numbers[run.name])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
+    text = environment.from_string(source).render(
+        title=", ".join(run.name for run in runs),
+        runs=[{"name": run.name, "line": _about(run)} for run in runs],
+        sections=sections,
+        made=time.strftime("%Y-%m-%d"),
+        version=_version(),
+    )
+    atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
+    return out
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last parts, with so many more in front that they differ."""
+    resolved = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, resolved)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in resolved]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _images(run: RunData, block: Block) -> list[dict[str, str]]:
+    """Save the figures of a block, and the PNGs as data addresses."""
+    images = []
+    for name, words, figure in block.figures:
+        png, _ = figures.save(figure, run.folder / "figures", name)
+        data = base64.b64encode(png.read_bytes()).decode()
+        images.append({"words": words, "source": f"data:image/png;base64,{data}"})
+    return images
+
+
+def _about(run: RunData) -> str:
+    """What was fitted to what, in a line."""
+    config, task = run.config, run.metrics["task"]
+    curve, lora = config.get("curve", {}), config.get("lora", {})
+    base = Path(str(config["model"]["name"])).name
+    shape = (
+        f"through {curve.get('anchors')} anchors"
+        if curve.get("kind") == "anchored"
+        else (f"of {curve.get('segments')} segments")
+    )
+    if config.get("adapters"):
+        shape = f"through {len(config['adapters'])} given adapters"
+    return f"{task['name']} with {base}, rank {lora.get('r')}: {curve.get('kind')} curve {shape}"
+
+
+def _version() -> str:
+    try:
+        return version("loracurve")
+    except PackageNotFoundError:
+        return "0+unknown"

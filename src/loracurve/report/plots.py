@@ -1,0 +1,154 @@
+"""Plots of a scan. Every function draws a data frame on an axis and returns the axis; `figure_of` makes a figure of it.
+
+The frames are those of `landscape`, `diversity`, `planes`, `slopes` and `sharpness`. On an axis of yours your own style
+stays. pyplot is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from loracurve.report.figures import GREY, drawing, legend_above, styles
+
+__all__ = [
+    "diversity_map",
+    "divergence_against_distance",
+    "figure_of",
+    "information",
+    "paths",
+    "plane",
+    "sharpness",
+    "slopes",
+]
+
+
+def figure_of(
+    draw: Callable[..., Axes], *data: Any, size: tuple[float, float] = (6.0, 3.9), legend: bool = True, **options: Any
+) -> Figure:
+    """A figure in the package's style with one axis that `draw(*data, ax, **options)` fills, the legend above it."""
+    with drawing():
+        figure = Figure(figsize=size, layout="constrained")
+        axes = draw(*data, figure.subplots(), **options)
+        if legend and axes.get_legend_handles_labels()[1]:
+            legend_above(figure, axes)
+    return figure
+
+
+def paths(frame: pd.DataFrame, ax: Axes, split: str = "test", anchors: Sequence[float] = ()) -> Axes:
+    """NLL along every path of `Scan.frame` on one split; anchors are dotted lines."""
+    for position in anchors:
+        ax.axvline(position, color=GREY, linewidth=1, linestyle=":")
+    part = frame[frame["split"] == split]
+    for (name, line), style in zip(part.groupby("path", sort=False), styles(), strict=False):
+        style.pop("marker")
+        width = 2.6 if name == "curve" else 1.6
+        ax.plot(line["t"], line["nll"], label=str(name).replace("_", " "), linewidth=width, **style)
+    ax.set(xlabel="position on the path t (fraction)", ylabel=f"{split} NLL (nats)", xlim=(-0.02, 1.02))
+    ax.set_title("Loss along the paths")
+    return ax
+
+
+def diversity_map(frame: pd.DataFrame, ax: Axes, split: str = "test") -> Axes:
+    """Divergence of predictions for every pair of points of `diversity_frame`, as a symmetric map."""
+    part = frame[frame["split"] == split]
+    t = sorted({*part["t_i"], *part["t_j"]})
+    place = {x: i for i, x in enumerate(t)}
+    values = np.zeros((len(t), len(t)))
+    for a, b, jsd in zip(part["t_i"], part["t_j"], part["jsd"], strict=True):
+        values[place[a], place[b]] = values[place[b], place[a]] = jsd
+    image = ax.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap="cividis", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="mean JSD (nats)", shrink=0.85)
+    ax.set(xlabel="t of one point", ylabel="t of the other", title=f"Divergence between points ({split})")
+    ax.grid(False)
+    return ax
+
+
+def divergence_against_distance(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Divergence against ||Delta W|| distance for every pair of `diversity_frame`, by split and within / across."""
+    for (key, part), style in zip(frame.groupby(["split", "within"], sort=False), styles(), strict=False):
+        split, within = key
+        label = f"{split}, {'one segment' if within else 'across segments'}"
+        ax.plot(
+            part["distance"],
+            part["jsd"],
+            linestyle="",
+            alpha=0.7,
+            markersize=3.5,
+            label=label,
+            **{k: style[k] for k in ("color", "marker")},
+        )
+    ax.set(xlabel="distance ||Delta W_i - Delta W_j||", ylabel="mean JSD (nats)", title="Function against parameters")
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def information(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Mutual information of the average against its number of points, of one path of `information_frame`."""
+    for (split, part), style in zip(frame.groupby("split", sort=False), styles(), strict=False):
+        marker = style.pop("marker")
+        ax.plot(part["n"], part["mutual_information"], marker=marker, label=f"{split}, MI", **style)
+        faint = {**style, "linewidth": 1.1, "alpha": 0.8}
+        ax.plot(part["n"], part["pairwise_jsd"], marker=marker, fillstyle="none", label=f"{split}, pairwise", **faint)
+    ax.set(xlabel="points n of the average", ylabel="nats", title="Information by number of points")
+    ax.set_xscale("log")
+    ticks = sorted(set(frame["n"]))
+    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def plane(surface: pd.DataFrame, drawn: pd.DataFrame, ax: Axes) -> Axes:
+    """Loss over the plane of `plane_frames`, with the curve and the control points projected onto it."""
+    table = surface.pivot(index="y", columns="x", values="loss")
+    loss = table.to_numpy()
+    # The far corners are many times worse than the valley; levels by quantile show the valley.
+    levels = np.unique(np.quantile(loss, np.linspace(0, 0.9, 13)))
+    x, y = table.columns.to_numpy(), table.index.to_numpy()
+    if len(levels) > 1:
+        filled = ax.contourf(x, y, loss, levels=levels, cmap="cividis", extend="max")
+        bar = ax.figure.colorbar(filled, ax=ax, label="NLL (nats), levels by quantile", shrink=0.9)
+        bar.ax.set_yticks(levels[::2], [f"{level:.3g}" for level in levels[::2]])
+    line, control = drawn[drawn["kind"] == "curve"], drawn[drawn["kind"] == "control"]
+    ax.plot(line["x"], line["y"], color="white", linewidth=4)
+    ax.plot(line["x"], line["y"], color="#D55E00", linewidth=2, label="curve, projected")
+    # Control points outside the plane may lie far off the curve, so they are drawn hollow.
+    ax.plot(
+        control["x"],
+        control["y"],
+        linestyle="",
+        marker="o",
+        markersize=7,
+        markerfacecolor="white",
+        markeredgecolor="black",
+        label="control points",
+    )
+    ax.set(xlabel="length along the first direction", ylabel="along the second", title="Loss over a plane")
+    ax.grid(False)
+    return ax
+
+
+def slopes(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Slope of the loss beside its bound, of `loss_slopes`; logarithmic."""
+    series = {"bound": "bound", "slope": "slope by gradient", "measured": "slope measured"}
+    for (column, label), style in zip(series.items(), styles(), strict=False):
+        ax.plot(frame["t"], frame[column].abs(), label=label, **style)
+    ax.set_yscale("log")
+    ax.set(xlabel="position on the path t (fraction)", ylabel="|dL/dt| (nats)", title="Slope of the loss and its bound")
+    return ax
+
+
+def sharpness(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Rise of the loss under noise along the path, of `sharpness_along`."""
+    style = next(styles())
+    ax.plot(frame["t"], frame["increase"], label="increase under noise", **style)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.set(xlabel="position on the path t (fraction)", ylabel="rise of NLL (nats)", title="Sharpness")
+    return ax

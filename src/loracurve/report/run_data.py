@@ -1,0 +1,91 @@
+"""What a report is made from: the files of one run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from loracurve.errors import UserError
+from loracurve.storage import read_json
+from loracurve.tasks import as_text, open_dataset
+
+__all__ = ["RunData", "read_run", "texts_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """One run: its files as they are, None for what is not there."""
+
+    name: str
+    """short and unique on the page"""
+    folder: Path
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    predictions: pd.DataFrame | None
+    """None for language modelling, which keeps none"""
+    scan: dict[str, Any] | None
+    tables: dict[str, pd.DataFrame]
+    """of the scan: paths, diversity, ..."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, or the letters of the options."""
+        return list(self.metrics["task"]["classes"])
+
+
+def read_run(folder: Path, name: str) -> RunData:
+    """Read a run directory that has been evaluated; raises UserError where metrics.json is missing or damaged."""
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
+    metrics = read_json(folder / "metrics.json")
+    for key in ("methods", "task"):
+        if key not in metrics:
+            raise UserError(f"{folder}/metrics.json: expected the entry {key!r} of a fitted run, found none")
+    scan = folder / "scan"
+    found = read_json(scan / "scan.json") if (scan / "scan.json").is_file() else None
+    tables = {}
+    if found is not None:
+        tables = {n: _table(scan / f"{n}.parquet") for n in ("paths", "diversity") if (scan / f"{n}.parquet").is_file()}
+    predictions = folder / "predictions.parquet"
+    environment = folder / "environment.json"
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}/config.yaml: cannot be read ({' '.join(str(error).split())[:160]})") from error
+    return RunData(
+        name,
+        folder,
+        metrics,
+        config,
+        read_json(environment) if environment.is_file() else {},
+        _table(predictions) if predictions.is_file() else None,
+        found,
+        tables,
+    )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:160]}); make it again") from error
+
+
+def texts_of(run: RunData) -> dict[tuple[str, str], str]:
+    """The text of every row by set and id; empty where the data set cannot be opened any more."""
+    texts: dict[tuple[str, str], str] = {}
+    try:
+        dataset = open_dataset(run.config["task"]["data"], run.config["task"].get("seed", 0))
+        texts |= {(split, r.id): as_text(r) for split, rows in dataset.splits.items() for r in rows}
+        for data in run.config.get("evaluation", {}).get("ood", []):
+            other = open_dataset(data)
+            texts |= {(f"ood:{other.name}", r.id): as_text(r) for r in other.rows("test")}
+    except (UserError, OSError, ImportError, ConnectionError):
+        # The page can do without: ids stand for texts.
+        return texts
+    return texts

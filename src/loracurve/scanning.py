@@ -1,0 +1,249 @@
+"""The command `scan`: the landscape of a run, or of adapters that somebody already has, as a folder of tables."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from loracurve.barriers import barrier_frame
+from loracurve.bases import Dtype
+from loracurve.curve import arc_length, chord_length, control_polygon_length, gram, lipschitz_bound
+from loracurve.diversity import diversity_frame, information_frame
+from loracurve.errors import UserError
+from loracurve.landscape import LaidOut, Scan, lay_out, scan_paths
+from loracurve.model import CurveModel
+from loracurve.paths import PATHS, PathName, anchor_paths, curve_path, grid, scalings_of
+from loracurve.paths import Path as LoraPath
+from loracurve.planes import plane_frames
+from loracurve.sharpness import sharpness_along
+from loracurve.slopes import loss_slopes
+from loracurve.storage import atomic_write, write_json
+from loracurve.subjects import Subject
+from loracurve.tasks import Task
+
+__all__ = ["ScanConfig", "scan_to_folder"]
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """What is scanned, and how finely."""
+
+    points: int = 61
+    """Points on each path between two neighbouring anchors, both ends included."""
+    paths: list[PathName] = field(default_factory=lambda: list(PATHS))  # type: ignore[arg-type]
+    """Which paths: straight (in A and B), delta_w, balanced, procrustes, balanced+procrustes, norm_matched, curve."""
+    rows: int = 500
+    """Use at most this many rows of each split; 0: all."""
+    choose: Literal["validation", "train"] = "validation"
+    """The split on which the highest point of each path is chosen; the test split judges it."""
+    diversity_points: int = 21
+    """Points of the curve between which divergences and distances are taken."""
+    plane: int = 11
+    """Grid points in each direction over the plane through three anchors; 0: no plane."""
+    slopes: int = 13
+    """Points of the curve at which the slope of the loss and its bound are computed; 0: none."""
+    sharpness: int = 13
+    """Points of the curve at which the loss under noise is computed; 0: none."""
+    noise: float = 0.1
+    """That noise, relative to the rows of A and the columns of B in the balanced gauge."""
+    hessian: int = 0
+    """Power iterations for the largest Hessian eigenvalue at these points; slow. 0: none."""
+    local_rows: int = 64
+    """Training rows for plane, slopes and sharpness."""
+    dtype: Dtype = "float32"
+    """Dtype of the base weights during the scan. Merged bfloat16 weights move the loss by rounding; `auto` keeps the
+    checkpoint's and half of the memory."""
+    resamples: int = 2000
+    """Bootstrap resamples of the test rows."""
+    seed: int = 0
+    """Seed of bootstrap and noise."""
+
+    def __post_init__(self) -> None:
+        if self.points < 3:
+            raise UserError(f"points: expected at least 3, found {self.points}; ask for 61")
+        for name in ("rows", "plane", "slopes", "sharpness", "hessian"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("local_rows", "diversity_points", "resamples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not self.paths:
+            raise UserError(f"paths: expected some of {', '.join(PATHS)}, found none")
+
+
+def scan_to_folder(subject: Subject, folder: Path, config: ScanConfig, visible: bool = True) -> dict[str, Any]:
+    """Scan, and write scan.json, paths.parquet, predictions.parquet, diversity.parquet and plane.parquet.
+
+    Returns:
+        What scan.json holds.
+
+    Raises:
+        UserError: the folder has contents already, or a split is missing.
+    """
+    from loracurve.run import environment, new_folder
+
+    started = time.perf_counter()
+    model, task = subject.model, subject.task
+    splits = _splits(model, task, config)
+    paths = anchor_paths(subject.anchors, config.paths, scalings_of(model))
+    if subject.trained and "curve" in config.paths:
+        paths["curve"] = curve_path(model)
+    if not paths:
+        raise UserError("paths: the curve alone was asked for, but these adapters have none; ask for straight")
+    new_folder(folder)
+    times = {name: grid(path.segments, config.points) for name, path in paths.items()}
+    local = lay_out(model, task.encode("train"), "train", config.local_rows)
+    main = paths.get("curve") or list(paths.values())[-1]
+    steps = sum(map(len, times.values())) + config.plane**2 + config.slopes + config.sharpness
+    with _bar(steps, visible) as progress:
+        scan = scan_paths(model, paths, splits, times, progress)
+        slopes = loss_slopes(model, main, local, _even(config.slopes), progress=progress)
+        sharp = sharpness_along(
+            model,
+            main,
+            local,
+            _even(config.sharpness),
+            config.noise,
+            hessian_iterations=config.hessian,
+            seed=config.seed,
+            progress=progress,
+        )
+        plane = _plane(model, local, config, progress)
+    report: dict[str, Any] = {
+        "settings": asdict(config),
+        "subject": subject.record,
+        "rows": {s.name: s.examples for s in splits} | {"local": local.examples},
+        "anchors": torch.linspace(0, 1, len(next(iter(subject.anchors.values()))), dtype=torch.float64).tolist(),
+        "paths": _describe(scan, paths),
+        "barriers": _records(barrier_frame(scan, config.choose, "test", config.seed, config.resamples)),
+        "geometry": _geometry(model) if subject.trained else None,
+        "slopes": {"path": main.name, "split": "train", "points": _records(slopes)},
+        "sharpness": {"path": main.name, "split": "train", "points": _records(sharp)},
+        "information": _records(
+            pd.concat([information_frame(p, scan.labels) for p in scan.paths.values()], ignore_index=True)
+        ),
+        "plane": plane,
+        "cost": scan.cost,
+    }
+    _write_tables(folder, scan, main, config, report)
+    report["seconds"] = time.perf_counter() - started
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "scan.json", report)
+    return report
+
+
+def _splits(model: CurveModel, task: Task, config: ScanConfig) -> list[LaidOut]:
+    for name in ("train", config.choose, "test"):
+        if name not in task.dataset.splits:
+            raise UserError(f"{task.dataset.name}: expected a {name} split, found {', '.join(task.dataset.splits)}")
+    names = dict.fromkeys(("test", config.choose, "train"))
+    return [lay_out(model, task.encode(name), name, config.rows or None) for name in names]
+
+
+def _even(count: int) -> list[float]:
+    """`count` positions between the joints' neighbourhoods: mid-points of equal cells, where a derivative exists."""
+    return [(i + 0.5) / count for i in range(count)]
+
+
+def _plane(
+    model: CurveModel, local: LaidOut, config: ScanConfig, progress: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Grid and projections; None where it was not asked for, the reason where there is none."""
+    if not config.plane:
+        return None
+    try:
+        surface, drawn = plane_frames(model, local, config.plane, progress=progress)
+    except UserError as error:
+        return {"missing": str(error)}
+    curve = drawn[drawn["kind"] == "curve"]["outside"]
+    return {
+        "split": "train",
+        "largest_outside": float(curve.max()),
+        "mean_outside": float(curve.mean()),
+        "grid": _records(surface),
+        "projected": _records(drawn),
+    }
+
+
+def _describe(scan: Scan, paths: dict[str, LoraPath]) -> dict[str, Any]:
+    """Lengths in ||Delta W||_F and the highest and mean loss of every path."""
+    out = {}
+    for name, path in paths.items():
+        ends = path.distances([0.0, 1.0])
+        polygon = path.distances([s / path.segments for s in range(path.segments + 1)])
+        losses = {
+            split: {"mean": float(nll.mean()), "highest": float(nll.mean(1).max()), "lowest": float(nll.mean(1).min())}
+            for split, nll in scan.paths[name].nll.items()
+        }
+        out[name] = {
+            "arc_length": path.arc_length(),
+            "through_anchors": float(polygon.diagonal(1).sum()),
+            "chord": float(ends[0, 1]),
+            "nll": losses,
+        }
+    return out
+
+
+def _geometry(model: CurveModel) -> dict[str, float]:
+    """Lengths of the curve in factor space (A, B, dense heads), in its own gauge."""
+    spec, control = model.spec, gram(model.control_points().values())
+    shape = spec.segments, spec.degree
+    return {
+        "arc_length": float(arc_length(control, *shape)),
+        "chord": float(chord_length(control)),
+        "control_polygon": float(control_polygon_length(control)),
+        "speed_bound": float(lipschitz_bound(control, *shape)),
+    }
+
+
+def _write_tables(folder: Path, scan: Scan, main: LoraPath, config: ScanConfig, report: dict[str, Any]) -> None:
+    frames = {"paths": scan.frame()}
+    if scan.paths[main.name].log_probs:
+        frames["diversity"] = diversity_frame(scan.paths[main.name], main, config.diversity_points)
+        report["diversity"] = {"path": main.name, "means": _records(_diversity_means(frames["diversity"]))}
+        frames["predictions"] = pd.DataFrame(_predictions(scan))
+    if report["plane"] and "grid" in report["plane"]:
+        frames["plane"] = pd.DataFrame(report["plane"]["grid"])
+    for name, frame in frames.items():
+
+        def write(path: Path, frame: pd.DataFrame = frame) -> None:
+            frame.to_parquet(path, index=False, compression="zstd")
+
+        atomic_write(folder / f"{name}.parquet", write)
+
+
+def _diversity_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean divergence of pairs within and across segments."""
+    return frame.groupby(["split", "within"], as_index=False)[["distance", "jsd", "disagreement"]].mean()
+
+
+def _predictions(scan: Scan) -> Iterator[dict[str, Any]]:
+    """One row for each path, split and example, with the probabilities at every point."""
+    for path in scan.paths.values():
+        for split, log_probs in path.log_probs.items():
+            probs = log_probs.exp().transpose(0, 1).numpy()
+            for row, name, label in zip(probs, scan.ids[split], scan.labels[split].tolist(), strict=True):
+                yield {"path": path.name, "set": split, "id": name, "label": label, "point_probs": list(row)}
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON has them: no NaN, which pandas makes of missing numbers."""
+    rows: list[dict[str, Any]] = frame.to_dict("records")
+    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+
+
+@contextmanager
+def _bar(steps: int, visible: bool) -> Iterator[Callable[[str], None]]:
+    with Progress(console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task("scan", total=steps)
+        yield lambda what: bar.update(task, advance=1, description=what)
