@@ -1,4 +1,4 @@
-"""P5: M anchors in one pass against M PEFT fine-tunes one after the other, by time of a step over real prompt lengths."""
+"""P5: M anchors in one pass against M PEFT fine-tunes one after the other, by the time of a step."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python experiments/screen.py --base MODEL --data FOLDER --out OUT --sets sst2 ag_news subj --seconds 500
 
-Resumable: what is in OUT already is skipped. OUT/<set>.npz holds log-probabilities by method and split, OUT/log.jsonl one
-line of figures for each method.
+Resumable: what is in OUT already is skipped. OUT/<set>.npz holds log-probabilities by method and split, OUT/log.jsonl
+one line of figures for each method.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CURVE = FitConfig(steps=300, batch_size=32, learning_rate=5e-4, points=2, evalua
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Name -> how the curve differs from: anchored through three anchors, aligned, inner points on the line, 300 steps."""
+    """Name -> how the curve differs from: through three aligned anchors, inner points on the line, 300 steps."""
     return {
         "anchored": {},
         "lr 2e-4": {"fit": {"learning_rate": 2e-4}},
