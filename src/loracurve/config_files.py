@@ -38,11 +38,22 @@ def run_parser(**options: Any) -> Parser:
 def parse(parser: Parser, arguments: Sequence[str]) -> Any:
     """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
     try:
-        return parser.instantiate_classes(parser.parse_args(list(arguments)))
+        return parser.instantiate(parser.parse_args(_switched_on(parser, arguments)))
     except UserError:
         raise
     except (jsonargparse.ArgumentError, TypeError, ValueError, yaml.YAMLError, OSError) as error:
         raise UserError(_one_line(error, parser)) from error
+
+
+def _switched_on(parser: Parser, arguments: Sequence[str]) -> list[str]:
+    """`--resume` for `--resume=true`: options that are true or false need no value to be true."""
+    switches = {o for a in parser._actions if getattr(a, "_typehint", None) is bool for o in a.option_strings}
+    values = {"true", "false", "yes", "no"}
+    following = [*arguments[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in values else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def load_config(path: str | Path) -> RunConfig:

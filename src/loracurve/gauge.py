@@ -46,11 +46,13 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     v = (sign * vt)[:kept]
     new_a = root[:, None] * v
     new_b = (u * sign.mT)[:, :kept] * root
-    if kept < len(s):
+    if kept < len(a):
         rest = a64 - (a64 @ v.mT) @ v
         _, left, directions = torch.linalg.svd(rest, full_matrices=False)
-        missing = len(s) - kept
-        new_a = torch.cat([new_a, left[:missing, None] * directions[:missing]])
+        missing = len(a) - kept
+        own = (left[:, None] * directions)[:missing]
+        # A rank above the map's size leaves rows without a direction of their own.
+        new_a = torch.cat([new_a, own, own.new_zeros(missing - len(own), a.shape[1])])
         new_b = torch.cat([new_b, new_b.new_zeros(len(b), missing)], dim=1)
     return new_a.to(a.dtype), new_b.to(b.dtype)
 

@@ -26,6 +26,7 @@ from loracurve.lora_space import PREFIX
 from loracurve.model import CurveModel
 from loracurve.paths import Path
 from loracurve.predictive import Predictive
+from loracurve.randomness import generator
 from loracurve.tasks import Encoded
 
 __all__ = [
@@ -118,10 +119,12 @@ class LaidOut:
         return self.encoded.token_offsets[-1] if self.encoded.scoring == "lm" else len(self.encoded)
 
 
-def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = None) -> LaidOut:
-    """Batches of a split, of its first `rows` rows (None: all)."""
+def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = None, seed: int = 0) -> LaidOut:
+    """Batches of a split, of `rows` of its rows drawn by the seed (None: all)."""
     if rows is not None and rows < len(encoded):
-        encoded = replace(encoded, examples=encoded.examples[:rows])
+        # Drawn, because splits may be sorted; in the split's order.
+        drawn = torch.randperm(len(encoded), generator=generator(seed, "scan rows", name))[:rows].sort().values
+        encoded = replace(encoded, examples=[encoded.examples[i] for i in drawn.tolist()])
     batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.supports_trees)]
     return LaidOut(name, encoded, batches, labels_of(encoded))
 

@@ -66,7 +66,7 @@ class ScanConfig:
     resamples: int = 2000
     """Bootstrap resamples of the test rows."""
     seed: int = 0
-    """Seed of bootstrap and noise."""
+    """Seed of the rows drawn, the bootstrap and the noise."""
 
     def __post_init__(self) -> None:
         if self.points < 3:
@@ -102,7 +102,7 @@ def scan_to_folder(subject: Subject, folder: Path, config: ScanConfig, visible: 
         raise UserError("paths: the curve alone was asked for, but these adapters have none; ask for straight")
     new_folder(folder)
     times = {name: grid(path.segments, config.points) for name, path in paths.items()}
-    local = lay_out(model, task.encode("train"), "train", config.local_rows)
+    local = lay_out(model, task.encode("train"), "train", config.local_rows, config.seed)
     main = paths.get("curve") or list(paths.values())[-1]
     steps = sum(map(len, times.values())) + config.plane**2 + config.slopes + config.sharpness
     with _bar(steps, visible) as progress:
@@ -147,7 +147,7 @@ def _splits(model: CurveModel, task: Task, config: ScanConfig) -> list[LaidOut]:
         if name not in task.dataset.splits:
             raise UserError(f"{task.dataset.name}: expected a {name} split, found {', '.join(task.dataset.splits)}")
     names = dict.fromkeys(("test", config.choose, "train"))
-    return [lay_out(model, task.encode(name), name, config.rows or None) for name in names]
+    return [lay_out(model, task.encode(name), name, config.rows or None, config.seed) for name in names]
 
 
 def _even(count: int) -> list[float]:

@@ -7,6 +7,7 @@ differ as well, so that the figures survive printing in grey.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import cycle
@@ -234,8 +235,10 @@ def legend_above(figure: Figure, axes: Axes) -> None:
     room = 11 * figure.get_figwidth()  # characters; a handle is as wide as 6
 
     def width(columns: int) -> int:
-        rows = -(-len(labels) // columns)
-        return sum(max(map(len, labels[i : i + rows])) + 6 for i in range(0, len(labels), rows))
+        # matplotlib fills column by column; the first ones have a row more where it does not come out even.
+        rows, longer = divmod(len(labels), columns)
+        ends = [i * rows + min(i, longer) for i in range(columns + 1)]
+        return sum(max(map(len, labels[a:b])) + 6 for a, b in itertools.pairwise(ends))
 
     columns = next((n for n in range(len(labels), 1, -1) if width(n) <= room), 1)
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)

@@ -27,7 +27,7 @@ def loss_paths(run: RunData) -> Block:
     drawn = plots.figure_of(plots.paths, run.tables["paths"], anchors=scan["anchors"], size=(6.4, 4.4))
     rows = [
         [
-            f"{b['path'].replace('_', ' ')}, {b['segment']}–{b['segment'] + 1}",
+            f"{plots.PATH_LABELS.get(b['path'], b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
             interval({**b, "estimate": b["excess"]}),
             number(b["above_ends"], 4, sign=True),
@@ -37,7 +37,7 @@ def loss_paths(run: RunData) -> Block:
     chosen, rows_used = scan["settings"]["choose"], scan["rows"]
     lengths = [
         [
-            name.replace("_", " "),
+            plots.PATH_LABELS.get(name, name),
             *(number(p[k], 3) for k in ("arc_length", "through_anchors")),
             *(number(p["nll"][s][k]) for s in ("test", "train") for k in ("mean", "highest")),
         ]
@@ -51,7 +51,7 @@ def loss_paths(run: RunData) -> Block:
             ["path, anchors", "t*", "excess", "above both ends"],
             rows,
         ),
-        Sheet("Lengths in ||Delta W||, and NLL along each path", heads, lengths),
+        Sheet("Lengths in ‖ΔW‖, and NLL along each path", heads, lengths),
     ]
     cost = scan["cost"]
     note = f"{cost['evaluations']} merged evaluations of {cost['seconds_per_evaluation']:.2f} s."

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from loracurve.report.figures import GREY, drawing, legend_above, styles
 
 __all__ = [
+    "PATH_LABELS",
     "diversity_map",
     "divergence_against_distance",
     "figure_of",
@@ -26,6 +27,14 @@ __all__ = [
     "sharpness",
     "slopes",
 ]
+
+
+# The names of `paths.PATHS` as readers see them.
+PATH_LABELS = {
+    "straight": "straight in (A, B)",
+    "delta_w": "straight in ΔW",
+    "norm_matched": "norm-matched",
+}
 
 
 def figure_of(
@@ -48,7 +57,7 @@ def paths(frame: pd.DataFrame, ax: Axes, split: str = "test", anchors: Sequence[
     for (name, line), style in zip(part.groupby("path", sort=False), styles(), strict=False):
         style.pop("marker")
         width = 2.6 if name == "curve" else 1.6
-        ax.plot(line["t"], line["nll"], label=str(name).replace("_", " "), linewidth=width, **style)
+        ax.plot(line["t"], line["nll"], label=PATH_LABELS.get(str(name), str(name)), linewidth=width, **style)
     ax.set(xlabel="position on the path t (fraction)", ylabel=f"{split} NLL (nats)", xlim=(-0.02, 1.02))
     ax.set_title("Loss along the paths")
     return ax
@@ -83,7 +92,7 @@ def divergence_against_distance(frame: pd.DataFrame, ax: Axes) -> Axes:
             label=label,
             **{k: style[k] for k in ("color", "marker")},
         )
-    ax.set(xlabel="distance ||Delta W_i - Delta W_j||", ylabel="mean JSD (nats)", title="Function against parameters")
+    ax.set(xlabel="distance ‖ΔW_i − ΔW_j‖", ylabel="mean JSD (nats)", title="Function against parameters")
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     return ax

@@ -198,7 +198,7 @@ SECTIONS = (
     Section(
         "Loss along the paths",
         "Dotted lines are anchors. A barrier on the straight line in (A, B) that the aligned lines and the line in "
-        "Delta W do not have is a matter of gauge, not of the loss.",
+        "ΔW do not have is a matter of gauge, not of the loss.",
         loss_paths,
     ),
     Section("Reliability", "On the diagonal, confidence is right on average.", reliability),
