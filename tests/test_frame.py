@@ -61,7 +61,9 @@ def test_readme_python_names_exist() -> None:
                 found = getattr(found, name)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/gotchas.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/method.md", "docs/gotchas.md", "docs/theory.md", "CONTRIBUTING.md"]
+)
 def test_documents_name_existing_functions_and_files(document: str) -> None:
     text = (ROOT / document).read_text()
     for module, names in re.findall(r"`(?:loracurve\.)?([a-z_]+)\.([A-Za-z_.]+)(?:\(\))?`", text):

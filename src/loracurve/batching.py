@@ -155,9 +155,10 @@ def collate(
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
     if encoded.scoring == "head":
+        groups = [[p] for p in range(len(numbers))]
         batch = _collate_sequences(encoded, numbers, labels, pad_to)
     else:
-        groups: list[list[int]] = []
+        groups = []
         for slot in sorted(set(slots)) if slots else [None]:
             places = [p for p in range(len(numbers)) if slots is None or slots[p] == slot]
             if packing:
@@ -167,12 +168,12 @@ def collate(
                 groups += [[p] for p in places]
         batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
     if slots:
-        row_slots = torch.zeros(len(batch.input_ids), dtype=torch.long)
-        if batch.units is None:
-            row_slots[batch.rows] = torch.tensor(slots)
+        of_examples = torch.tensor(slots)
+        if batch.units is not None:
+            batch.row_slots = of_examples[batch.units]
         else:
-            row_slots = torch.tensor(slots)[batch.units]
-        batch.row_slots, batch.slots = row_slots, row_slots[batch.rows]
+            batch.row_slots = of_examples[[group[0] for group in groups]]
+        batch.slots = batch.row_slots[batch.rows]
     return batch
 
 

@@ -129,7 +129,9 @@ def predict(run: str, input: str, out: str | None = None, points: int | None = N
         print(f"Written to {out}", file=sys.stderr)
 
 
-def export(run: str, out: str, points: int | None = None, best: bool = False, t: float | None = None) -> None:
+def export(
+    run: str, out: str | None = None, points: int | None = None, best: bool = False, t: float | None = None
+) -> None:
     """Write points of a curve as ordinary PEFT adapter folders.
 
     Args:
@@ -142,6 +144,8 @@ def export(run: str, out: str, points: int | None = None, best: bool = False, t:
     from loracurve.run import best_point, new_folder, open_run
     from loracurve.storage import export_adapter, write_json
 
+    if out is None:
+        raise UserError("export: expected --out FOLDER for the adapters, found none")
     if best + (t is not None) + (points is not None) > 1:
         raise UserError("expected one of --points, --best and --t, found several; give one")
     if t is not None and not 0 <= t <= 1:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import peft
+import torch
 
 from loracurve.bases import Dtype
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment
-from loracurve.inference import Rule
+from loracurve.inference import Rule, quadrature
 from loracurve.loop import LoopConfig
 from loracurve.tasks import TaskConfig
 from loracurve.training import FitConfig
@@ -109,6 +110,10 @@ class EvaluationConfig:
     seed: int = 0
     """Seed of Monte Carlo points and bootstrap intervals."""
 
+    def __post_init__(self) -> None:
+        if self.points < 1:
+            raise UserError(f"points: expected at least 1, found {self.points}; ask for 10")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -127,3 +132,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.adapters and self.curve.kind == "free":
             raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")
+        anchors = len(self.adapters) or self.curve.anchors
+        segments = self.curve.segments if self.curve.kind == "free" else max(anchors - 1, 1)
+        # Points that cannot be laid out should be known before training, not after it.
+        quadrature(self.evaluation.quadrature, self.evaluation.points, segments, torch.Generator())

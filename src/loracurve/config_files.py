@@ -49,7 +49,7 @@ def _switched_on(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """`--resume` for `--resume=true`: options that are true or false need no value to be true."""
     switches = {o for a in parser._actions if getattr(a, "_typehint", None) is bool for o in a.option_strings}
     values = {"true", "false", "yes", "no"}
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     return [
         f"{word}=true" if word in switches and after.lower() not in values else word
         for word, after in zip(arguments, following, strict=True)
@@ -91,6 +91,10 @@ def _one_line(error: BaseException, parser: Parser) -> str:
     if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text):
         word = match[1] or match[2]
         return f"unknown option {word}{_closest(word, names)}"
+    if match := re.search(r"[Oo]ption '([\w.]+)' is not accepted", text):
+        return f"unknown option {match[1]}{_closest(match[1], names)}"
+    if "Unexpected config:" in text:
+        return "config: expected a YAML file with options such as model and task, found none in it"
     text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
     text = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", text).replace("Expected a one", "expected one")
     return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected", "expected").replace("Got value:", "Found")[:400]

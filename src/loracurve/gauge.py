@@ -36,7 +36,7 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a64, b64 = a.double(), b.double()
     qb, rb = torch.linalg.qr(b64)
     qa, ra = torch.linalg.qr(a64.mT)
-    u, s, vt = torch.linalg.svd(rb @ ra.mT)
+    u, s, vt = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
     u, vt = qb @ u, vt @ qa.mT
     kept = int((s > s[0] * 1e-6).sum()) if s[0] > 0 else 0
     if kept == 0:

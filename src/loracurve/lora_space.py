@@ -212,7 +212,10 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
         tensors = load_file(weights)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from error
-    check_config(config)
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     # PEFT writes embedding or head weights beside the factors when lm_head is a target; they belong to the base model.
     return config, {
         n: t for n, t in tensors.items() if ".base_layer." not in n and not n.endswith("embed_tokens.weight")

@@ -109,6 +109,8 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
     classifier = config.task.scoring == "head"
     task_config = config.task if data is None else replace(config.task, data=data)
     labels = len(open_dataset(config.task.data, config.task.seed).labels) if classifier else None
+    # Weights that no checkpoint holds (a new pooler or head) come from the global generator: the same at each opening.
+    torch.manual_seed(config.curve_training.seed)
     base, tokenizer = load_base(
         config.model.name, classifier, config.model.dtype, labels, config.model.trust_remote_code
     )
@@ -122,13 +124,12 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         raise UserError(
             f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
         )
-    torch.manual_seed(config.curve_training.seed)  # a new classification head is drawn from the global generator
     base, task = _base_and_task(config)
-    save_config(config, out / "config.yaml")
-    write_json(out / "environment.json", environment())
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("train")
+    save_config(config, out / "config.yaml")
+    write_json(out / "environment.json", environment())
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
