@@ -17,8 +17,7 @@ from loracurve.randomness import stream_seed
 
 __all__ = ["Draws", "flat_lora", "perturb_factors", "squared_row_norms"]
 
-# Entries of the noise that exist at one time: 32 MiB in bfloat16, less than what 4,096 tokens take inside an MLP. For the
-# MLPs of a 7B model on an H200, a quarter of it is up to 3.6 times slower; four times as much gains at most a sixth.
+# Entries of the noise that exist at one time: 32 MiB in bfloat16, less than what 4,096 tokens take inside an MLP.
 NOISE_CHUNK = 2**24
 # Blocks are whole tiles of a matrix product: odd sizes run up to 3 times slower on GPUs.
 TILE = 256
