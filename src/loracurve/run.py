@@ -206,7 +206,13 @@ def evaluate_methods(
         model.set_curve(slots, anchors)
         ensemble = _along("ensemble", model, slot_times(count), None, sets)
         ensemble.t = []
-        methods = [*(_single(ensemble, m) for m in range(count)), ensemble]
+        if sets["test"].scoring == "lm":  # summaries cannot be taken apart
+            singles = [_along(f"adapter {m}", model, slot_times(count)[[m]], None, sets) for m in range(count)]
+            for single in singles:
+                single.t = []
+        else:
+            singles = [_single(ensemble, m) for m in range(count)]
+        methods = [*singles, ensemble]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
             methods.append(_along(name, model, average.t, None, {"test": sets["test"]}))
