@@ -13,8 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from loracurve.evaluation import predict_split
-from loracurve.lora_space import ControlPoints
 from loracurve.loop import LoopConfig
+from loracurve.lora_space import ControlPoints
 from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
 from loracurve.spec import CurveSpec
