@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
 from loracurve.loop import LoopConfig
 from loracurve.lora_space import ControlPoints
@@ -19,9 +21,9 @@ from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
 from loracurve.spec import CurveSpec
 from loracurve.tasks import Encoded, Task
-from loracurve.training import slot_times
+from loracurve.training import fit_anchors, slot_times
 
-__all__ = ["Fitted", "Method", "Setting", "from_adapters"]
+__all__ = ["Fitted", "Method", "Setting", "along_curve", "fine_tune", "from_adapters"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,22 @@ class Setting:
     samples: int = 10
     """forward passes that a prediction may take"""
     seed: int = 0
+    folder: Path | None = None
+    """for checkpoints of a method's own training, which then goes on where it was cut off; None: keep none"""
+    progress: bool = False
+    """show a bar while training"""
+
+    @property
+    def unit(self) -> int:
+        """Examples x forward-backward passes of one fine-tune."""
+        return self.training.steps * self.training.batch_size
+
+    def first(self, count: int) -> ControlPoints:
+        """The first `count` anchors; raises UserError where there are fewer."""
+        there = len(next(iter(self.anchors.values())))
+        if not 1 <= count <= there:
+            raise UserError(f"expected 1 to {there} anchors, which are all that were trained, found {count}")
+        return {name: points[:count] for name, points in self.anchors.items()}
 
 
 @dataclass(frozen=True)
@@ -62,9 +80,29 @@ class Method(Protocol):
 def from_adapters(setting: Setting, adapters: ControlPoints, cost: float, weights: Tensor | None = None) -> Fitted:
     """The average of S adapters [S, ...], with `weights` [S] (equal if None)."""
     count = len(next(iter(adapters.values())))
+    return along_curve(setting, CurveSpec.slots(count), adapters, slot_times(count), cost, weights)
+
+
+def along_curve(
+    setting: Setting, spec: CurveSpec, points: ControlPoints, t: Tensor, cost: float, weights: Tensor | None = None
+) -> Fitted:
+    """The average of the points t [n] of a curve, with `weights` [n] (equal if None)."""
 
     def predict(encoded: Encoded) -> Predictive:
-        setting.model.set_curve(CurveSpec.slots(count), adapters)
-        return predict_split(setting.model, encoded, slot_times(count), weights)
+        if setting.model.spec is not spec:  # captured graphs go with the curve: it is put in once
+            setting.model.set_curve(spec, points)
+        return predict_split(setting.model, encoded, t, weights)
 
-    return Fitted(predict, count, cost)
+    return Fitted(predict, len(t), cost)
+
+
+def fine_tune(setting: Setting, training: LoopConfig, adapters: int = 1) -> tuple[ControlPoints, float]:
+    """Fine-tune adapters of the anchors' own seeds by other options.
+
+    Returns:
+        The adapters [M, ...] and their cost in units.
+    """
+    setting.model.set_curve(CurveSpec.slots(adapters), setting.first(adapters))
+    folder = setting.folder / "training" if setting.folder else None
+    result = fit_anchors(setting.model, setting.task, training, folder, progress=setting.progress)
+    return setting.model.control_points(), adapters * result.steps * training.batch_size / setting.unit
