@@ -7,15 +7,15 @@ the method differs. Most of them end as a set of adapters, which run side by sid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
-from loracurve.loop import LoopConfig
+from loracurve.loop import FitResult, LoopConfig
 from loracurve.lora_space import ControlPoints
 from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
@@ -23,7 +23,7 @@ from loracurve.spec import CurveSpec
 from loracurve.tasks import Encoded, Task
 from loracurve.training import fit_anchors, slot_times
 
-__all__ = ["Fitted", "Method", "Setting", "along_curve", "fine_tune", "from_adapters"]
+__all__ = ["Fitted", "Method", "Setting", "along_curve", "fine_tune", "fit_notes", "from_adapters"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Fitted:
     """forward passes of a prediction"""
     cost: float
     """training in units of one fine-tune: examples x forward-backward passes"""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """what the fit found, for the record; JSON-able"""
 
 
 class Method(Protocol):
@@ -77,14 +79,26 @@ class Method(Protocol):
         """Train what there is to train; raises UserError where the setting does not serve."""
 
 
-def from_adapters(setting: Setting, adapters: ControlPoints, cost: float, weights: Tensor | None = None) -> Fitted:
+def from_adapters(
+    setting: Setting,
+    adapters: ControlPoints,
+    cost: float,
+    weights: Tensor | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Fitted:
     """The average of S adapters [S, ...], with `weights` [S] (equal if None)."""
     count = len(next(iter(adapters.values())))
-    return along_curve(setting, CurveSpec.slots(count), adapters, slot_times(count), cost, weights)
+    return along_curve(setting, CurveSpec.slots(count), adapters, slot_times(count), cost, weights, notes)
 
 
 def along_curve(
-    setting: Setting, spec: CurveSpec, points: ControlPoints, t: Tensor, cost: float, weights: Tensor | None = None
+    setting: Setting,
+    spec: CurveSpec,
+    points: ControlPoints,
+    t: Tensor,
+    cost: float,
+    weights: Tensor | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> Fitted:
     """The average of the points t [n] of a curve, with `weights` [n] (equal if None)."""
 
@@ -93,16 +107,18 @@ def along_curve(
             setting.model.set_curve(spec, points)
         return predict_split(setting.model, encoded, t, weights)
 
-    return Fitted(predict, len(t), cost)
+    return Fitted(predict, len(t), cost, notes or {})
 
 
-def fine_tune(setting: Setting, training: LoopConfig, adapters: int = 1) -> tuple[ControlPoints, float]:
-    """Fine-tune adapters of the anchors' own seeds by other options.
-
-    Returns:
-        The adapters [M, ...] and their cost in units.
-    """
+def fine_tune(setting: Setting, training: LoopConfig, adapters: int = 1) -> Fitted:
+    """Fine-tune adapters of the anchors' own seeds by other options; their average."""
     setting.model.set_curve(CurveSpec.slots(adapters), setting.first(adapters))
     folder = setting.folder / "training" if setting.folder else None
     result = fit_anchors(setting.model, setting.task, training, folder, progress=setting.progress)
-    return setting.model.control_points(), adapters * result.steps * training.batch_size / setting.unit
+    cost = adapters * result.steps * training.batch_size / setting.unit
+    return from_adapters(setting, setting.model.control_points(), cost, notes=fit_notes(result))
+
+
+def fit_notes(result: FitResult) -> dict[str, Any]:
+    """What is recorded of a training run."""
+    return {"steps": result.steps, "best_step": result.best_step, "validation_nll": result.validation_nll}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from loracurve.baselines.base import Fitted, Setting, along_curve
+from loracurve.baselines.base import Fitted, Setting, along_curve, fit_notes
 from loracurve.config import CurveConfig, EvaluationConfig
 from loracurve.errors import UserError, nearest
 from loracurve.evaluation import choose_average
@@ -58,7 +58,8 @@ class Curve:
         )
         average = choose_average(model, evaluation, setting.task.encode("validation"))
         cost = anchors + result.steps * training.batch_size * training.points / setting.unit
-        return along_curve(setting, model.spec, model.control_points(), average.t, cost, average.weights)
+        notes = fit_notes(result) | {"average": average.record}
+        return along_curve(setting, model.spec, model.control_points(), average.t, cost, average.weights, notes)
 
     def training_of(self, setting: Setting) -> FitConfig:
         """One fine-tune's options with this curve's changes, and as many steps as `units` pays for."""

@@ -41,7 +41,7 @@ class LongerEnsemble:
 
     def fit(self, setting: Setting) -> Fitted:
         steps = round(setting.training.steps * self.units / self.members)
-        return from_adapters(setting, *fine_tune(setting, replace(setting.training, steps=steps), self.members))
+        return fine_tune(setting, replace(setting.training, steps=steps), self.members)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ConvexMix:
         validation = setting.task.encode("validation")
         predictive = from_adapters(setting, anchors, 0.0).predict(validation)
         weights = mixture_weights(-point_nll(predictive, labels_of(validation)))
-        return from_adapters(setting, anchors, float(self.members), weights)
+        return from_adapters(setting, anchors, float(self.members), weights, {"weights": weights.tolist()})
 
 
 def mixture_weights(label_log_probs: Tensor, iterations: int = 2000) -> Tensor:

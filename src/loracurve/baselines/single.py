@@ -24,4 +24,4 @@ class Single:
         training = replace(setting.training, keep=self.keep, weight_decay=decay)
         if training == setting.training:
             return from_adapters(setting, setting.first(1), 1.0)
-        return from_adapters(setting, *fine_tune(setting, training))
+        return fine_tune(setting, training)

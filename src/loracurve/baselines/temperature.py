@@ -29,4 +29,4 @@ class TemperatureScaled:
             tempered = apply_temperature(fitted.predict(encoded).log_probs, temperature)
             return Predictive.from_log_probs(tempered[None])
 
-        return Fitted(predict, fitted.passes, fitted.cost)
+        return Fitted(predict, fitted.passes, fitted.cost, fitted.notes | {"temperature": temperature})
