@@ -93,8 +93,8 @@ def _rows_of(suite: SuiteConfig, entry: str, like: Dataset | None) -> list[Row]:
             like.kind == "classification" and like.labels,
         ):
             raise UserError(
-                f"shift: expected the classes of {like.name}, {list(like.labels)}, found {list(dataset.labels)} in {one}; "
-                "list it under ood"
+                f"shift: expected the classes of {like.name}, {list(like.labels)}, found {list(dataset.labels)} in "
+                f"{one}; list it under ood"
             )
         rows += dataset.rows(split or "test")
     return rows

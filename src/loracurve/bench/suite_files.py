@@ -49,9 +49,8 @@ def find(name: str | Path, kind: str) -> Path:
         return Path(name)
     if str(name) in known:
         return known[str(name)]
-    raise UserError(
-        f"{kind[:-1]}: expected a YAML file or one of {', '.join(known)}, found {str(name)!r}{nearest(str(name), known)}"
-    )
+    close = nearest(str(name), known)
+    raise UserError(f"{kind[:-1]}: expected a YAML file or one of {', '.join(known)}, found {str(name)!r}{close}")
 
 
 def suite_of(values: Any) -> SuiteConfig:
