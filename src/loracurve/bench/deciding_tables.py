@@ -34,8 +34,8 @@ def comparisons(results: Results) -> Table:
         "comparisons",
         "Paired differences: method minus reference, on test rows, averaged over seeds",
         ["reference", "measure", "task", "method", "difference", "p", "p Holm"],
-        notes="Negative NLL and Brier, positive ACC: the method is better. p: normal approximation over test rows; Holm's "
-        "correction over all rows of one reference and measure.",
+        notes="Negative NLL and Brier, positive ACC: the method is better. p: normal approximation over test rows; "
+        "Holm's correction over all rows of one reference and measure.",
     )
     for reference in references_of(results.suite):
         for measure in ("nll", "acc", "brier", "nll_ts", "brier_ts"):
@@ -69,8 +69,9 @@ def deciding(results: Results, out: Path) -> list[Table]:
         "deep_ensemble_equivalents",
         "Deep-ensemble equivalents and diversity",
         ["task", "counts", "method", "DEE NLL", "DEE Brier", "pairwise JSD", "novel"],
-        notes="DEE: the smallest M whose ensembles' mean score is no worse, after temperature scaling, means over seeds. "
-        f"novel: share of test rows to which a point gives a class that none of the first {_CURVE_ANCHORS} anchors gives.",
+        notes="DEE: the smallest M whose ensembles' mean score is no worse, after temperature scaling, means over "
+        "seeds. novel: share of test rows to which a point gives a class that none of the first "
+        f"{_CURVE_ANCHORS} anchors gives.",
     )
     found: dict[str, list[tuple[int | None, int | None]]] = {}
     for task in results.suite.tasks:
@@ -81,9 +82,8 @@ def deciding(results: Results, out: Path) -> list[Table]:
         correct = torch.stack([_points(m.test).argmax(-1) == labels for m in members])
         accuracy = correct.double().mean().item()
         counts = counts_above_chance(accuracy, labels)
-        data.rows.append(
-            [task, len(labels), torch.bincount(labels).max().item() / len(labels), accuracy, "yes" if counts else "no"]
-        )
+        majority = torch.bincount(labels).max().item() / len(labels)
+        data.rows.append([task, len(labels), majority, accuracy, "yes" if counts else "no"])
         scores = {m.cell.seed: _scores(m, out) for m in members}
         for size in range(most):
             values = [sum(s[k][size] for s in scores.values()) / len(scores) for k in ("nll", "brier")]
@@ -107,7 +107,7 @@ def deciding(results: Results, out: Path) -> list[Table]:
             row: list[Value] = [task, "yes" if counts else "no", method, *(_size(d, most) for d in pair)]
             equivalents.rows.append([*row, jsd, sum(novel) / len(novel)])
     for method, pairs in found.items():
-        medians = [statistics.median(most + 1 if p[k] is None else p[k] for p in pairs) for k in (0, 1)]
+        medians = [statistics.median(float(p[k] or most + 1) for p in pairs) for k in (0, 1)]
         shown = [f"> {most}" if m > most else f"{m:g}" for m in medians]
         equivalents.rows.append(["median of those that count", "yes", method, *shown, None, None])
     return [data, sizes, equivalents]

@@ -7,10 +7,11 @@ from pathlib import Path
 from loracurve.bench.deciding_tables import comparisons, deciding
 from loracurve.bench.detecting import detection, detection_differences
 from loracurve.bench.results import CellResult, Results, read_results, seed_of, stacked, write_metrics
+from loracurve.bench.setting import anchors_folder
 from loracurve.bench.suite import SuiteConfig
 from loracurve.bench.tables import Table, Value, write_table
 from loracurve.metrics import bootstrap_interval
-from loracurve.storage import atomic_write
+from loracurve.storage import atomic_write, read_json
 
 __all__ = ["write_tables"]
 
@@ -24,7 +25,13 @@ def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
     results = read_results(suite, out)
     write_metrics(results, out / "metrics.parquet")
     tables = [summary(results), *deciding(results, out), uncertainty(results), detection(results)]
-    tables += [detection_differences(results), shift(results), comparisons(results), seeds(results), costs(results)]
+    tables += [
+        detection_differences(results),
+        shift(results),
+        comparisons(results),
+        seeds(results),
+        costs(results, out),
+    ]
     tables = [t for t in [*tables, left_out(results)] if t.rows]
     for table in tables:
         write_table(table, out / "tables")
@@ -40,8 +47,8 @@ def summary(results: Results) -> Table:
         "summary",
         "Test rows, means over seeds",
         ["task", "method", "passes", "cost", *measures, "ECE", "ECE ts"],
-        notes="NLL in nats; Brier summed over classes; ECE of 15 bins; ts: after temperature scaling, T from validation "
-        "rows; cost: training in units of one fine-tune; intervals: 95 % bootstrap over test rows.",
+        notes="NLL in nats; Brier summed over classes; ECE of 15 bins; ts: after temperature scaling, T from "
+        "validation rows; cost: training in units of one fine-tune; intervals: 95 % bootstrap over test rows.",
     )
     for task, method, done in results.each():
         values: list[Value] = [
@@ -88,7 +95,7 @@ def shift(results: Results) -> Table:
     return table
 
 
-def costs(results: Results) -> Table:
+def costs(results: Results, out: Path) -> Table:
     """Passes, training cost, time and memory."""
     table = Table(
         "costs",
@@ -96,6 +103,12 @@ def costs(results: Results) -> Table:
         ["task", "method", "passes", "cost", "fit s", "predict s / 1000 rows", "peak memory MiB", "device"],
         notes="cost: training in units of one fine-tune, its anchors included; fit s: without the shared anchors.",
     )
+    for task in results.suite.tasks:
+        found = [anchors_folder(out, task, seed) / "anchors.json" for seed in results.suite.seeds]
+        trained = [read_json(path)["seconds"] for path in found if path.is_file()]
+        if trained:
+            name, count = f"{results.suite.anchors} anchors in one pass", results.suite.anchors
+            table.rows.append([task, name, None, float(count), sum(trained) / len(trained), None, None, None])
     for task, method, done in results.each():
         seconds = sum(1000 * r.record["predict_seconds"] / r.record["predicted_rows"] for r in done) / len(done)
         peaks = [r.record["peak_memory_bytes"] for r in done]

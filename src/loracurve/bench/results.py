@@ -20,6 +20,7 @@ from loracurve.bench.deciding import tempered_scores
 from loracurve.bench.store import Predictions, read_predictions, record_of
 from loracurve.bench.suite import Cell, SuiteConfig, cells_of, full_ensemble
 from loracurve.calibration import apply_temperature
+from loracurve.objective import negative_log_likelihood
 from loracurve.predictive import Predictive
 from loracurve.randomness import stream_seed
 from loracurve.storage import atomic_write
@@ -74,7 +75,7 @@ class CellResult:
             "acc": self.test.correct(labels).double(),
             "nll": self.test.negative_log_likelihood(labels),
             "brier": metrics.brier_per_example(self.test.probs, labels),
-            "nll_ts": metrics.per_example_nll(self.tempered, labels),
+            "nll_ts": negative_log_likelihood(self.tempered, labels),
             "brier_ts": metrics.brier_per_example(self.tempered.exp(), labels),
         }
 

@@ -51,4 +51,5 @@ def tiny_model(dtype: Dtype = "auto") -> tuple[nn.Module, PreTrainedTokenizerBas
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(5)  # weights of the usual initial size make a model this small nearly constant
-    return model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)).eval(), fast
+    base: nn.Module = model
+    return base.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)).eval(), fast
