@@ -109,7 +109,7 @@ def test_a_profile_gives_defaults_the_suite_and_the_command_line_change(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": {"sst2": {"scoring": "label"}}}, "unknown option task; did you mean 'tasks'"),
+        ({"task": {"sst2": {"scoring": "label"}}}, "unknown option task.sst2.scoring; did you mean 'tasks'"),
         ({"tasks": {"sst2": {"scorin": "label"}}}, "tasks.sst2: unknown option scorin; did you mean 'scoring'"),
         ({"tasks": {"sst2": {"scoring": "lm"}}}, "tasks.sst2: scoring: a suite compares predictions of classes"),
         ({"tasks": {"sst2": 3}}, "tasks.sst2: expected options"),

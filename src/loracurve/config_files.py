@@ -127,6 +127,10 @@ def _one_line(error: BaseException, parser: Parser) -> str:
 
 def _closest(word: str, names: Sequence[str]) -> str:
     """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    headings = {name.partition(".")[0] for name in names}
+    heading = word.partition(".")[0]
+    if "." in word and heading not in headings and (found := nearest(heading, headings)):
+        return found
     if found := nearest(word, names):
         return found
     last = {name.rsplit(".", 1)[-1]: name for name in names}
