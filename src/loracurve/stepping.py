@@ -12,6 +12,8 @@ from torch import Tensor
 from loracurve.batching import Batch
 from loracurve.capture import Captured
 from loracurve.layers import Layout
+from loracurve.perturbation import Perturbation
+from loracurve.sharpness_aware import sam_backward
 
 __all__ = ["Part", "Program", "StepConfig", "Stepper"]
 
@@ -71,12 +73,19 @@ class Stepper:
         mask: [K] which of them are trained.
         config: learning rate, decay, clipping.
         capture: capture steps in CUDA graphs where the device has them.
+        perturbation: noise that the layers draw, or `sam`; its `start` comes before each step.
     """
 
     def __init__(
-        self, program: Program, factors: Sequence[Tensor], mask: Tensor, config: StepConfig, capture: bool = True
+        self,
+        program: Program,
+        factors: Sequence[Tensor],
+        mask: Tensor,
+        config: StepConfig,
+        capture: bool = True,
+        perturbation: Perturbation | None = None,
     ) -> None:
-        self.program, self.factors, self.config = program, factors, config
+        self.program, self.factors, self.config, self.perturbation = program, factors, config, perturbation
         device = factors[0].device
         self.mask = mask.to(device)
         # The GPU's fused kernel reads the rate from memory, in float32; the CPU's takes a number.
@@ -94,7 +103,8 @@ class Stepper:
         # The fused kernel skips the update where this is 1, without telling the host.
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.gram = program.decay_gram().to(device) * self.mask[:, None]
-        self.captured = Captured(self._step, device, capture)
+        draws = (lambda: perturbation.generators) if perturbation is not None else list
+        self.captured = Captured(self._step, device, capture, draws)
 
     def __call__(self, parts: list[Part], factor: float) -> Tensor:
         """Step at `factor` times the peak learning rate; returns [loss, gradient norm, *figures] on the device."""
@@ -110,8 +120,7 @@ class Stepper:
         total = torch.zeros((), device=self.rate.device)
         figures = torch.zeros(len(self.program.figures), device=self.rate.device)
         for part in parts:
-            loss, values = self.program.loss(part)
-            loss.backward()
+            loss, values = self._backward(part)
             total = total + loss.detach().float()
             figures = figures + values.float()
         with torch.no_grad():
@@ -125,6 +134,16 @@ class Stepper:
                 for p in self.factors:
                     p.sub_(scale.to(p) * (self.gram.to(p) @ p.flatten(1)).view_as(p))
         return torch.stack([total, norm.float(), *figures])
+
+    def _backward(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Add a micro-batch's gradient; returns its loss and figures."""
+        noise = self.perturbation
+        if noise is not None and noise.config.kind == "sam":
+            # One point for all rows: the layout `points` with one group.
+            return sam_backward(lambda: self.program.loss(part), self.factors, part.coefficients[0], noise.rho)
+        loss, values = self.program.loss(part)
+        loss.backward()
+        return loss, values
 
     def _clip(self) -> Tensor:
         """Clip gradients jointly for a curve, by slot for anchors; returns the largest norm before clipping."""

@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from loracurve import curve
 from loracurve.batching import Batch, collate, evaluation_batches
 from loracurve.errors import UserError
+from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
 from loracurve.loop import FitResult, LoopConfig, batch_numbers, run_loop
 from loracurve.model import CurveModel
-from loracurve.objective import ObjectiveConfig, negative_log_likelihood, objective
+from loracurve.objective import negative_log_likelihood, objective
+from loracurve.perturbation import Perturbation
 from loracurve.randomness import generator, stream_seed
+from loracurve.sampling import sample_points
 from loracurve.stepping import Part
 from loracurve.tasks import Encoded, Task
 
-__all__ = ["FitConfig", "fit", "fit_anchors", "sample_points", "slot_seeds", "slot_times"]
-
-Sampling = Literal["stratified", "uniform"]
+__all__ = ["FitConfig", "fit", "fit_anchors", "slot_seeds", "slot_times"]
 
 # Captured rows are padded to multiples of this many tokens: few graphs, and tiles that tensor cores like.
 CAPTURED_LENGTHS = 32
-
-
-@dataclass(frozen=True)
-class FitConfig(LoopConfig):
-    """How a curve is trained."""
-
-    points: int = 2
-    """Points of the curve at which each example is seen in a step."""
-    share_points: bool = True
-    """All rows of a batch are run at the same points; otherwise each row has its own."""
-    sampling: Sampling = "stratified"
-    """How points are drawn: one from each of as many equal parts of [0, 1] as there are, or uniformly."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Diversity term beside the likelihood."""
-    evaluation_points: int = 5
-    """Points of the model average that is validated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.points < 1 or self.evaluation_points < 1:
-            raise UserError(f"points: expected at least 1, found {min(self.points, self.evaluation_points)}")
-        if self.objective.jsd != "none" and self.points < 2:
-            raise UserError(f"a JSD term needs points >= 2, found {self.points}")
 
 
 def slot_seeds(seed: int, anchors: int) -> list[int]:
@@ -59,15 +36,6 @@ def slot_seeds(seed: int, anchors: int) -> list[int]:
 def slot_times(anchors: int) -> Tensor:
     """[M] the t of M adapters on the chain through them (`CurveSpec.slots`)."""
     return torch.linspace(0, 1, anchors, dtype=torch.float64) if anchors > 1 else torch.zeros(1, dtype=torch.float64)
-
-
-def sample_points(count: tuple[int, ...], sampling: Sampling, draw: torch.Generator) -> Tensor:
-    """Curve points of shape `count` in [0, 1], float64; stratified points ascend in reading order."""
-    total = int(torch.tensor(count).prod())
-    u = torch.rand(total, generator=draw, dtype=torch.float64)
-    if sampling == "stratified":
-        u = (torch.arange(total) + u) / total
-    return u.view(count)
 
 
 class _Validation:
@@ -149,15 +117,19 @@ class _Curve:
         ]
 
     def _coefficients(self, batch: Batch, step: int, part: int) -> Tensor:
-        c = self.config
-        draw = generator(c.seed, "points", step, part)
+        c, spec = self.config, self.model.spec
         if c.share_points:
-            t = sample_points((c.points,), c.sampling, draw)
-        elif batch.units is None:
-            t = sample_points((c.points, len(batch.input_ids)), c.sampling, draw)
+            count: tuple[int, ...] = (c.points,)
         else:
-            t = sample_points((c.points, len(batch.labels)), c.sampling, draw)[:, batch.units]
-        return self.model.coefficients(t)
+            count = (c.points, len(batch.input_ids if batch.units is None else batch.labels))
+        # The points of all steps are one sequence of one stream; other ways draw anew.
+        sequence = c.sampling == "quasi-random"
+        draw = generator(c.seed, "points", *(() if sequence else (step, part)))
+        rows = 1 if c.share_points else -(-c.batch_size // c.accumulation)
+        start = (step * c.accumulation + part) * c.points * rows
+        lengths = curve.gram(p.detach() for p in self.model.factors).cpu() if c.sampling == "arc-length" else None
+        t = sample_points(count, c.sampling, draw, lengths, spec.segments, spec.degree, start if sequence else 0)
+        return self.model.coefficients(t if c.share_points or batch.units is None else t[:, batch.units])
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
         log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
@@ -231,4 +203,10 @@ def fit(
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     program = _Curve(model, task.encode("train"), task.encode("validation"), config)
-    return run_loop(model, program, config, folder, **{"label": "curve", **loop})  # type: ignore[arg-type]
+    accelerator = loop.setdefault("accelerator", Accelerator())
+    assert isinstance(accelerator, Accelerator)
+    model.to(accelerator.device)  # where the noise is drawn
+    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    with noise.attached():
+        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
+        return run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
