@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loracurve.bootstrap import BootstrapConfig
+from loracurve.corruption import CorruptionConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
-from loracurve.objective import ObjectiveConfig
+from loracurve.objective import ObjectiveConfig, resolve_tau
 from loracurve.perturbation import PerturbationConfig, needs_shared_points, needs_single_point, strength
 from loracurve.sampling import Sampling, check_sampling
+from loracurve.spec import CurveSpec
 
 __all__ = ["FitConfig"]
 
@@ -28,6 +31,10 @@ class FitConfig(LoopConfig):
     the golden ratio. half-period: pairs t and t + 1/2."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Diversity term beside the likelihood."""
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    """Inputs on which the diversity term is taken."""
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    """Random weights of the examples along the curve."""
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     """Noise on the weights while training."""
     evaluation_points: int = 5
@@ -41,6 +48,38 @@ class FitConfig(LoopConfig):
         if self.objective.jsd != "none" and self.points < 2:
             raise UserError(f"a JSD term needs points >= 2, found {self.points}")
         check_sampling(self.sampling, self.points)
+        self._check_corruption()
+
+    def check_curve(self, spec: CurveSpec) -> None:
+        """Refuse what a curve of this shape cannot have; raises UserError."""
+        anchored = not bool(spec.mask.all())
+        # Stands for the anchors' divergence, which is measured when training starts.
+        resolve_tau(self.objective, 1.0 if anchored else None)
+        if self.bootstrap.kind == "everywhere" and spec.closed:
+            raise UserError(
+                "bootstrap.kind: expected tied or none for a closed curve, whose ends are one point but have different "
+                "weights, found everywhere; change it"
+            )
+        if self.bootstrap.kind == "tied" and not anchored:
+            raise UserError(
+                "bootstrap.kind: expected everywhere for a free curve, which has no anchors, found tied; change it"
+            )
+
+    def _check_corruption(self) -> None:
+        kind = self.corruption.kind
+        if kind == "none":
+            return
+        if self.objective.jsd not in ("bonus", "hinge"):
+            raise UserError(
+                f"corruption.kind: expected none with objective.jsd {self.objective.jsd!r}, found {kind}; set jsd to "
+                "bonus or hinge, which need no labels"
+            )
+        for name, needed in (("share_points", True), ("gradient_checkpointing", False)):
+            if kind == "text" and getattr(self, name) is not needed:
+                raise UserError(
+                    f"{name}: expected {str(needed).lower()} with corruption.kind text, whose batches have other "
+                    f"shapes, found {str(not needed).lower()}; change one of them"
+                )
 
     def _check_perturbation(self) -> None:
         noise = self.perturbation

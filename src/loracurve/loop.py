@@ -123,6 +123,8 @@ class FitResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     """logged figures: step, loss, learning rate, validation"""
     stopped_early: bool = False
+    settled: dict[str, float] = field(default_factory=dict)
+    """what was settled before the first step: the target of a hinge, in nats"""
 
 
 def run_loop(
@@ -154,7 +156,8 @@ def run_loop(
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     factors = model.factors
     options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
-    stepper = Stepper(program, factors, model.spec.mask, StepConfig(**options), config.capture, perturbation)
+    step_config = StepConfig(**options)
+    stepper = Stepper(program, factors, model.spec.mask, step_config, config.capture, perturbation, model.dependences)
     infinite = [math.inf] * program.groups
     state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
     if folder is not None and (folder / "checkpoint.json").exists():

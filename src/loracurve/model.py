@@ -83,10 +83,19 @@ class CurveModel(nn.Module):
 
     @classmethod
     def from_config(
-        cls, base: nn.Module | str, config: peft.LoraConfig, segments: int = 2, degree: int = 2, seed: int = 0
+        cls,
+        base: nn.Module | str,
+        config: peft.LoraConfig,
+        segments: int = 2,
+        degree: int = 2,
+        seed: int = 0,
+        closed: bool = False,
+        smooth: bool = False,
+        factors: Literal["both", "A", "B"] = "both",
     ) -> CurveModel:
-        """A free curve: every control point drawn like a fresh adapter and trained."""
-        return cls(_load_base(base, config), config, CurveSpec(segments, degree), seed=seed)
+        """A free curve: every control point drawn like a fresh adapter and trained; options as in `CurveSpec`."""
+        spec = CurveSpec(segments, degree, closed=closed, smooth=smooth, factors=factors)
+        return cls(_load_base(base, config), config, spec, seed=seed)
 
     @classmethod
     def from_adapters(
@@ -97,6 +106,9 @@ class CurveModel(nn.Module):
         alignment: Alignment = "balanced+procrustes",
         inner: Literal["line", "init"] = "line",
         seed: int = 0,
+        pieces: int = 1,
+        closed: bool = False,
+        smooth: bool = False,
     ) -> CurveModel:
         """An anchored curve through adapters that PEFT saved, in the order given.
 
@@ -107,6 +119,9 @@ class CurveModel(nn.Module):
             alignment: gauge alignment of the anchors (`loracurve.gauge.align`).
             inner: inner control points start on the straight line (Garipov et al. 2018) or at the LoRA init.
             seed: seed of the LoRA init.
+            pieces: segments between two neighbouring anchors (degree 1 and 2 pieces: a chain with one bend).
+            closed: the curve goes on from the last anchor back to the first.
+            smooth: C1 joints.
 
         Raises:
             UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
@@ -123,7 +138,7 @@ class CurveModel(nn.Module):
         model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), seed=seed)
         anchors = stack_adapters([tensors for _, tensors in loaded])
         model.set_curve(model.spec, anchors)
-        model.anchor(degree, alignment, inner, seed)
+        model.anchor(degree, alignment, inner, seed, pieces, closed, smooth)
         return model
 
     def anchor(
@@ -132,23 +147,28 @@ class CurveModel(nn.Module):
         alignment: Alignment = "balanced+procrustes",
         inner: Literal["line", "init"] = "line",
         seed: int = 0,
+        pieces: int = 1,
+        closed: bool = False,
+        smooth: bool = False,
     ) -> None:
         """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them; arguments as above."""
         if inner not in ("line", "init"):
             raise UserError(f"unknown start of inner points {inner!r}; expected line or init")
         anchors = align(self.control_points(), alignment)
         count = len(next(iter(anchors.values())))
-        spec = CurveSpec.anchored(count, degree, alignment)
-        points = {name: curve.on_line(tensor, degree) for name, tensor in anchors.items()}
+        spec = CurveSpec.anchored(count, degree, alignment, pieces, closed, smooth)
+        if closed:
+            anchors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in anchors.items()}
+        points = {name: curve.on_line(tensor, degree * pieces) for name, tensor in anchors.items()}
         if inner == "init":
             fresh = self.fresh_points(spec, seed)
             points = {n: torch.where(_column(spec.mask, p), fresh[n].to(p), p) for n, p in points.items()}
-        self.set_curve(spec, points)
+        self.set_curve(spec, spec.tie(points))
 
     def fresh_points(self, spec: CurveSpec, seed: int = 0) -> ControlPoints:
         """Control points drawn like fresh adapters, each independently: where a free curve starts."""
         seeds = [stream_seed(seed, "control point", k) for k in range(spec.size)]
-        return initial_control_points(self.layers, seeds, self.config.init_lora_weights)
+        return spec.tie(initial_control_points(self.layers, seeds, self.config.init_lora_weights))
 
     def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
         """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
@@ -226,6 +246,12 @@ class CurveModel(nn.Module):
     def factors(self) -> list[nn.Parameter]:
         """All control points, one stacked tensor of leading dimension K for each factor."""
         return [p for layer in self.layers.values() for p in layer.factors().values()]
+
+    @property
+    def dependences(self) -> list[Tensor | None]:
+        """For each of `factors`: how its control points depend on each other (`CurveSpec.dependence`)."""
+        suffixes = [suffix for layer in self.layers.values() for suffix in layer.factors()]
+        return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
 
     def coefficients(self, t: Tensor) -> Tensor:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""
@@ -307,7 +333,12 @@ class CurveModel(nn.Module):
             self.route.token_ids = batch.answer_ids
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if batch.ends is not None:
-            inputs |= {"attention_mask": tree_mask(batch.ends, self.dtype), "position_ids": batch.position_ids}
+            inputs |= {
+                "attention_mask": tree_mask(batch.ends, self.dtype, batch.visible),
+                "position_ids": batch.position_ids,
+            }
+        elif batch.visible is not None:
+            inputs["attention_mask"] = batch.visible.long()
         for key in ("attention_mask", "token_type_ids"):
             if getattr(batch, key) is not None:
                 inputs[key] = getattr(batch, key)
