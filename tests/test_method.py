@@ -36,6 +36,8 @@ from loracurve.training import FitConfig, _Anchors, _Curve, fit, fit_anchors
         ),
         ({"perturbation": PerturbationConfig("flat_lora", schedule="cyclic"), "steps": 60}, "lower cycles to 10"),
         ({"sampling": "half-period", "points": 3}, "even number"),
+        ({"layerwise": True, "share_points": False}, "share_points: expected shared points"),
+        ({"layerwise": True, "bootstrap": BootstrapConfig("everywhere")}, "bootstrap.kind: .*turn layerwise off"),
         ({"corruption": CorruptionConfig("tokens")}, "corruption.kind: expected none with objective.jsd 'none'"),
         (
             {
@@ -311,6 +313,34 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
     fit(model, task, config, **QUIET)
     for n, p in model.control_points().items():
         torch.testing.assert_close(p, expected[n], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "encoder"])
+def test_layers_have_points_of_their_own(architecture: str, tmp_path: Path) -> None:
+    options = {} if architecture == "encoder" else {"target_modules": ["q_proj", "down_proj", "lm_head"]}
+    model, _, task = build(architecture, tmp_path, CurveSpec(2, 2), torch.float64, **options)
+    model.set_curve(model.spec, random_points(model))
+    config = FitConfig(steps=2, batch_size=4, layerwise=True)
+    program = _Curve(model, task.encode("train"), task.encode("validation"), config)
+    (part,) = program.parts(1)
+    assert part.coefficients.shape == (len(model.layers), 2, 5)
+    assert len({tuple(c) for c in part.coefficients[:, 0].tolist()}) == len(model.layers)
+    found = model.scores(part.batch, part.coefficients, part.layout)
+    common = model.scores(part.batch, model.coefficients(torch.tensor([0.2, 0.7])))
+    points = model.control_points()
+    for i in range(2):  # by hand: one adapter, each map at its own point, as a curve of equal control points
+        adapter = {}
+        for (name, layer), c in zip(model.layers.items(), part.coefficients[:, i], strict=True):
+            for suffix in layer.factors():
+                p = points[f"base_model.model.{name}.{suffix}"]
+                adapter[f"base_model.model.{name}.{suffix}"] = torch.tensordot(c, p, dims=1).expand_as(p)
+        model.set_curve(model.spec, adapter)
+        single = model.scores(part.batch, model.coefficients(torch.tensor([0.5])))[0]
+        torch.testing.assert_close(found[i], single, rtol=1e-5, atol=1e-6)
+        model.set_curve(model.spec, points)
+    again = model.scores(part.batch, model.coefficients(torch.tensor([0.2, 0.7])))
+    assert torch.equal(again, common), "one t for the whole model afterwards"
+    fit(model, task, config, **QUIET)
 
 
 def test_shapes_that_cannot_be_are_refused() -> None:

@@ -25,6 +25,8 @@ class FitConfig(LoopConfig):
     passes."""
     share_points: bool = True
     """All rows of a batch are run at the same points; otherwise each row has its own."""
+    layerwise: bool = False
+    """Every adapted map has points of its own, drawn independently, instead of one t for the whole model."""
     sampling: Sampling = "stratified"
     """How points t in [0, 1] are drawn. stratified: one from each of as many equal parts as there are points. uniform:
     independent. arc-length: stratified by the curve's length, which is measured in every step. quasi-random: steps of
@@ -49,6 +51,16 @@ class FitConfig(LoopConfig):
             raise UserError(f"a JSD term needs points >= 2, found {self.points}")
         check_sampling(self.sampling, self.points)
         self._check_corruption()
+        for name, one_point in (
+            ("share_points", not self.share_points),
+            ("bootstrap.kind", self.bootstrap.kind != "none"),
+            ("perturbation.kind", needs_single_point(self.perturbation)),
+        ):
+            if self.layerwise and one_point:
+                raise UserError(
+                    f"{name}: expected shared points, no bootstrap and no sam with layerwise, where a model has no "
+                    "single t, found otherwise; turn layerwise off"
+                )
 
     def check_curve(self, spec: CurveSpec) -> None:
         """Refuse what a curve of this shape cannot have; raises UserError."""

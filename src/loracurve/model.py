@@ -315,7 +315,8 @@ class CurveModel(nn.Module):
             batch: on the model's device.
             coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
                 [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
-            layout: with it, `coefficients` are what `arrange` returned.
+            layout: with it, `coefficients` are what `arrange` returned, or for `points` [L, n, K], n points of its own
+                for each of the L curve layers.
 
         Returns:
             [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
@@ -323,7 +324,13 @@ class CurveModel(nn.Module):
         """
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
-        self._set_route(self._route_for(coefficients, layout, batch.input_ids.shape[0]))
+        rows = batch.input_ids.shape[0]
+        if coefficients is not None and coefficients.dim() == 3:
+            self._set_route(self._route_for(coefficients[0], layout, rows))
+            for layer, own in zip(self.layers.values(), coefficients, strict=True):
+                layer.route = self._route_for(own, layout, rows)
+        else:
+            self._set_route(self._route_for(coefficients, layout, rows))
         replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
@@ -386,6 +393,9 @@ class CurveModel(nn.Module):
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
         self.route.__dict__.update(route.__dict__)
+        if next(iter(self.layers.values())).route is not self.route:
+            for layer in self.layers.values():
+                layer.route = self.route
         return self.route
 
     def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:

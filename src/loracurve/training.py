@@ -16,6 +16,7 @@ from loracurve.corruption import corrupt, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
+from loracurve.layers import Layout
 from loracurve.loop import FitResult, LoopConfig, batch_numbers, run_loop
 from loracurve.model import CurveModel
 from loracurve.objective import ObjectiveConfig, negative_log_likelihood, objective, resolve_tau
@@ -143,8 +144,13 @@ class _Curve:
         total = sum(len(b.labels) for b in batches)
         parts = []
         for i, batch in enumerate(batches):
-            t = self._points(batch, step, i)
-            part = _part(self.model, batch, self.model.coefficients(t), torch.tensor(len(batch.labels) / total))
+            t, share = self._points(batch, step, i), torch.tensor(len(batch.labels) / total)
+            if self.config.layerwise:
+                each = [self._points(batch, step, i, name) for name in self.model.layers]
+                own = torch.stack([self.model.coefficients(t) for t in each])
+                part = Part(batch, own, Layout("points", len(t)), share)
+            else:
+                part = _part(self.model, batch, self.model.coefficients(t), share)
             if self.bootstrap is not None:
                 at = t if t.dim() == 1 else t[:, batch.rows]
                 part.weights = self.bootstrap.weights(_numbers(self.train, batch), at)
@@ -157,8 +163,8 @@ class _Curve:
         numbers = torch.tensor(batch_numbers(seed, step, len(encoded), c.batch_size))
         return [chunk.tolist() for chunk in numbers.chunk(c.accumulation)]
 
-    def _points(self, batch: Batch, step: int, part: int) -> Tensor:
-        """The t of a micro-batch: [n] shared by all rows, or [n, N]."""
+    def _points(self, batch: Batch, step: int, part: int, *layer: str) -> Tensor:
+        """The t of a micro-batch: [n] shared by all rows, or [n, N]; of one layer where each has its own."""
         c, spec = self.config, self.model.spec
         if c.share_points:
             count: tuple[int, ...] = (c.points,)
@@ -166,7 +172,7 @@ class _Curve:
             count = (c.points, len(batch.input_ids if batch.units is None else batch.labels))
         # The points of all steps are one sequence of one stream; other ways draw anew.
         sequence = c.sampling == "quasi-random"
-        draw = generator(c.seed, "points", *(() if sequence else (step, part)))
+        draw = generator(c.seed, "points", *layer, *(() if sequence else (step, part)))
         rows = 1 if c.share_points else -(-c.batch_size // c.accumulation)
         start = (step * c.accumulation + part) * c.points * rows
         lengths = curve.gram(p.detach() for p in self.model.factors).cpu() if c.sampling == "arc-length" else None
