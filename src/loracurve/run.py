@@ -15,6 +15,7 @@ import accelerate
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
@@ -119,6 +120,7 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
 
 def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
+    _check_tracker(config.tracker)
     new_folder(out, resume)
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
@@ -133,7 +135,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
-    loop = {"progress": progress}
+    accelerator = _tracking(config, out)
+    loop = {"progress": progress, "accelerator": accelerator}
     started = time.perf_counter()
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
@@ -156,6 +159,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
         model.anchor(config.curve.degree, config.curve.alignment, config.curve.inner, config.curve_training.seed)
     result = fit(model, task, config.curve_training, out / "training", **loop)
+    accelerator.end_training()
     timings["curve"] = result.seconds
     write_json(out / "training" / "history.json", result.history)
     model.save_pretrained(out / "curve")
@@ -169,6 +173,24 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     report["task"] = task.describe()
     write_json(out / "metrics.json", report)
     return report
+
+
+def _check_tracker(tracker: str) -> None:
+    """Raise UserError where the library of a tracker is not installed."""
+    available = {"none": lambda: True, "tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not available[tracker]():
+        raise UserError(
+            f"tracker: expected the package {tracker}, found none; pip install {tracker}, or leave tracker at none"
+        )
+
+
+def _tracking(config: RunConfig, out: Path) -> accelerate.Accelerator:
+    """An accelerator that logs where `config.tracker` says."""
+    if config.tracker == "none":
+        return accelerate.Accelerator()
+    accelerator = accelerate.Accelerator(log_with=config.tracker, project_dir=out)
+    accelerator.init_trackers("loracurve")
+    return accelerator
 
 
 def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
