@@ -67,7 +67,7 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
     """The points and weights that `config` asks for; likelihood weights look at the validation rows."""
     spec = model.spec
     draw = generator(config.seed, "quadrature")
-    t, weights = quadrature(config.quadrature, config.points, spec.segments, draw)
+    t, weights = quadrature(config.quadrature, config.points, spec.segments, draw, spec.closed)
     record: dict[str, Any] = {"points": config.points, "quadrature": config.quadrature, "weights": config.weights}
     if config.weights == "arc-length":
         control = gram(p.detach() for p in model.factors).cpu()

@@ -140,9 +140,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     started = time.perf_counter()
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
-        model = CurveModel(
-            base, lora, CurveSpec(config.curve.segments, config.curve.degree), seed=config.curve_training.seed
-        )
+        model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
     else:
         if config.adapters:
             loaded = [load_adapter(folder) for folder in config.adapters]
@@ -150,14 +148,25 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             anchors = stack_adapters([tensors for _, tensors in loaded])
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
-            result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
+            everywhere = config.curve_training.bootstrap.kind == "everywhere"
+            weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
+            result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
             write_json(out / "anchors" / "history.json", result.history)
             anchors = model.control_points()
             timings["anchors"] = result.seconds
         for m in range(len(next(iter(anchors.values())))):
             export_adapter(model.config, {n: p[m] for n, p in anchors.items()}, out / "anchors" / str(m))
         model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
-        model.anchor(config.curve.degree, config.curve.alignment, config.curve.inner, config.curve_training.seed)
+        shape = config.curve
+        model.anchor(
+            shape.degree,
+            shape.alignment,
+            shape.inner,
+            config.curve_training.seed,
+            shape.pieces,
+            shape.closed,
+            shape.smooth,
+        )
     result = fit(model, task, config.curve_training, out / "training", **loop)
     accelerator.end_training()
     timings["curve"] = result.seconds
@@ -165,7 +174,11 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     model.save_pretrained(out / "curve")
     evaluated = time.perf_counter()
     report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
-    report["training"] = {"best_step": result.best_step, "validation_nll": result.validation_nll, "steps": result.steps}
+    report["training"] = {
+        "best_step": result.best_step,
+        "validation_nll": result.validation_nll,
+        "steps": result.steps,
+    } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
         "total": time.perf_counter() - started,
