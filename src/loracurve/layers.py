@@ -225,7 +225,8 @@ class CurveLinear(CurveLayer):
         """
         route = self.route
         # Dropout gives each an input of its own; with points by layer each has a route of its own.
-        dropping = self.training and isinstance(self.dropout, nn.Dropout)
+        dropping = self.training or not isinstance(self.dropout, nn.Dropout)
+        dropping = dropping and not isinstance(self.dropout, nn.Identity)
         if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
             return self._project(self.dropout(x), (self,))[0]
         shared = route.shared
