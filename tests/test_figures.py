@@ -194,3 +194,10 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         figures.save(EVERY["path"](), tmp_path / "file" / "folder", "name")
+
+
+def test_posterior_over_t_holds_the_weights() -> None:
+    frame = pd.DataFrame({"t": [0.0, 0.5, 1.0], "posterior": [0.5, 0.5, 0.0], "prior": [1 / 3] * 3})
+    axes = figures.figure_of(prediction_plots.posterior_over_t, frame, temperature=12.0).axes[0]
+    np.testing.assert_allclose(lines(axes)["posterior"], [[0, 0.5], [0.5, 0.5], [1, 0]])
+    assert axes.get_title() == "T = 12, 2.0 of 3 points effective"

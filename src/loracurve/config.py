@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from loracurve.loop import LoopConfig
 from loracurve.spec import CurveSpec
 from loracurve.tasks import TaskConfig
 from loracurve.training import FitConfig
+from loracurve.tunnel import TunnelConfig
 
 __all__ = ["CurveConfig", "EvaluationConfig", "LoraOptions", "ModelConfig", "RunConfig"]
 
@@ -133,6 +135,10 @@ class EvaluationConfig:
     """Weights of the points. likelihood: proportional to exp(-N L(t) / T) with L the validation NLL of N rows."""
     temperature: float = 0.0
     """T of the likelihood weights; 0: fitted to the validation NLL of the average."""
+    inference: Literal["curve", "tunnel"] = "curve"
+    """curve: average points of the curve. tunnel: as many posterior samples in a tube around it, judged beside them."""
+    tunnel: TunnelConfig = field(default_factory=TunnelConfig)
+    """The tube and its sampler."""
     ood: list[str] = field(default_factory=list)
     """Data sets put into the same prompt to measure out-of-distribution detection."""
     seed: int = 0
@@ -141,6 +147,10 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.points < 1:
             raise UserError(f"points: expected at least 1, found {self.points}; ask for 10")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"evaluation.temperature: expected a number >= 0, found {self.temperature}; 0 fits it to validation"
+            )
 
 
 @dataclass(frozen=True)
@@ -172,4 +182,9 @@ class RunConfig:
         # What cannot work should be known before training, not after it.
         spec = self.curve.spec(len(self.adapters) or self.curve.anchors)
         self.curve_training.check_curve(spec)
+        if self.evaluation.inference == "tunnel" and spec.size < 3:
+            raise UserError(
+                "evaluation.inference: expected curve for two control points, which span a line only, found tunnel; "
+                "raise curve.degree"
+            )
         quadrature(self.evaluation.quadrature, self.evaluation.points, spec.segments, torch.Generator())

@@ -356,12 +356,14 @@ class CurveModel(nn.Module):
         return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
-        """log p(y | x, theta(t_i)): [n, E, C] for t [n]; points are run together as far as `tokens_per_pass` allows.
+        """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points beside the curve; points
+        are run together as far as `tokens_per_pass` allows.
 
         Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
         the CPU, 65,536 elsewhere.
         """
-        c = self.coefficients(t.to("cpu", torch.float64))
+        t = t.to("cpu", torch.float64)
+        c = t if t.dim() == 2 else self.coefficients(t)
         budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
         if self._graphs is None:
             self._graphs = Captured(self._request_log_probs, self.device)

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from loracurve.report.figures import GREY, styles
 
-__all__ = ["confidences", "reliability", "selective_prediction", "uncertainty"]
+__all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
 _HEADINGS = {
     "entropy": "total:\nentropy",
@@ -63,6 +63,23 @@ def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlabel="coverage: items answered (fraction)", ylabel="accuracy among them (fraction)")
     ax.set(title="Selective prediction", xlim=(0, 1.02))
     ax.xaxis.set_major_locator(MultipleLocator(0.2))
+    return ax
+
+
+def posterior_over_t(frame: pd.DataFrame, ax: Axes, temperature: float) -> Axes:
+    """The weight that the likelihood, tempered by `temperature`, gives each point of a curve, beside its prior weight.
+
+    Args:
+        frame: t, posterior and prior, one row for each point.
+    """
+    for name, style in zip(("posterior", "prior"), styles(), strict=False):
+        if name == "posterior":
+            ax.vlines(frame["t"], 0, frame[name], color=style["color"], linewidth=1)
+        ax.plot(frame["t"], frame[name], label=name, **style)
+    effective = 1 / frame["posterior"].pow(2).sum()
+    ax.set(xlabel="position on the curve t (fraction)", ylabel="weight in the average (fraction)", xlim=(-0.02, 1.02))
+    ax.set_title(f"T = {temperature:.3g}, {effective:.1f} of {len(frame)} points effective")
+    ax.set_ylim(bottom=0)
     return ax
 
 
