@@ -129,7 +129,7 @@ class Cell:
         return out / "cells" / slug(self.task) / str(self.seed) / slug(self.method)
 
     def __str__(self) -> str:
-        return f"{self.task}, seed {self.seed}, {self.method}"
+        return f"{self.task} / seed {self.seed} / {self.method}"
 
 
 def cells_of(suite: SuiteConfig) -> list[Cell]:

@@ -91,7 +91,7 @@ def config_arguments(name: str | Path, changes: Sequence[str]) -> list[str]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     profile = str(values.get("profile", "default") if isinstance(values, Mapping) else "default")
-    for word, after in zip(changes, [*changes[1:], ""], strict=True):
+    for word, after in zip(changes, [*changes[1:], ""], strict=False):
         if word == "--profile" or word.startswith("--profile="):
             profile = after if word == "--profile" else word.partition("=")[2]
     return ["--config", str(find(profile, "profiles")), "--config", str(file), *changes]
