@@ -1,4 +1,4 @@
-"""Laplace approximations against laplace-torch used directly on PEFT's own model, and the PEFT view of a curve model."""
+"""Laplace against laplace-torch used directly on PEFT's own model, and the PEFT view of a curve model."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ class IVON:
     """A diagonal Gaussian over all weights of an adapter, trained by IVON."""
 
     learning_rate: float = 0.0
-    """Peak learning rate; follows the schedule of the fine-tune. 0: the fine-tune's own divided by `clip_radius`, so that
-    the longest steps are as long (they take 3e-5 beside AdamW's 5e-5)."""
+    """Peak learning rate; follows the schedule of the fine-tune. 0: the fine-tune's own divided by `clip_radius`, so
+    that the longest steps are as long (they take 3e-5 beside AdamW's 5e-5)."""
     effective_samples: float = 1e7
     """Effective sample size: the posterior's precision is this times (Hessian + weight_decay). Far above the number of
     examples: a cold posterior. They take 1e6 to 1e8 by task."""

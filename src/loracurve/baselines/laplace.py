@@ -41,7 +41,7 @@ class Laplace:
     anchor: int = 0
     """Number of the anchor."""
     weights: Literal["all", "last_layer"] = "all"
-    """all: every LoRA weight. last_layer: the last linear map, for language models the answer tokens' rows of the head."""
+    """all: every LoRA weight. last_layer: the last linear map (of a head, the answer tokens' rows)."""
     predict: Literal["mc", "probit", "bridge"] = "mc"
     """From the linearised model's Gaussian logits to probabilities: samples, or one of two closed-form approximations,
     which give no spread between samples."""

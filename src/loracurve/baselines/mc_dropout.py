@@ -1,8 +1,8 @@
 """MC dropout (Gal & Ghahramani 2016, arXiv 1506.02142) on the adapters' input.
 
 Training draws a mask for every token, as LoRA dropout does. At test a pass draws one mask over the input features of
-each map and keeps it for all tokens and examples: dropping feature i of x in A x is dropping column i of A, so each pass
-is one adapter, a whole model, and the mutual information is between models. A single token's mask has the same
+each map and keeps it for all tokens and examples: dropping feature i of x in A x is dropping column i of A, so each
+pass is one adapter, a whole model, and the mutual information is between models. A single token's mask has the same
 distribution either way.
 """
 
