@@ -473,7 +473,7 @@ def test_exported_points_are_anchors_of_another_run(run: Maker, tmp_path: Path) 
 
 # ---- shipped configs
 
-CONFIGS = sorted((Path(__file__).parents[1] / "src" / "loracurve" / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "src" / "loracurve" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
 from loracurve.curve import chord_length
+from loracurve.environment import environment
 from loracurve.errors import UserError
 from loracurve.evaluation import (
     Average,
@@ -54,27 +51,6 @@ class Run:
     def average(self, evaluation: EvaluationConfig | None = None) -> Average:
         """The points and weights to predict with."""
         return choose_average(self.model, evaluation or self.config.evaluation, self.task.encode("validation"))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and threads, recorded beside every result."""
-    versions: dict[str, str | None] = {}
-    for package in ("loracurve", "torch", "transformers", "peft", "accelerate", "torchmetrics", "datasets"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.system(),
-        "device": device,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "packages": versions,
-        "command": " ".join(["loracurve", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 def new_folder(folder: Path, resume: bool = False) -> Path:
