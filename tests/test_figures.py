@@ -34,6 +34,7 @@ def uncertainties(size: int, seed: int) -> dict[str, np.ndarray]:
 
 EVERY: dict[str, Callable[[], Figure]] = {
     "path": lambda: figures.loss_along_path({"straight line": (T, T * (1 - T)), "curve": (T, -T)}, [0, 0.5, 1]),
+    "posterior": lambda: figures.posterior_over_t(T, T / T.sum(), np.full(11, 1 / 11), 3.0),
     "reliability": lambda: figures.reliability({"curve": (T, T > 0.4), "single": (T**2, T > 0.6)}),
     "uncertainty": lambda: figures.uncertainty_by_set({"ID": uncertainties(300, 0), "OOD": uncertainties(40, 1)}),
     "selective": lambda: figures.selective_prediction({"curve": (T, 1 - T / 9), "single": (T, 1 - T / 8)}),
@@ -99,6 +100,12 @@ def test_uncertainty_distributions_by_hand() -> None:
     assert lines(figure, 2)["ID (4)"].min() == 0
 
 
+def test_posterior_over_t_holds_the_weights() -> None:
+    figure = figures.posterior_over_t([0.0, 0.5, 1.0], [0.5, 0.5, 0.0], [1 / 3] * 3, 12.0)
+    np.testing.assert_allclose(lines(figure)["posterior"], [[0, 0.5], [0.5, 0.5], [1, 0]])
+    assert figure.axes[0].get_title() == "T = 12, 2.0 of 3 points effective"
+
+
 def test_selective_prediction_holds_the_data() -> None:
     figure = EVERY["selective"]()
     np.testing.assert_array_equal(lines(figure)["single"], np.stack([T, 1 - T / 8], 1))
@@ -107,6 +114,7 @@ def test_selective_prediction_holds_the_data() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: figures.posterior_over_t(T, T[1:], T, 1.0), "posterior: expected two columns of one length"),
         (lambda: figures.loss_along_path({}), "at least one path"),
         (lambda: figures.selective_prediction({"m": (T, T[1:])}), "m: expected two columns of one length, found 11"),
         (lambda: figures.reliability({"m": ([0.5, 1.2], [1, 1])}), r"m: expected confidences in \[0, 1\]"),

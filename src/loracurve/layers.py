@@ -8,11 +8,14 @@ group) and *merged* (one c for all rows, folded into a copy of the weight).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from loracurve.perturbation import MapNoise
 
 __all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route"]
 
@@ -129,6 +132,8 @@ class CurveLinear(CurveLayer):
     base_layer: nn.Linear
     A: nn.Parameter
     B: nn.Parameter
+    noise: MapNoise | None = None
+    """perturbs the map in training mode where rows run in groups at few points (`loracurve.perturbation`)"""
 
     def __init__(
         self, base_layer: nn.Module, route: Route, rank: int, scaling: float, dropout: float, n_in: int, n_out: int
@@ -171,12 +176,13 @@ class CurveLinear(CurveLayer):
         y = self.base_layer(x)
         if route.kind == "base":
             return y
-        x = self.dropout(x)
         assert route.coefficients is not None
-        if route.kind == "points":
-            assert route.groups is not None
-            return self._add_points(y, x, route.groups)
-        return self._add_rows(y, x, _expand(route.coefficients, x.shape[0]))
+        if route.kind == "points" or (self.noise is not None and self.training):
+            a, b, noise = self._point_factors()
+            y = self._add_points(y, self.dropout(x), a, b)
+            return y if noise is None else noise.output(y, x, a, b)
+        c = _expand(route.coefficients, x.shape[0])
+        return self._add_rows(y, self.dropout(x), c, self.A, self.B)
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
@@ -186,17 +192,31 @@ class CurveLinear(CurveLayer):
         y = F.linear(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
         if self.route.kind in ("base", "merged"):
             return y
-        assert self.route.coefficients is not None
-        return self._add_rows(y, self.dropout(x), self.route.coefficients[rows], self.B[:, :, ids], windows=False)
+        c = self.route.coefficients
+        assert c is not None
+        if self.noise is not None and self.training:
+            a, b, noise = self._point_factors()
+            b = b[:, :, ids]
+            group, own = rows // (len(c) // len(a)), torch.eye(len(a), dtype=x.dtype, device=x.device)
+            y = self._add_rows(y, self.dropout(x), own[group], a, b, windows=False)
+            return y if noise is None else noise.output(y, x, a, b, token_ids, group)
+        return self._add_rows(y, self.dropout(x), c[rows], self.A, self.B[:, :, ids], windows=False)
 
-    def _add_points(self, y: Tensor, x: Tensor, groups: Tensor) -> Tensor:
-        a, b = ((groups.to(f) @ f.flatten(1)).view(groups.shape[0], *f.shape[1:]).to(x.dtype) for f in (self.A, self.B))
-        hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT)
-        out = torch.baddbmm(y.reshape(len(a), -1, y.shape[-1]), hidden, b, alpha=self.scaling)
+    def _point_factors(self) -> tuple[Tensor, Tensor, MapNoise | None]:
+        """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed, and what perturbs outputs."""
+        groups, noise = self.route.groups, self.noise if self.training else None
+        if groups is None:
+            raise RuntimeError("a perturbation needs rows in equal groups at shared points of the curve")
+        a, b = ((groups.to(f) @ f.flatten(1)).view(groups.shape[0], *f.shape[1:]) for f in (self.A, self.B))
+        return (a, b, None) if noise is None else (*noise.factors(a, b), noise)
+
+    def _add_points(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype))
+        out = torch.baddbmm(y.reshape(len(a), -1, y.shape[-1]), hidden, b.to(x.dtype), alpha=self.scaling)
         return out.view(y.shape)
 
-    def _add_rows(self, y: Tensor, x: Tensor, c: Tensor, b: Tensor | None = None, windows: bool = True) -> Tensor:
-        a, b = self.A.to(x.dtype), (self.B if b is None else b).to(x.dtype)
+    def _add_rows(self, y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, windows: bool = True) -> Tensor:
+        a, b = a.to(x.dtype), b.to(x.dtype)
         route = self.route if windows else Route()
         w = route.windows
         c = _window_coefficients(route, c)

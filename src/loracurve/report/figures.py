@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from loracurve.errors import UserError
 from loracurve.storage import atomic_write
 
-__all__ = ["loss_along_path", "reliability", "save", "selective_prediction", "uncertainty_by_set"]
+__all__ = ["loss_along_path", "posterior_over_t", "reliability", "save", "selective_prediction", "uncertainty_by_set"]
 
 # Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -78,6 +78,32 @@ def loss_along_path(
             x, y = _columns(t, loss, name)
             _line(axes, x, y, name, style)
         axes.set(xlabel="position on the path t (fraction)", ylabel=ylabel, title=title, xlim=(-0.02, 1.02))
+        legend_above(figure, axes)
+    return figure
+
+
+def posterior_over_t(t: ArrayLike, weights: ArrayLike, prior: ArrayLike, temperature: float) -> Figure:
+    """The weight that the tempered likelihood gives each point of the curve, beside its weight before the data.
+
+    Args:
+        t: positions of the points in [0, 1].
+        weights, prior: of each point, each summing to 1.
+        temperature: T of the likelihood.
+
+    Raises:
+        UserError: other numbers of weights than of points.
+    """
+    with drawing():
+        figure, (axes,) = _panels(1, (6.0, 3.9))
+        for (name, values), style in zip({"posterior": weights, "prior": prior}.items(), styles(), strict=False):
+            x, y = _columns(t, values, name)
+            if name == "posterior":
+                effective = 1 / float(np.square(y).sum())
+                axes.vlines(x, 0, y, color=style["color"], linewidth=1)
+            _line(axes, x, y, name, style)
+        axes.set(xlabel="position on the curve t (fraction)", ylabel="weight in the average (fraction)")
+        axes.set(title=f"T = {temperature:.3g}, {effective:.1f} of {len(x)} points effective", xlim=(-0.02, 1.02))
+        axes.set_ylim(bottom=0)
         legend_above(figure, axes)
     return figure
 
