@@ -197,7 +197,7 @@ class CurveLinear(CurveLayer):
             return self._project(self.dropout(x), (self,))[0]
         route = self.route
         shared = route.shared
-        if shared is None or shared.siblings is not self.siblings or self.place not in shared.hidden:
+        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
             shared = route.shared = _Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
         elif shared.x is not x:
             # They are no siblings after all.

@@ -122,9 +122,9 @@ class Stepper:
             norm = self._clip()
             self.optimizer.step()
             if self.config.weight_decay:
-                scale = self.rate * self.config.weight_decay * (1 - self.bad)
+                decay = self.rate * self.config.weight_decay * (1 - self.bad) * self.gram
                 for p in self.factors:
-                    p.sub_(scale.to(p) * (self.gram.to(p) @ p.flatten(1)).view_as(p))
+                    p.sub_((decay.to(p) @ p.flatten(1)).view_as(p))
         self._forget_gradients()
         return torch.stack([total, norm.float(), *figures])
 
