@@ -230,7 +230,7 @@ class CurveLinear(CurveLayer):
         if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
             return self._project(self.dropout(x), (self,))[0]
         shared = route.shared
-        if shared is None or shared.siblings is not self.siblings or self.place not in shared.hidden:
+        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
             shared = route.shared = _Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
         elif shared.x is not x:
             # They are no siblings after all.

@@ -143,9 +143,9 @@ class Stepper:
             norm = self._clip()
             self.optimizer.step()
             if self.config.weight_decay:
-                scale = self.rate * self.config.weight_decay * (1 - self.bad)
+                decay = self.rate * self.config.weight_decay * (1 - self.bad)
                 for p, gram in zip(self.factors, self.grams, strict=True):
-                    p.sub_(scale.to(p) * (gram.to(p) @ p.flatten(1)).view_as(p))
+                    p.sub_(((decay * gram).to(p) @ p.flatten(1)).view_as(p))
             for p, tie in zip(self.factors, self.ties, strict=True):
                 if tie is not None:
                     free = _column(tie.diagonal() == 1, p).bool()
