@@ -21,6 +21,7 @@ from typing import Any, Literal
 import docstring_parser
 
 from loracurve import __version__
+from loracurve.bench.command import bench
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
 from loracurve.errors import UserError, nearest
@@ -206,7 +207,7 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report)
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report, bench)
 }
 
 
@@ -219,6 +220,12 @@ def _command_parser(name: str) -> Parser:
     command = COMMANDS[name]
     described = inspect.getdoc(command) or ""
     options: dict[str, Any] = {"prog": f"loracurve {name}", "description": described.split("\n\n")[0]}
+    if name == "bench":
+        from loracurve.bench.suite_files import suite_parser
+
+        parser = suite_parser(**options)
+        parser.add_function_arguments(command, as_positional=False, skip={"suite"})
+        return parser
     if name != "fit":
         parser = Parser(**options)
         if name == "scan":
@@ -252,6 +259,12 @@ def _run(arguments: Sequence[str]) -> None:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
     if name == "fit" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
+    if name == "bench" and not {"-h", "--help"} & set(rest):
+        from loracurve.bench.suite_files import config_arguments
+
+        if not rest or rest[0].startswith("-"):
+            raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
+        rest = config_arguments(rest[0], [w.replace("--tables-only", "--tables_only") for w in rest[1:]])
     if name == "scan" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--run")
     if name == "report" and rest and not rest[0].startswith("-"):
@@ -268,6 +281,10 @@ def _run(arguments: Sequence[str]) -> None:
     elif name == "scan":
         options = ScanConfig(**{f.name: values[f.name] for f in fields(ScanConfig)})
         scan(options, **{p: values[p] for p in inspect.signature(scan).parameters if p != "options"})
+    elif name == "bench":
+        from loracurve.bench.suite_files import suite_of
+
+        bench(suite_of(values), **{p: values[p] for p in inspect.signature(bench).parameters if p != "suite"})
     else:
         COMMANDS[name](**{p: values[p] for p in inspect.signature(COMMANDS[name]).parameters})
 
@@ -286,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("loracurve: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("loracurve: interrupted; the same command goes on (fit and quickstart: with --resume)", file=sys.stderr)
         return 130
     return 0
 

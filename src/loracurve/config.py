@@ -166,6 +166,8 @@ class RunConfig:
     anchor_training: LoopConfig = field(default_factory=LoopConfig)
     curve_training: FitConfig = field(default_factory=FitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where losses are logged while training, beside the run's own history.json."""
 
     def __post_init__(self) -> None:
         if self.adapters and self.curve.kind == "free":
