@@ -175,16 +175,19 @@ def test_a_scan_of_61_points_costs_61_merged_evaluations(tmp_path: FilePath) -> 
 
 def test_barrier_arithmetic_by_hand() -> None:
     u = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    losses = torch.tensor([[1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [2.0, 2.0]])
-    torch.testing.assert_close(excess(losses.mean(1), u), torch.tensor([0.0, 1.0, -1.0, 0.0]))
+    losses = torch.tensor([[1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [4.0, 4.0]])
+    # The line between the ends is 2, 2.5, 3, 4.
+    torch.testing.assert_close(excess(losses.mean(1), u), torch.tensor([0.0, 0.5, -2.0, 0.0]))
     found = barrier(losses, losses + 1, u, seed=0)
-    assert found.place == 1 and found.chosen == 1.0
-    assert found.excess.estimate == pytest.approx(1.0) and found.above_ends == pytest.approx(1.0)
+    assert found.place == 1 and found.chosen == 0.5
+    assert found.excess.estimate == pytest.approx(0.5) and found.above_ends == pytest.approx(-1.0)
+    # Both examples exceed their own line: 2 - 1.75 and 4 - 3.25.
+    assert found.excess.low == pytest.approx(0.25) and found.excess.high == pytest.approx(0.75)
     # The selection data alone choose the place; on the test data the path may lie lower there.
-    other = torch.tensor([[1.0, 3.0], [0.0, 2.0], [9.0, 9.0], [2.0, 2.0]])
+    other = torch.tensor([[1.0, 3.0], [0.0, 2.0], [9.0, 9.0], [4.0, 4.0]])
     found = barrier(losses, other, u, seed=0)
-    assert found.place == 1 and found.excess.estimate == pytest.approx(-1.0) and found.excess.high < 0
-    assert found.above_ends == pytest.approx(-1.0)
+    assert found.place == 1 and found.excess.estimate == pytest.approx(-1.5) and found.excess.high < 0
+    assert found.above_ends == pytest.approx(-3.0)
     with pytest.raises(ValueError, match="same n >= 3"):
         barrier(losses, losses[:2], u, seed=0)
 
