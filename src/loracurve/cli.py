@@ -64,6 +64,7 @@ def evaluate(
     task: str | None = None,
     points: int | None = None,
     weights: Literal["uniform", "arc-length", "likelihood"] | None = None,
+    inference: Literal["curve", "tunnel"] | None = None,
     split: str = "test",
     out: str | None = None,
 ) -> None:
@@ -74,6 +75,7 @@ def evaluate(
         task: another data set with the same classes, put into the same prompt. Default: the run's own.
         points: points of the curve. Default: the run's own.
         weights: weights of the points. Default: the run's own.
+        inference: average points of the curve, or posterior samples beside it. Default: the run's own.
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
     """
@@ -83,15 +85,16 @@ def evaluate(
     from loracurve.storage import write_json
 
     opened = open_run(run, task)
-    changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
+    asked = {"points": points, "weights": weights, "inference": inference}
+    changes: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
     evaluation = replace(opened.config.evaluation, **changes)
     encoded = opened.task.encode(split)
-    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}".replace("/", "_").replace(
-        " ", "_"
-    )
+    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
+    name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
     folder = new_folder(Path(out) if out else Path(run) / "evaluations" / name)
     average = opened.average(evaluation)
-    method = Method("curve", len(average.t), {split: predict_split(opened.model, encoded, average.t, average.weights)})
+    predicted = predict_split(opened.model, encoded, average.where, average.weights)
+    method = Method(evaluation.inference, len(average.t), {split: predicted})
     known = method.sets[split].labels
     report = {
         "average": average.record,
@@ -160,6 +163,10 @@ def export(
     else:
         wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
         average = opened.average(wanted)
+        if average.coefficients is not None:
+            raise UserError(
+                "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
+            )
         times, weights = average.t.tolist(), average.weights.tolist()
     index = []
     for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
