@@ -152,12 +152,14 @@ def harness_class() -> type[Any]:
         return found
 
     @register_model("loracurve")
-    class LoraCurveLM(LM):  # type: ignore[misc]
-        """A fitted run: `run=DIR`, and if wanted `points=10` and `weights=uniform|arc-length|likelihood`."""
+    class LoraCurveLM(LM):
+        """A fitted run: `run=DIR`, and if wanted `points=10` and `weights=uniform|arc-length|likelihood`.
 
-        def __init__(
-            self, run: str, points: int | None = None, weights: str | None = None, device: str | None = None, **_: Any
-        ) -> None:
+        Device and batch size that the harness passes are left aside: the device is as for all commands, batches go by
+        tokens.
+        """
+
+        def __init__(self, run: str, points: int | None = None, weights: str | None = None, **_: Any) -> None:
             super().__init__()
             from dataclasses import replace
 
@@ -165,11 +167,10 @@ def harness_class() -> type[Any]:
             from loracurve.run import open_run
 
             opened = open_run(run)
-            changes = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
+            changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
             average = opened.average(replace(opened.config.evaluation, **changes))
-            model = opened.model if device is None else opened.model.to(device)
-            window = model_window(model.model)
-            self.scorer = Scorer(model, opened.task.tokenizer, average.t, average.weights, window)
+            window = model_window(opened.model.model)
+            self.scorer = Scorer(opened.model, opened.task.tokenizer, average.t, average.weights, window)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return self.scorer.continuations([request.args for request in requests])
@@ -185,10 +186,14 @@ def harness_class() -> type[Any]:
             return str(self.scorer.tokenizer.name_or_path).replace("/", "__")
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            last = {} if add_generation_prompt else {"continue_final_message": True}
-            return self.scorer.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **last
+            tokenizer: Any = self.scorer.tokenizer
+            text: str = tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
+            return text
 
     return LoraCurveLM
 

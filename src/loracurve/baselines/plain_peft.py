@@ -63,15 +63,16 @@ class AnswerHead(nn.Module):
 
     def __init__(self, head: Any, ids: list[int] | None) -> None:
         super().__init__()
-        ids = ids or slice(None)  # type: ignore[assignment]
-        base = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        self.register_buffer("rows", base.weight.detach()[ids])
-        self.register_buffer("bias", None if base.bias is None else base.bias.detach()[ids])
+        chosen = slice(None) if ids is None else ids
+        adapted: bool = isinstance(head, LoraLayer)
+        base = head.get_base_layer() if adapted else head
+        self.register_buffer("rows", base.weight.detach()[chosen])
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach()[chosen])
         self.scaling = 0.0
-        if isinstance(head, LoraLayer):
+        if adapted:
             (name,) = head.lora_A
             self.scaling, self.lora_A = head.scaling[name], head.lora_A[name]
-            up = head.lora_B[name].weight.detach()[ids]
+            up = head.lora_B[name].weight.detach()[chosen]
             self.lora_B = nn.Linear(up.shape[1], len(up), bias=False, device=up.device, dtype=up.dtype)
             self.lora_B.weight.data.copy_(up)
 
