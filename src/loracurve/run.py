@@ -35,6 +35,7 @@ from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.predictive import Predictive
+from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
 from loracurve.training import fit, fit_anchors, slot_times
@@ -237,8 +238,7 @@ def evaluate_methods(
 def _along(
     name: str, model: CurveModel, t: torch.Tensor, weights: torch.Tensor | None, sets: dict[str, Encoded]
 ) -> Method:
-    predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
-    return Method(name, len(t), predicted, t.tolist())
+    return Method(name, len(t), predict_splits(model, sets, t, weights), t.tolist())
 
 
 def _single(ensemble: Method, m: int) -> Method:
