@@ -8,10 +8,14 @@ Names are scripts of this folder, with a shape after the colon. Options that are
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from common import CHECKED, check
 
 HERE = Path(__file__).parent
 DEFAULT = ["training_step", "points", "anchors", "whole_set:smollm2", "quickstart", "four_bit"]
@@ -23,6 +27,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for each where none are given")
     parser.add_argument("--out", default=str(HERE / "results"))
     options, others = parser.parse_known_args()
+    os.environ[CHECKED] = json.dumps(check())
     for entry in options.names:
         name, shape, limit, *_ = [*entry.split(":"), "", ""]
         command = [sys.executable, "-W", "ignore", str(HERE / f"{name}.py"), "--out", options.out, *others]

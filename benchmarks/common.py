@@ -6,6 +6,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -125,12 +126,17 @@ def curve_model(base: nn.Module, r: int, spec: CurveSpec) -> CurveModel:
     return CurveModel(base, lora(r), spec).to(DEVICE)
 
 
+CHECKED = "LORACURVE_BENCHMARKS_CHECKED"
+
+
 def check() -> dict[str, float]:
     """Before any time is taken: every way to run against a loop over PEFT adapters, in float32 on this device.
 
     Returns:
         Relative errors of the log-probabilities; a wrong result ends the benchmark.
     """
+    if CHECKED in os.environ:  # by all.py, on this device with this code
+        return dict(json.loads(os.environ[CHECKED]))
     base = build("small", torch.float32)
     twin = copy.deepcopy(base)
     model = curve_model(base, 4, CurveSpec(1, 2)).eval()

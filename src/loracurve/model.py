@@ -387,16 +387,16 @@ class CurveModel(nn.Module):
     def merged(self, t: float) -> Iterator[None]:
         """Fold the point t into copies of the touched weights: a whole data set then costs what the base costs."""
         with self.merging() as fold:
-            fold(torch.tensor(float(t), dtype=torch.float64))
+            fold(t)
             yield
 
     @contextmanager
-    def merging(self) -> Iterator[Callable[[Tensor], None]]:
-        """For points one after the other: yields a function that folds t (0-d), or a point beside the curve with
+    def merging(self) -> Iterator[Callable[[Tensor | float], None]]:
+        """For points one after the other: yields a function that folds t, or a point beside the curve with
         coefficients [K], into one copy of the touched weights."""
 
-        def fold(point: Tensor) -> None:
-            point = point.to("cpu", torch.float64)
+        def fold(where: Tensor | float) -> None:
+            point = torch.as_tensor(where, dtype=torch.float64, device="cpu")
             c = point if point.dim() else self.coefficients(point)
             for layer in self.layers.values():
                 layer.merge(c)
