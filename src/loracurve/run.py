@@ -17,6 +17,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
+from loracurve.corruption import unlabelled
 from loracurve.curve import chord_length
 from loracurve.environment import environment
 from loracurve.errors import UserError
@@ -113,6 +114,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("train")
+    if config.curve_training.corruption.file is not None:
+        unlabelled(task, config.curve_training.corruption.file)
     save_config(config, out / "config.yaml")
     write_json(out / "environment.json", environment())
     classifier = config.task.scoring == "head"
@@ -161,6 +164,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,
         "steps": result.steps,
+        "stopped_early": result.stopped_early,
     } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
