@@ -34,6 +34,7 @@ from loracurve.evaluation import (
 from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
@@ -134,6 +135,9 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             anchors = stack_adapters([tensors for _, tensors in loaded])
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            if config.curve_training.perturbation.kind == "flat_lora":
+                # Says before anchors are trained that a quantised base cannot have it.
+                Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
             everywhere = config.curve_training.bootstrap.kind == "everywhere"
             weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
             result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
