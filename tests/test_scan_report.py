@@ -226,6 +226,23 @@ def test_report_of_a_scan_of_adapters(runs: dict[str, Path], tmp_path: Path) -> 
     }
 
 
+def test_the_notebook_example_runs(reported: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "landscape.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    source = "\n".join(blocks).replace('"runs/sst2"', repr(str(reported))).replace("61)", "5)")
+    names: dict[str, Any] = {}
+    try:
+        exec(source, names)
+    finally:
+        names["plt"].close("all")
+    assert {"straight (A, B)", "curve"} <= {line.get_label() for line in names["axes"][0].lines}
+    kept = pd.read_parquet(reported / "scan" / "paths.parquet").query("split == 'test'")
+    found = names["scan"].frame().query("split == 'test'")
+    nll = [dict(iter(frame.groupby("path")["nll"])) for frame in (found, kept)]
+    for name in ("straight", "delta_w", "curve"):
+        assert nll[0][name].tolist() == pytest.approx(nll[1][name].tolist())
+
+
 def test_report_without_a_scan_says_so(run: Path) -> None:
     command("report", run)
     assert "No scan yet" in (run / "report.html").read_text()

@@ -38,6 +38,7 @@ from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
 from loracurve.training import fit, fit_anchors, slot_times
@@ -270,6 +271,9 @@ def evaluate_methods(
     return report
 
 
+_HELD_OUT = "validation rows"  # no name of a split has a blank
+
+
 def _along(
     name: str,
     model: CurveModel,
@@ -278,11 +282,9 @@ def _along(
     sets: dict[str, Encoded],
     held_out: Encoded | None = None,
 ) -> Method:
-    predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
-    method = Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [])
-    if held_out is not None:
-        method.validation = predict_split(model, held_out, t, weights), labels_of(held_out)
-    return method
+    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    return Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
 
 
 def _single(ensemble: Method, m: int) -> Method:

@@ -59,9 +59,9 @@ class Laplace:
         """Compute the curvature; raises UserError where laplace-torch is missing or the scoring has no class logits."""
         library = _library()
         train = setting.task.encode("train")
-        if not 0 <= self.anchor < (count := len(next(iter(setting.anchors.values())))):
-            raise UserError(f"anchor: expected a number from 0 to {count - 1}, found {self.anchor}")
-        adapter = {name: p[self.anchor].to(setting.model.device) for name, p in setting.anchors.items()}
+        if self.weights == "last_layer" and train.scoring == "text":
+            raise UserError("weights: expected all with scoring text, which reads many places, found last_layer")
+        adapter = {n: p[-1].to(setting.model.device) for n, p in setting.first(self.anchor + 1).items()}
         logits = ClassLogits(setting.model, adapter, train)
         network = logits if self.weights == "all" else _LastLayer(logits)
         posterior = library.Laplace(
@@ -73,20 +73,20 @@ class Laplace:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="By default `link_approx`")
                 posterior.optimize_prior_precision("glm", prior_structure="scalar")
-        classes = len(train.answer_ids or train.classes)
 
         def predict(encoded: Encoded) -> Predictive:
+            width = len(encoded.answer_ids or encoded.classes)
             # The other attention kernels have no batching rule for Jacobians.
             with sdpa_kernel(SDPBackend.MATH):
-                rows = [self._log_probs(posterior, x, classes, setting) for x in _Rows(network, encoded)]
+                rows = [self._log_probs(posterior, x, width, setting) for x in _Rows(network, encoded)]
             return Predictive.from_log_probs(torch.cat(rows, dim=1))
 
         # The curvature takes one backward pass for each class, and so do the Jacobians of predictions.
-        each = classes if self.weights == "all" else 1
-        unit = setting.training.steps * setting.training.batch_size
-        return Fitted(predict, 1 + classes if self.weights == "all" else 1, 1 + each * len(train) / unit)
+        each = len(train.answer_ids or train.classes) if self.weights == "all" else 1
+        notes = {"prior_precision": posterior.prior_precision.tolist()}
+        return Fitted(predict, 1 + each if self.weights == "all" else 1, 1 + each * len(train) / setting.unit, notes)
 
-    def _log_probs(self, posterior: Any, x: dict[str, Tensor], classes: int, setting: Setting) -> Tensor:
+    def _log_probs(self, posterior: Any, x: dict[str, Any], classes: int, setting: Setting) -> Tensor:
         """[S, 1, C] log-probabilities of one example; S = 1 for closed forms."""
         if self.predict == "mc":
             draw = torch.Generator(x["input_ids"].device).manual_seed(stream_seed(setting.seed, "laplace"))
@@ -105,12 +105,12 @@ class _LastLayer(nn.Module):
         self.linear = logits.last_linear()
         self.body = [logits]  # in a list, so that its weights are not this module's
 
-    def inputs(self, example: Any) -> dict[str, Tensor]:
-        values = self.body[0].inputs(example)
+    def inputs(self, encoded: Encoded, number: int) -> dict[str, Any]:
+        values = self.body[0].inputs(encoded, number)
         return {**values, "input_ids": self.body[0].features(values)}
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.linear(inputs["input_ids"])[:, : int(inputs["choices"]) or None]
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        return self.linear(inputs["input_ids"])[:, : inputs["choices"]]
 
 
 class _Rows:
@@ -119,8 +119,8 @@ class _Rows:
     def __init__(self, network: Any, encoded: Encoded) -> None:
         self.network, self.dataset = network, encoded
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.network.inputs(example) for example in self.dataset.examples)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.network.inputs(self.dataset, i) for i in range(len(self.dataset)))
 
 
 def _library() -> Any:
