@@ -32,6 +32,7 @@ from loracurve.training import FitConfig, _Anchors, _Curve, fit, fit_anchors
     ("values", "message"),
     [
         ({"perturbation": PerturbationConfig("flat_lora"), "share_points": False}, "share_points: expected true"),
+        ({"perturbation": PerturbationConfig("lora_space"), "compile": True}, "compile: expected false"),
         ({"perturbation": PerturbationConfig("sam")}, "points: expected 1 with perturbation.kind sam"),
         (
             {"perturbation": PerturbationConfig("sam"), "points": 1, "objective": ObjectiveConfig("bonus", 0.5)},
