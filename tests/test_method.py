@@ -9,12 +9,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from made_runs import base_folder, config_file, data_folder
 from test_training import QUIET, build
 from tiny import random_points
 
 from loracurve import curve
 from loracurve.batching import collate
 from loracurve.bootstrap import BootstrapConfig, BootstrapWeights
+from loracurve.cli import main
 from loracurve.corruption import CorruptionConfig, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
@@ -30,6 +32,7 @@ from loracurve.training import FitConfig, _Anchors, _Curve, fit, fit_anchors
     ("values", "message"),
     [
         ({"perturbation": PerturbationConfig("flat_lora"), "share_points": False}, "share_points: expected true"),
+        ({"perturbation": PerturbationConfig("lora_space"), "compile": True}, "compile: expected false"),
         ({"perturbation": PerturbationConfig("sam")}, "points: expected 1 with perturbation.kind sam"),
         (
             {"perturbation": PerturbationConfig("sam"), "points": 1, "objective": ObjectiveConfig("bonus", 0.5)},
@@ -284,6 +287,15 @@ def test_the_diversity_term_is_taken_on_unlabelled_text(architecture: str, tmp_p
     other = model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
     torch.testing.assert_close(program.loss(part)[0], nll - 0.5 * jensen_shannon(other).mean())
     fit(model, task, replace(config, steps=2), **QUIET)
+
+
+def test_a_file_of_other_inputs_is_looked_at_before_anchors_are_trained(tmp_path: Path, capsys: Any) -> None:
+    base, data = base_folder(tmp_path / "base", "qwen2"), data_folder(tmp_path / "data", "letter")
+    config = config_file(tmp_path / "c.yaml", base, data, "letter")
+    options = ["objective.jsd=bonus", "objective.weight=0.5", "corruption.kind=text", "corruption.file=none.jsonl"]
+    arguments = ["fit", str(config), "--out", str(tmp_path / "out"), *(f"--curve_training.{o}" for o in options)]
+    assert main(arguments) == 2
+    assert "found no file none.jsonl" in capsys.readouterr().err and not (tmp_path / "out" / "anchors").exists()
 
 
 @pytest.mark.parametrize("packing", [True, False])

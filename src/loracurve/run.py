@@ -17,6 +17,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
+from loracurve.corruption import unlabelled
 from loracurve.curve import chord_length
 from loracurve.environment import environment
 from loracurve.errors import UserError
@@ -33,6 +34,7 @@ from loracurve.evaluation import (
 from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
@@ -114,6 +116,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("train")
+    if config.curve_training.corruption.file is not None:
+        unlabelled(task, config.curve_training.corruption.file)
     save_config(config, out / "config.yaml")
     write_json(out / "environment.json", environment())
     classifier = config.task.scoring == "head"
@@ -132,6 +136,9 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             anchors = stack_adapters([tensors for _, tensors in loaded])
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            if config.curve_training.perturbation.kind == "flat_lora":
+                # Says before anchors are trained that a quantised base cannot have it.
+                Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
             everywhere = config.curve_training.bootstrap.kind == "everywhere"
             weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
             result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
@@ -162,6 +169,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,
         "steps": result.steps,
+        "stopped_early": result.stopped_early,
     } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
