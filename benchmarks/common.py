@@ -126,7 +126,7 @@ def curve_model(base: nn.Module, r: int, spec: CurveSpec) -> CurveModel:
 
 
 def check() -> dict[str, float]:
-    """Before any time is taken: every way to run against a loop over PEFT adapters, a small float32 model, here.
+    """Before any time is taken: every way to run against a loop over PEFT adapters, in float32 on this device.
 
     Returns:
         Relative errors of the log-probabilities; a wrong result ends the benchmark.

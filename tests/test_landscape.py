@@ -105,6 +105,24 @@ def test_velocity_is_the_derivative(name: str, tmp_path: FilePath) -> None:
     assert path.speed(t) == pytest.approx(float(path.distances([t - h, t + h])[0, 1]) / (2 * h), rel=1e-4)
 
 
+def test_speed_in_delta_w_obeys_the_bound_of_the_theory_page(tmp_path: FilePath) -> None:
+    """docs/theory.md, statement 2: ||Delta W_m'||_F <= s_m R_m Lambda_m for every map, at every t."""
+    model, _ = setting(tmp_path)
+    path, scalings = curve_path(model), scalings_of(model)
+    for name_a, a in path.points.items():
+        if "lora_A" not in name_a:
+            continue
+        b = path.points[name_a.replace("lora_A", "lora_B")]
+        steps = (a.diff(dim=0).square().sum((1, 2)) + b.diff(dim=0).square().sum((1, 2))).sqrt()
+        largest = max(
+            float(torch.linalg.matrix_norm(x, 2) + torch.linalg.matrix_norm(y, 2)) for x, y in zip(a, b, strict=True)
+        )
+        bound = scalings[name_a] * largest * 2 * 2 * float(steps.max())
+        one = {name_a: a, name_a.replace("lora_A", "lora_B"): b}
+        speeds = [Path("", one, 2, 2, scalings).speed(t) for t in (0.0, 0.2, 0.5, 0.9, 1.0)]
+        assert 0.01 * bound < max(speeds) <= bound
+
+
 def test_lengths_agree_with_polygons_and_gram_matrices(tmp_path: FilePath) -> None:
     model, _ = setting(tmp_path)
     path = curve_path(model)

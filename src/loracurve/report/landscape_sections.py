@@ -21,7 +21,7 @@ def loss_paths(run: RunData) -> Block:
     if run.scan is None or "paths" not in run.tables:
         return _points_of_averages(run)
     scan, frame = run.scan, run.tables["paths"]
-    block = Block(findings=[row["sentence"] for row in scan["gauge"]])
+    block = Block(findings=[row["sentence"] for row in scan.get("gauge", [])])
     splits = [name for name in ("test", "train") if name in set(frame["split"])]
     drawings: tuple[tuple[str, Literal["nll", "acc"], str], ...] = (
         ("scan_paths", "nll", "NLL"),
