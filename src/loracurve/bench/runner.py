@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class Group:
         if self._anchors is None:
             self._anchors = train_anchors(self.suite, self.shared, self.task, self.seed, self.out, self.progress)
         return self._anchors
+
+    def close(self) -> None:
+        """Let go of the model, before the next one is loaded."""
+        self._shared = self._anchors = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fit, predict and store one cell; a UserError or a lack of memory is recorded as the reason why it failed."""
@@ -162,9 +169,11 @@ def run_suite(
 
         broken = run_in_pool(suite, todo, out, jobs, end, say)
     else:
-        broken = [
-            c for group, cells in _grouped(suite, todo, out, progress) for c in _run_group(group, cells, end, say)
-        ]
+        broken = []
+        for task, seed in dict.fromkeys((c.task, c.seed) for c in todo):
+            group = Group(suite, task, seed, out, progress)
+            broken += _run_group(group, [c for c in todo if (c.task, c.seed) == (task, seed)], end, say)
+            group.close()
     if broken:
         raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
 
@@ -172,14 +181,6 @@ def run_suite(
 def _is_open(suite: SuiteConfig, cell: Cell, out: Path, retry: bool) -> bool:
     record = record_of(suite, cell, out)
     return record is None or (retry and record["status"] == "failed")
-
-
-def _grouped(suite: SuiteConfig, cells: list[Cell], out: Path, progress: bool) -> Iterator[tuple[Group, list[Cell]]]:
-    for task, seed in dict.fromkeys((c.task, c.seed) for c in cells):
-        yield Group(suite, task, seed, out, progress), [c for c in cells if (c.task, c.seed) == (task, seed)]
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _run_group(group: Group, cells: list[Cell], end: float | None, say: Say) -> list[Cell]:
