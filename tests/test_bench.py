@@ -236,6 +236,21 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path: Path) -> None
     assert len(said) == 1
 
 
+def test_anchors_that_fail_are_tried_once(tmp_path: Path) -> None:
+    suite = little(tmp_path, training=LoopConfig(steps=3, batch_size=4, learning_rate=1e30, evaluate_every=3))
+    said: list[str] = []
+    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    assert len(said) == 4 and all("failed: the anchors: the loss is not finite at step" in s for s in said)
+    failed = tmp_path / "out" / "anchors" / "made" / "0" / "failed.json"
+    reason = json.loads(failed.read_text())["reason"]
+    failed.write_text(failed.read_text().replace("the loss is not finite", "as found before: the loss is not finite"))
+    (Cell("made", 0, "one").folder(tmp_path / "out") / "cell.json").unlink()
+    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    assert "as found before" in said[4] and len(said) == 5
+    run_suite(suite, tmp_path / "out", jobs=1, retry=True, say=said.append)
+    assert json.loads(failed.read_text())["reason"] == reason and len(said) == 9
+
+
 def test_time_that_is_up_leaves_cells_for_later(tmp_path: Path) -> None:
     suite = little(tmp_path)
     said: list[str] = []

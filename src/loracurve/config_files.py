@@ -47,7 +47,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> Any:
 
 def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
-    parser = _parser_of(kind)
+    parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
     with _in_one_line(parser, f"{where}: "):
         found = parser.instantiate(parser.parse_object(dict(values)))
         return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]

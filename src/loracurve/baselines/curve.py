@@ -42,7 +42,7 @@ class Curve:
     """The tube and its sampler."""
 
     def __post_init__(self) -> None:
-        with_changes(FitConfig(), self.training, "training")
+        with_changes(FitConfig(steps=10**6), self.training, "training")  # a suite's own steps are not known yet
         if self.units is not None and (self.units <= 0 or "steps" in self.training):
             raise UserError("units: expected a positive number and no training.steps, which it sets; leave one out")
 
