@@ -29,8 +29,8 @@ from loracurve.tasks import Encoded
 __all__ = ["INSTALL", "Laplace"]
 
 INSTALL = (
-    "pip install --no-deps laplace-torch==0.3 backpack-for-pytorch curvlinops-for-pytorch asdfghjkl==0.1a4 unfoldNd "
-    "einops einconv linear-operator jaxtyping wadler-lindig opt-einsum scipy"
+    "pip install --no-deps laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv "
+    "einops linear-operator opt-einsum scipy unfoldNd"
 )
 
 
