@@ -453,7 +453,7 @@ def test_the_head_at_chosen_places_is_the_whole_head_there(kind: str) -> None:
     if kind == "lora_space":
         torch.testing.assert_close(found, whole[rows, places][:, chosen])
         return
-    a, b, _ = made._point_factors()
+    a, b = made._perturbed_factors(noise)
     merged = (made.base_layer.weight + made.scaling * b.mT @ a)[rows // 2][:, chosen]
     eps = (rho**2 / 24 * merged.square().sum(-1)).sqrt()[..., None] * epsilon(torch.ones(2, dtype=DOUBLE), 24, seeded())
     torch.testing.assert_close(

@@ -166,12 +166,14 @@ class RunConfig:
     anchor_training: LoopConfig = field(default_factory=LoopConfig)
     curve_training: FitConfig = field(default_factory=FitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where losses are logged while training, beside the run's own history.json."""
 
     def __post_init__(self) -> None:
         if self.adapters and self.curve.kind == "free":
             raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")
         if len(self.adapters) == 1:
-            raise UserError("adapters: expected at least 2 folders, found 1; give another")
+            raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
         if self.adapters and self.curve_training.bootstrap.kind == "everywhere":
             raise UserError(
                 "curve_training.bootstrap.kind: expected tied with adapters that were trained without these weights, "

@@ -7,6 +7,7 @@ group) and *merged* (one c for all rows, folded into a copy of the weight).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loracurve.products import combine, contract, expand, windowed, windowed_coefficients
+
 if TYPE_CHECKING:
     from loracurve.perturbation import MapNoise
 
-__all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route"]
+__all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route", "join_siblings"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Route:
     """[P] the row of each position."""
     token_ids: Tensor | None = None
     """[C] rows of the output head that are wanted; None: all."""
+    shared: _Shared | None = None
+    """What the siblings of the layer that ran last will want."""
 
 
 def _expand(coefficients: Tensor, rows: int) -> Tensor:
@@ -69,28 +74,14 @@ def _expand(coefficients: Tensor, rows: int) -> Tensor:
     return coefficients.repeat_interleave(rows // coefficients.shape[0], dim=0)
 
 
-def _windows(stack: Tensor, route: Route) -> Tensor:
-    """[K, ...] -> [W, k, ...]: the control points that each group of rows uses."""
-    if route.windows == 1:
-        return stack[None]
-    return torch.stack([stack[s * route.degree : (s + 1) * route.degree + 1] for s in range(route.windows)])
+@dataclass
+class _Shared:
+    """Hidden vectors of sibling layers that saw the same input, computed together by the first of them."""
 
-
-def _window_coefficients(route: Route, coefficients: Tensor) -> Tensor:
-    """[R, K] -> [W, R/W, k]: the coefficients that belong to `_windows`."""
-    grouped = coefficients.reshape(route.windows, -1, coefficients.shape[-1])
-    if route.windows == 1:
-        return grouped
-    return torch.stack([grouped[s][:, s * route.degree : (s + 1) * route.degree + 1] for s in range(route.windows)])
-
-
-def _rows_product(x: Tensor, stack: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_k c_k (x @ stack_k): x [W, N, T, i], stack [W, k, i, o], coefficients [W, N, k] -> [W, N, T, o]."""
-    w, n, t, _ = x.shape
-    k, o = stack.shape[1], stack.shape[3]
-    flat = stack.transpose(1, 2).reshape(w, stack.shape[2], k * o)
-    each = torch.bmm(x.reshape(w, n * t, -1), flat).view(w, n, t, k, o)
-    return (each * coefficients[:, :, None, :, None]).sum(3)
+    siblings: tuple[CurveLinear, ...]
+    x: Tensor
+    hidden: dict[int, Tensor]
+    """by place among the siblings, of those that did not run yet"""
 
 
 class CurveLayer(nn.Module):
@@ -145,6 +136,10 @@ class CurveLinear(CurveLayer):
         # GPT-2's Conv1D keeps its weight as [n_in, n_out].
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self._merged: Tensor | None = None
+        self.siblings: tuple[CurveLinear, ...] = (self,)
+        """layers expected to see the same input, this one among them; they share one product with their stacked A"""
+        self.place = 0
+        """place among the siblings"""
 
     def shapes(self) -> dict[str, list[int]]:
         return {"lora_A.weight": [self.rank, self.in_features], "lora_B.weight": [self.out_features, self.rank]}
@@ -160,9 +155,13 @@ class CurveLinear(CurveLayer):
         weight = getattr(self.base_layer, "weight", None)
         if weight is None or not weight.is_floating_point():
             raise RuntimeError("merged evaluation needs floating-point base weights; use points=... instead")
-        a, b = (torch.tensordot(coefficients.to(f), f.detach(), dims=1) for f in (self.A, self.B))
-        delta = self.scaling * (b.mT @ a)
-        self._merged = (weight.detach().float() + (delta.mT if self.transposed else delta).float()).to(weight.dtype)
+        weight = weight.detach()
+        a, b = (combine(coefficients[None].to(f.device), f.detach(), weight.dtype)[0] for f in (self.A, self.B))
+        left, right = (a.mT, b) if self.transposed else (b.mT, a)
+        if self._merged is None:
+            self._merged = torch.empty_like(weight)
+        # The product is added in the accumulators, so that the sum is rounded once.
+        torch.addmm(weight, left, right, alpha=self.scaling, out=self._merged)
 
     def unmerge(self) -> None:
         self._merged = None
@@ -173,16 +172,15 @@ class CurveLinear(CurveLayer):
             assert self._merged is not None
             weight = self._merged.mT if self.transposed else self._merged
             return F.linear(x, weight, self.base_layer.bias)
-        y = self.base_layer(x)
         if route.kind == "base":
-            return y
-        assert route.coefficients is not None
-        if route.kind == "points" or (self.noise is not None and self.training):
-            a, b, noise = self._point_factors()
-            y = self._add_points(y, self.dropout(x), a, b)
-            return y if noise is None else noise.output(y, x, a, b)
-        c = _expand(route.coefficients, x.shape[0])
-        return self._add_rows(y, self.dropout(x), c, self.A, self.B)
+            return self.base_layer(x)
+        if self.noise is not None and self.training:
+            return self._perturbed(x, self.noise)
+        hidden = self._hidden(x)
+        parts = len(hidden)
+        # Flat, so that the sum below is made in the base layer's own output and not in a view of it.
+        y = self.base_layer(x.reshape(-1, x.shape[-1]) if parts == 1 else x.reshape(parts, -1, x.shape[-1]))
+        return self._add(y, hidden, x.shape[0]).view(*x.shape[:-1], -1)
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
@@ -194,37 +192,85 @@ class CurveLinear(CurveLayer):
             return y
         c = self.route.coefficients
         assert c is not None
-        if self.noise is not None and self.training:
-            a, b, noise = self._point_factors()
-            b = b[:, :, ids]
-            group, own = rows // (len(c) // len(a)), torch.eye(len(a), dtype=x.dtype, device=x.device)
-            y = self._add_rows(y, self.dropout(x), own[group], a, b, windows=False)
-            return y if noise is None else noise.output(y, x, a, b, token_ids, group)
-        return self._add_rows(y, self.dropout(x), c[rows], self.A, self.B[:, :, ids], windows=False)
+        if self.noise is None or not self.training:
+            return self._add_selected(y, x, self.A, self.B[:, :, ids], c[rows])
+        a, b = self._perturbed_factors(self.noise)
+        b, group = b[:, :, ids], rows // (len(c) // len(a))
+        own = torch.eye(len(a), dtype=x.dtype, device=x.device)[group]
+        return self.noise.output(self._add_selected(y, x, a, b, own), x, a, b, token_ids, group)
 
-    def _point_factors(self) -> tuple[Tensor, Tensor, MapNoise | None]:
-        """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed, and what perturbs outputs."""
-        groups, noise = self.route.groups, self.noise if self.training else None
+    def _add_selected(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """y + s B(t) A(t) x for inputs [P, n_in] with coefficients [P, K], in the memory of y [P, C]."""
+        hidden = contract(self.dropout(x)[None, :, None], a.to(x.dtype)[None], c[None])
+        return y.addmm_(expand(hidden, c[None] * self.scaling)[0], b.to(x.dtype).flatten(0, 1))
+
+    def _perturbed_factors(self, noise: MapNoise) -> tuple[Tensor, Tensor]:
+        """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed."""
+        groups = self.route.groups
         if groups is None:
             raise RuntimeError("a perturbation needs rows in equal groups at shared points of the curve")
-        a, b = ((groups.to(f) @ f.flatten(1)).view(groups.shape[0], *f.shape[1:]) for f in (self.A, self.B))
-        return (a, b, None) if noise is None else (*noise.factors(a, b), noise)
+        return noise.factors(*(combine(groups, f, f.dtype) for f in (self.A, self.B)))
 
-    def _add_points(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype))
-        out = torch.baddbmm(y.reshape(len(a), -1, y.shape[-1]), hidden, b.to(x.dtype), alpha=self.scaling)
-        return out.view(y.shape)
+    def _perturbed(self, x: Tensor, noise: MapNoise) -> Tensor:
+        """The layer under noise; without siblings, because factors and draws are this layer's own."""
+        a, b = self._perturbed_factors(noise)
+        hidden = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype)) * self.scaling
+        y = self.base_layer(x.reshape(len(a), -1, x.shape[-1])).baddbmm_(hidden, b.to(x.dtype))
+        return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
 
-    def _add_rows(self, y: Tensor, x: Tensor, c: Tensor, a: Tensor, b: Tensor, windows: bool = True) -> Tensor:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        route = self.route if windows else Route()
-        w = route.windows
-        c = _window_coefficients(route, c)
-        hidden = _rows_product(x.reshape(w, c.shape[1], -1, x.shape[-1]), _windows(a, route).mT, c)
-        # The same coefficients expand the hidden vector again: sum_k c_k B_k h is one product with the stacked B.
-        spread = (hidden[:, :, :, None, :] * c[:, :, None, :, None]).flatten(3).flatten(1, 2)
-        out = torch.baddbmm(y.reshape(w, -1, y.shape[-1]), spread, _windows(b, route).flatten(1, 2), alpha=self.scaling)
-        return out.view(y.shape)
+    def _hidden(self, x: Tensor) -> Tensor:
+        """A(t) x: [W, N, T, r] by windows and rows (*rows*), or scaled [G, M, r] by groups of rows (*points*).
+
+        Siblings take what the first of them computed for all.
+        """
+        route = self.route
+        # Dropout gives each an input of its own; with points by layer each has a route of its own.
+        dropping = self.training or not isinstance(self.dropout, nn.Dropout)
+        dropping = dropping and not isinstance(self.dropout, nn.Identity)
+        if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
+            return self._project(self.dropout(x), (self,))[0]
+        shared = route.shared
+        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
+            shared = route.shared = _Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
+        elif shared.x is not x:
+            # They are no siblings after all.
+            for layer in self.siblings:
+                layer.siblings, layer.place = (layer,), 0
+            route.shared = None
+            return self._project(x, (self,))[0]
+        hidden = shared.hidden.pop(self.place)
+        if not shared.hidden:
+            route.shared = None
+        return hidden
+
+    def _project(self, x: Tensor, layers: tuple[CurveLinear, ...]) -> list[Tensor]:
+        """`_hidden` of several layers in one product."""
+        route = self.route
+        ranks = [layer.rank for layer in layers]
+        if route.kind == "points":
+            assert route.groups is not None
+            a = _join([combine(route.groups, layer.A, x.dtype) for layer in layers])
+            hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT).split(ranks, dim=-1)
+            return [h * layer.scaling for h, layer in zip(hidden, layers, strict=True)]
+        c = self._row_coefficients(x.shape[0])
+        a = windowed(_join([layer.A.to(x.dtype) for layer in layers]), route.windows, route.degree)
+        return list(contract(x.reshape(*c.shape[:2], -1, x.shape[-1]), a, c).split(ranks, dim=-1))
+
+    def _row_coefficients(self, rows: int) -> Tensor:
+        """[W, N, k]"""
+        assert self.route.coefficients is not None
+        return windowed_coefficients(_expand(self.route.coefficients, rows), self.route.windows, self.route.degree)
+
+    def _add(self, y: Tensor, hidden: Tensor, rows: int) -> Tensor:
+        """y + s B(t) hidden in the memory of y, [M, n_out] or [W or G, M, n_out]."""
+        route = self.route
+        if route.kind == "points":
+            assert route.groups is not None
+            b = combine(route.groups, self.B, y.dtype)
+        else:
+            hidden = expand(hidden, self._row_coefficients(rows) * self.scaling)
+            b = windowed(self.B.to(y.dtype), route.windows, route.degree).flatten(1, 2)
+        return y.addmm_(hidden[0], b[0]) if len(b) == 1 else y.baddbmm_(hidden, b)
 
 
 class CurveDense(CurveLayer):
@@ -267,10 +313,36 @@ class CurveDense(CurveLayer):
         assert route.coefficients is not None
         # A head is small: all control points at once, whatever the way to run.
         c = _expand(route.coefficients, x.shape[0])[None]
-        y = _rows_product(x.reshape(1, c.shape[1], -1, x.shape[-1]), self.weight.to(x.dtype).mT[None], c)[0]
+        y = contract(x.reshape(1, c.shape[1], -1, x.shape[-1]), self.weight.to(x.dtype)[None], c)[0]
         if self.bias is not None:
             y = y + (c[0] @ self.bias.to(x.dtype))[:, None]
         return y.reshape(*x.shape[:-1], -1)
+
+
+# Maps of one module that see the same input in most architectures; a layer that does not is noticed when it runs.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def join_siblings(layers: Mapping[str, CurveLayer]) -> None:
+    """Let layers of one parent module that see the same input share one down-projection.
+
+    Args:
+        layers: curve layers by module name.
+    """
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        for group in SIBLINGS:
+            if child not in group:
+                continue
+            found = [layers.get(f"{parent}.{other}") for other in group]
+            siblings = tuple(x for x in found if isinstance(x, CurveLinear))
+            if isinstance(layer, CurveLinear) and len({x.in_features for x in siblings}) == 1:
+                layer.siblings, layer.place = siblings, siblings.index(layer)
+
+
+def _join(stacks: list[Tensor]) -> Tensor:
+    """[*, r_i, n] -> [*, sum of r_i, n]"""
+    return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)
 
 
 class OutputHead(nn.Module):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loracurve.errors import UserError
-from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route
+from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route, join_siblings
 from loracurve.randomness import generator
 
 __all__ = [
@@ -110,6 +110,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
             )
     for name, layer in layers.items():
         _replace(model, name, layer)
+    join_siblings(layers)
     return layers
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
@@ -32,7 +34,9 @@ from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.predictive import Predictive
-from loracurve.report.figures import posterior_over_t, save
+from loracurve.report.figures import figure_of, save
+from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
 from loracurve.training import fit, fit_anchors, slot_times
@@ -100,6 +104,7 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
 
 def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
+    _check_tracker(config.tracker)
     new_folder(out, resume)
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
@@ -114,7 +119,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
-    loop = {"progress": progress}
+    accelerator = _tracking(config, out)
+    loop = {"progress": progress, "accelerator": accelerator}
     started = time.perf_counter()
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
@@ -146,6 +152,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             shape.smooth,
         )
     result = fit(model, task, config.curve_training, out / "training", **loop)
+    accelerator.end_training()
     timings["curve"] = result.seconds
     write_json(out / "training" / "history.json", result.history)
     model.save_pretrained(out / "curve")
@@ -163,6 +170,24 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     report["task"] = task.describe()
     write_json(out / "metrics.json", report)
     return report
+
+
+def _check_tracker(tracker: str) -> None:
+    """Raise UserError where the library of a tracker is not installed."""
+    available = {"none": lambda: True, "tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not available[tracker]():
+        raise UserError(
+            f"tracker: expected the package {tracker}, found none; pip install {tracker}, or leave tracker at none"
+        )
+
+
+def _tracking(config: RunConfig, out: Path) -> accelerate.Accelerator:
+    """An accelerator that logs where `config.tracker` says."""
+    if config.tracker == "none":
+        return accelerate.Accelerator()
+    accelerator = accelerate.Accelerator(log_with=config.tracker, project_dir=out)
+    accelerator.init_trackers("loracurve")
+    return accelerator
 
 
 def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
@@ -188,8 +213,9 @@ def evaluate_methods(
     validation = task.encode("validation")
     average = choose_average(model, config, validation)
     if config.weights == "likelihood":
-        figure = posterior_over_t(average.t, average.weights, average.record["prior"], average.record["temperature"])
-        save(figure, out / "figures", "posterior_over_t")
+        columns = {"t": average.t, "posterior": average.weights, "prior": average.record["prior"]}
+        frame, temperature = pd.DataFrame(columns), average.record["temperature"]
+        save(figure_of(posterior_over_t, frame, temperature=temperature), out / "figures", "posterior_over_t")
     held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
     labels = {
         name: labels_of(e)
@@ -237,6 +263,9 @@ def evaluate_methods(
     return report
 
 
+_HELD_OUT = "validation rows"  # no name of a split has a blank
+
+
 def _along(
     name: str,
     model: CurveModel,
@@ -245,11 +274,9 @@ def _along(
     sets: dict[str, Encoded],
     held_out: Encoded | None = None,
 ) -> Method:
-    predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
-    method = Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [])
-    if held_out is not None:
-        method.validation = predict_split(model, held_out, t, weights), labels_of(held_out)
-    return method
+    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    return Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
 
 
 def _single(ensemble: Method, m: int) -> Method:

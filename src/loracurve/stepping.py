@@ -93,7 +93,7 @@ class Stepper:
     ) -> None:
         self.program, self.factors, self.config, self.perturbation = program, factors, config, perturbation
         device = factors[0].device
-        self.mask = mask.to(device)
+        self.mask, self.all_trained = mask.to(device), bool(mask.all())
         # The GPU's fused kernel reads the rate from memory, in float32; the CPU's takes a number.
         self.rate = torch.zeros((), device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
         self.bad = torch.zeros((), device=device)
@@ -124,9 +124,7 @@ class Stepper:
         return self.captured(parts)
 
     def _step(self, parts: list[Part]) -> Tensor:
-        for p in self.factors:
-            # Kept in place: a captured step accumulates into these very tensors.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        self._forget_gradients()
         total = torch.zeros((), device=self.rate.device)
         figures = torch.zeros(len(self.program.figures), device=self.rate.device)
         for part in parts:
@@ -136,21 +134,29 @@ class Stepper:
         with torch.no_grad():
             self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(total)).float()))
             for p, tie in zip(self.factors, self.ties, strict=True):
-                assert p.grad is not None
+                if p.grad is None:  # not reached by the loss
+                    p.grad = torch.zeros_like(p)
                 if tie is not None:  # the gradient of what depends on a free point goes to that one
                     p.grad.copy_((tie.mT @ p.grad.flatten(1)).view_as(p))
-                p.grad.mul_(_column(self.mask, p))
+                if not self.all_trained:
+                    p.grad.mul_(_column(self.mask, p))
             norm = self._clip()
             self.optimizer.step()
             if self.config.weight_decay:
-                scale = self.rate * self.config.weight_decay * (1 - self.bad)
+                decay = self.rate * self.config.weight_decay * (1 - self.bad)
                 for p, gram in zip(self.factors, self.grams, strict=True):
-                    p.sub_(scale.to(p) * (gram.to(p) @ p.flatten(1)).view_as(p))
+                    p.sub_(((decay * gram).to(p) @ p.flatten(1)).view_as(p))
             for p, tie in zip(self.factors, self.ties, strict=True):
                 if tie is not None:
                     free = _column(tie.diagonal() == 1, p).bool()
                     p.copy_(torch.where(free, p, (tie @ p.flatten(1)).view_as(p)))
+        self._forget_gradients()
         return torch.stack([total, norm.float(), *figures])
+
+    def _forget_gradients(self) -> None:
+        # The backward pass then hands its own tensors over instead of adding to zeros.
+        for p in self.factors:
+            p.grad = None
 
     def _backward(self, part: Part) -> tuple[Tensor, Tensor]:
         """Add a micro-batch's gradient; returns its loss and figures."""
@@ -165,14 +171,17 @@ class Stepper:
     def _clip(self) -> Tensor:
         """Clip gradients jointly for a curve, by slot for anchors; returns the largest norm before clipping."""
         grads: list[Tensor] = [p.grad for p in self.factors if p.grad is not None]
+        limit = self.config.max_grad_norm
         if self.program.groups == 1:
-            norms = torch.stack(torch._foreach_norm(grads)).norm()[None]
-        else:
-            norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-        if self.config.max_grad_norm > 0:
-            scale = (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            for g in grads:
-                g.mul_(_column(scale, g))
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            if limit > 0:
+                # AdamW's fused kernel divides by this while it reads the gradients.
+                self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()  # type: ignore[attr-defined]
+            return norm
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+        if limit > 0:
+            scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, [_column(scale, g) for g in grads])
         return norms.max()
 
 

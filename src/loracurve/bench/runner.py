@@ -20,7 +20,7 @@ import yaml
 
 from loracurve.baselines.base import Setting
 from loracurve.bench.memory import PeakMemory
-from loracurve.bench.setting import Shared, open_shared, train_anchors
+from loracurve.bench.setting import Shared, anchors_folder, open_shared, train_anchors
 from loracurve.bench.store import record_of, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, cells_of, fingerprint, method_of, plain
 from loracurve.environment import environment
@@ -42,13 +42,19 @@ class Group:
 
     def __init__(self, suite: SuiteConfig, task: str, seed: int, out: Path, progress: bool = False) -> None:
         self.suite, self.task, self.seed, self.out, self.progress = suite, task, seed, out, progress
-        self._shared: Shared | None = None
+        self._shared: Shared | UserError | None = None
         self._anchors: ControlPoints | None = None
 
     @property
     def shared(self) -> Shared:
+        """Model and sets; raises the UserError of the first try again instead of loading a model for every cell."""
         if self._shared is None:
-            self._shared = open_shared(self.suite, self.task, self.seed)
+            try:
+                self._shared = open_shared(self.suite, self.task, self.seed)
+            except UserError as error:
+                self._shared = error
+        if isinstance(self._shared, UserError):
+            raise self._shared
         return self._shared
 
     def anchors(self) -> ControlPoints:
@@ -66,6 +72,7 @@ class Group:
             "method": cell.method,
             "fingerprint": fingerprint(self.suite, cell),
             "options": plain(method_of(self.suite, cell.method)),
+            "environment": environment(),
         }
         try:
             record |= {"status": "done"} | self._fit_and_predict(cell, folder)
@@ -97,7 +104,6 @@ class Group:
             "predict_seconds": predict_seconds,
             "predicted_rows": sum(len(e) for e in self.shared.sets.values()),
             "peak_memory_bytes": memory.bytes,
-            "device": str(self.shared.model.device),
         }
 
 
@@ -147,6 +153,8 @@ def run_suite(
     """
     out = Path(out)
     todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
+    for task, seed in {(c.task, c.seed) for c in todo if retry}:
+        (anchors_folder(out, task, seed) / "failed.json").unlink(missing_ok=True)
     end = None if seconds is None else time.perf_counter() + seconds
     jobs = jobs or max(torch.cuda.device_count(), 1)
     if jobs > 1 and len(todo) > 1:

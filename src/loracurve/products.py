@@ -1,0 +1,69 @@
+"""Products with stacked factors: plain functions of tensors, without a copy of anything as large as an output.
+
+Written so that a compiler fuses what lies between the matrix products, and so that an eager run adds to the base
+layer's output in place. Scalings sit on the small hidden vectors, never on outputs or their gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["combine", "contract", "expand", "windowed", "windowed_coefficients"]
+
+
+class _Windows(torch.autograd.Function):
+    """[S d + 1, ...] -> [S, d + 1, ...]. A slice's own gradient would be padded to the size of the whole stack."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, count: int, degree: int) -> Tensor:
+        ctx.degree = degree
+        starts = stack[:-1].reshape(count, degree, *stack.shape[1:])
+        return torch.cat([starts, stack[degree::degree].unsqueeze(1)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        out = torch.cat([grad[:, :-1].flatten(0, 1), grad[-1:, -1]])
+        out[ctx.degree : -1 : ctx.degree] += grad[:-1, -1]
+        return out, None, None
+
+
+def windowed(stack: Tensor, count: int, degree: int) -> Tensor:
+    """Control points [K, ...] -> [W, k, ...]: those of each of `count` segments; one window holds all of them."""
+    return stack.unsqueeze(0) if count == 1 else _Windows.apply(stack, count, degree)
+
+
+def windowed_coefficients(coefficients: Tensor, count: int, degree: int) -> Tensor:
+    """[R, K] -> [W, R/W, k]: row coefficients for `windowed` points; group w of the rows lies in segment w."""
+    grouped = coefficients.reshape(count, -1, coefficients.shape[-1])
+    if count == 1:
+        return grouped
+    return torch.stack([grouped[s, :, s * degree : (s + 1) * degree + 1] for s in range(count)])
+
+
+def combine(coefficients: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_k c_gk stack_k: [G, K] and [K, ...] -> [G, ...], summed in the stack's dtype and given in `dtype`."""
+    c = coefficients.to(stack.dtype)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # Spelt out it becomes one pass over the stack; a matrix product would write its result before it is cast.
+        c = c.view(*c.shape, *[1] * (stack.dim() - 1))
+        total = c[:, 0] * stack[0]
+        for k in range(1, stack.shape[0]):
+            total = total + c[:, k] * stack[k]
+        return total.to(dtype)
+    return (c @ stack.flatten(1)).view(-1, *stack.shape[1:]).to(dtype)
+
+
+def contract(x: Tensor, stack: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_k c_k (stack_k x): x [W, N, T, i], stack [W, k, o, i], coefficients [W, N, k] -> [W, N, T, o]."""
+    w, n, t, _ = x.shape
+    k, o = stack.shape[1], stack.shape[2]
+    each = torch.bmm(x.reshape(w, n * t, -1), stack.flatten(1, 2).mT).view(w, n, t, k, o)
+    return (each * coefficients[:, :, None, :, None]).sum(3)
+
+
+def expand(hidden: Tensor, coefficients: Tensor) -> Tensor:
+    """[W, N, T, r] and [W, N, k] -> [W, N T, k r], so that sum_k c_k (h B_k) is one product with the stacked B."""
+    return (hidden[:, :, :, None, :] * coefficients[:, :, None, :, None]).flatten(3).flatten(1, 2)
