@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,11 +160,30 @@ def test_the_last_layer_equals_the_library_with_all_rows_in_one_batch(tmp_path: 
     torch.testing.assert_close(fitted.predict(test).probs.float(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_samples_are_gaussian_logits_though_their_covariance_be_singular(tmp_path: Path) -> None:
+    of, _ = make(tmp_path, "qwen2")
+    mean = torch.tensor([[0.5, -1.0, 0.2]])
+    root = torch.tensor([[1.0, 0.5], [1.0, 0.5], [-0.3, 2.0]])
+    moments = SimpleNamespace(_glm_predictive_distribution=lambda x: (mean, (root @ root.T)[None]))
+
+    def sample(index: int) -> Tensor:
+        x = {"batch": SimpleNamespace(index=torch.tensor([index]))}
+        return Laplace()._log_probs(moments, x, 4, replace(of, samples=20_000))[:, 0]
+
+    drawn = sample(0)
+    assert drawn[:, 3].isneginf().all(), "a class that the row does not have"
+    torch.testing.assert_close(
+        drawn[:, 0] - drawn[:, 1], torch.full((20_000,), 1.5, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    difference = drawn[:, 2] - drawn[:, 0]
+    assert difference.mean() == pytest.approx(-0.3, abs=0.05)
+    assert difference.var() == pytest.approx(1.3**2 + 1.5**2, rel=0.05)
+    assert torch.equal(drawn, sample(0)) and not torch.equal(drawn, sample(1))
+
+
 @pytest.mark.parametrize("weights", ["all", "last_layer"])
 def test_samples_have_the_spread_of_the_linearised_logits(weights: Any, tmp_path: Path) -> None:
     pytest.importorskip("laplace")
-    from dataclasses import replace
-
     of, _ = make(tmp_path, "qwen2")
     test = of.task.encode("test")
     many = Laplace(weights=weights, prior_precision=2.0).fit(replace(of, samples=60)).predict(test)

@@ -38,6 +38,7 @@ def peft_model(model: CurveModel, adapter: Mapping[str, Tensor]) -> peft.PeftMod
         del plain.peft_config  # left by PEFT's target matching
     config = copy.deepcopy(model.config)
     config.inference_mode = False
+    config.base_model_name_or_path = None  # PEFT would warn of the shared model, which has no name of its own
     wrapped: Any = peft.get_peft_model(plain, config)
     peft.set_peft_model_state_dict(wrapped, dict(adapter))
     wrapped.eval()
