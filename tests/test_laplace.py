@@ -23,7 +23,7 @@ from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, predict_split
 from loracurve.loop import LoopConfig
 from loracurve.model import CurveModel, CurveSpec
-from loracurve.tasks import Encoded
+from loracurve.tasks import Encoded, Row
 from loracurve.training import slot_times
 
 CASES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
@@ -106,6 +106,22 @@ def test_the_peft_view_predicts_like_the_curve_model_and_shares_its_weights(arch
     assert len(frozen) > 20 and all(p.data_ptr() in ours for p in frozen)
     again = predict_split(of.model, encoded, slot_times(2))
     assert torch.equal(again.point_log_probs, expected.point_log_probs), "the curve model is as it was"
+
+
+def test_rows_with_more_choices_than_any_in_training(tmp_path: Path) -> None:
+    of, _ = make(tmp_path, "qwen2", target_modules=["q_proj", "lm_head"])
+    row = Row("more", question="the film is", choices=("good", "bad", "dull", "fine", "awful"), label=4)
+    encoded = of.task.encode_rows([row], "more")
+    of.model.set_curve(CurveSpec.slots(2), of.anchors)
+    expected = predict_split(of.model, encoded, slot_times(2)).point_log_probs[0]
+    train = of.task.encode("train")
+    assert len(encoded.answer_ids) == 5 > len(train.answer_ids)
+    logits = ClassLogits(of.model, anchor(of, 0), train)
+    torch.testing.assert_close(logits(logits.inputs(encoded, 0)).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+    pytest.importorskip("laplace")
+    for weights in ("all", "last_layer"):
+        fitted = Laplace(weights=weights, predict="probit", prior_precision=1e9).fit(of)
+        torch.testing.assert_close(fitted.predict(encoded).probs.float(), expected.exp(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "encoder"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loracurve.baselines.base import Fitted, Setting
-from loracurve.baselines.plain_peft import ClassLogits
+from loracurve.baselines.plain_peft import AnswerHead, ClassLogits
 from loracurve.errors import UserError
 from loracurve.predictive import Predictive
 from loracurve.randomness import generator
@@ -114,7 +114,10 @@ class _LastLayer(nn.Module):
         return {**values, "input_ids": self.body[0].features(values)}
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
-        return self.linear(inputs["input_ids"])[:, : inputs["choices"]]
+        logits, body = self.linear(inputs["input_ids"]), self.body[0]
+        if isinstance(body.last, AnswerHead) and len(further := body.further(inputs["batch"])):
+            logits = torch.cat([logits, body.last.merged(further)(inputs["input_ids"]).detach()], -1)
+        return logits[:, : inputs["choices"]]
 
 
 class _Rows:
