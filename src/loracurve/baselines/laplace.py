@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loracurve.baselines.base import Fitted, Setting
-from loracurve.baselines.plain_peft import ClassLogits
+from loracurve.baselines.plain_peft import AnswerHead, ClassLogits
 from loracurve.errors import UserError
 from loracurve.predictive import Predictive
-from loracurve.randomness import stream_seed
+from loracurve.randomness import generator
 from loracurve.tasks import Encoded
 
 __all__ = ["INSTALL", "Laplace"]
 
 INSTALL = (
-    "pip install --no-deps laplace-torch==0.3 backpack-for-pytorch curvlinops-for-pytorch asdfghjkl==0.1a4 unfoldNd "
-    "einops einconv linear-operator jaxtyping wadler-lindig opt-einsum scipy"
+    "pip install --no-deps laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv "
+    "einops linear-operator opt-einsum scipy unfoldNd"
 )
 
 
@@ -89,9 +89,13 @@ class Laplace:
     def _log_probs(self, posterior: Any, x: dict[str, Any], classes: int, setting: Setting) -> Tensor:
         """[S, 1, C] log-probabilities of one example; S = 1 for closed forms."""
         if self.predict == "mc":
-            draw = torch.Generator(x["input_ids"].device).manual_seed(stream_seed(setting.seed, "laplace"))
-            samples = posterior.functional_samples(x, "glm", setting.samples, generator=draw)
-            log_probs = samples.log_softmax(-1)
+            # The library's own samples need a Cholesky factor, which logits of similar texts may not have, and share
+            # their draws between rows, which does not average out.
+            mean, covariance = (m[0].double().cpu() for m in posterior._glm_predictive_distribution(x))
+            values, vectors = torch.linalg.eigh(covariance)
+            draw = generator(setting.seed, "laplace", int(x["batch"].index[0]))
+            z = torch.randn(setting.samples, len(mean), generator=draw, dtype=torch.float64)
+            log_probs = (mean + z @ (vectors * values.clamp_min(0).sqrt()).mT).log_softmax(-1)[:, None]
         else:
             log_probs = posterior(x, "glm", link_approx=self.predict).log().log_softmax(-1)[None]
         return nn.functional.pad(log_probs.detach().cpu(), (0, classes - log_probs.shape[-1]), value=-math.inf)
@@ -110,7 +114,10 @@ class _LastLayer(nn.Module):
         return {**values, "input_ids": self.body[0].features(values)}
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
-        return self.linear(inputs["input_ids"])[:, : inputs["choices"]]
+        logits, body = self.linear(inputs["input_ids"]), self.body[0]
+        if isinstance(body.last, AnswerHead) and len(further := body.further(inputs["batch"])):
+            logits = torch.cat([logits, body.last.merged(further)(inputs["input_ids"]).detach()], -1)
+        return logits[:, : inputs["choices"]]
 
 
 class _Rows:

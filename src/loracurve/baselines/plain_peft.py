@@ -38,6 +38,7 @@ def peft_model(model: CurveModel, adapter: Mapping[str, Tensor]) -> peft.PeftMod
         del plain.peft_config  # left by PEFT's target matching
     config = copy.deepcopy(model.config)
     config.inference_mode = False
+    config.base_model_name_or_path = None  # PEFT would warn of the shared model, which has no name of its own
     wrapped: Any = peft.get_peft_model(plain, config)
     peft.set_peft_model_state_dict(wrapped, dict(adapter))
     wrapped.eval()
@@ -47,7 +48,7 @@ def peft_model(model: CurveModel, adapter: Mapping[str, Tensor]) -> peft.PeftMod
 class AnswerHead(nn.Module):
     """A language-model head at chosen positions and for the answer tokens only: [1, T, n_in] -> [1, P, C].
 
-    The other rows of an adapted head change no probability of an answer.
+    The other rows of an adapted head change no probability of an answer and are frozen.
 
     Args:
         head: the head, adapted by PEFT or not.
@@ -56,8 +57,12 @@ class AnswerHead(nn.Module):
 
     positions: Tensor
     """[P], set before each call"""
-    rows: Tensor
+    further: Tensor
+    """answer tokens of this call beyond `ids`, set before each call: rows may have more choices than any in training"""
+    weight: Tensor
     bias: Tensor | None
+    ids: Tensor
+    frozen: Tensor
     lora_A: nn.Linear
     lora_B: nn.Linear
 
@@ -66,27 +71,37 @@ class AnswerHead(nn.Module):
         chosen = slice(None) if ids is None else ids
         adapted: bool = isinstance(head, LoraLayer)
         base = head.get_base_layer() if adapted else head
-        self.register_buffer("rows", base.weight.detach()[chosen])
-        self.register_buffer("bias", None if base.bias is None else base.bias.detach()[chosen])
+        self.register_buffer("weight", base.weight.detach())
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach())
+        size = len(base.weight)
+        self.register_buffer("ids", torch.arange(size, device=base.weight.device)[chosen])
+        self.further = self.ids[:0]
         self.scaling = 0.0
         if adapted:
             (name,) = head.lora_A
             self.scaling, self.lora_A = head.scaling[name], head.lora_A[name]
-            up = head.lora_B[name].weight.detach()[chosen]
+            self.register_buffer("frozen", head.lora_B[name].weight.detach())
+            up = self.frozen[chosen]
             self.lora_B = nn.Linear(up.shape[1], len(up), bias=False, device=up.device, dtype=up.dtype)
             self.lora_B.weight.data.copy_(up)
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden[:, self.positions]
-        y = nn.functional.linear(x, self.rows, self.bias)
-        return y + self.scaling * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) if self.scaling else y
+        ids = torch.cat([self.ids, self.further])
+        # All rows in order are the weight itself: no copy of the vocabulary.
+        rows = self.weight if len(ids) == len(self.weight) else self.weight[ids]
+        y = nn.functional.linear(x, rows, None if self.bias is None else self.bias[ids])
+        if not self.scaling:
+            return y
+        low = self.lora_A(x.to(self.lora_A.weight.dtype))
+        return y + self.scaling * torch.cat([self.lora_B(low), low @ self.frozen[self.further].mT], -1)
 
-    def merged(self) -> nn.Linear:
-        """The same as one linear map of the last hidden state, float32."""
-        weight = self.rows.float()
+    def merged(self, ids: Tensor) -> nn.Linear:
+        """The head at tokens `ids` as one linear map of the last hidden state, float32."""
+        weight = self.weight[ids].float()
         if self.scaling:
-            weight = weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight).detach().float()
-        return _linear(weight, self.bias)
+            weight = weight + self.scaling * (self.frozen[ids] @ self.lora_A.weight).detach().float()
+        return _linear(weight, None if self.bias is None else self.bias[ids])
 
 
 class ClassLogits(nn.Module):
@@ -146,11 +161,22 @@ class ClassLogits(nn.Module):
         if isinstance(self.last, AnswerHead):
             assert batch.positions is not None
             self.last.positions, given["use_cache"] = batch.positions, False
+            self.last.further = self.further(batch)
         if batch.ends is not None:
             given |= {"attention_mask": tree_mask(batch.ends, self.dtype), "position_ids": batch.position_ids}
         logits = self.peft(**given).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return class_scores(batch, logits.view(1, -1, logits.shape[-1]))[0, :, : inputs["choices"]]
+
+    def further(self, batch: Batch) -> Tensor:
+        """The answer tokens of a batch beyond those of training, which come first in both."""
+        assert isinstance(self.last, AnswerHead)
+        if batch.answer_ids is None:
+            return self.last.ids[:0]
+        known = len(self.last.ids)
+        if not torch.equal(batch.answer_ids[:known], self.last.ids):
+            raise UserError("expected the answer tokens of training, found others; put the rows into the task's prompt")
+        return batch.answer_ids[known:]
 
     def features(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the last linear map sees, [1, n_in] float32; not for texts of choices, which are read at many places."""
@@ -163,7 +189,7 @@ class ClassLogits(nn.Module):
     def last_linear(self) -> nn.Linear:
         """A float32 copy of the last linear map, of the answer tokens' rows for a language model."""
         if isinstance(self.last, AnswerHead):
-            return self.last.merged()
+            return self.last.merged(self.last.ids)
         assert isinstance(self.last, nn.Linear)
         return _linear(self.last.weight.detach().float(), self.last.bias)
 
