@@ -171,6 +171,8 @@ def test_panels_share_one_legend() -> None:
     draws = [lambda ax: plots.paths(frame, ax), lambda ax: plots.paths(frame, ax, split="train")]
     figure = figures.panels(draws, (6, 6), sharex=True)
     assert len(figure.axes) == 2 and len(figure.legends) == 1
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "position on the path t (fraction)"]
+    assert all(ax.get_xlabel() for ax in figures.panels(draws, (6, 6)).axes), "axes of their own keep their labels"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["straight (A, B)", "curve"]
 
 

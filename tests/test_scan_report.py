@@ -18,6 +18,8 @@ from made_runs import QUICK, base_folder, command, config_file, data_folder, tre
 from loracurve.cli import main
 from loracurve.landscape_commands import spell_out
 from loracurve.paths import PATHS
+from loracurve.report.page import about
+from loracurve.report.run_data import read_run
 
 SCAN = ["--points", "5", "--plane", "3", "--slopes", "2", "--speeds", "2", "--sharpness", "2", "--resamples", "50"]
 SCORINGS = {"letter": "qwen2", "head": "encoder", "lm": "llama"}
@@ -106,6 +108,9 @@ def test_scan_of_adapters(runs: dict[str, Path], tmp_path: Path) -> None:
         assert scan["paths"][name]["nll"]["test"]["mean"] == pytest.approx(
             again["paths"][name]["nll"]["test"]["mean"], abs=1e-6
         )
+    for folder, end in (("scan", "; nothing was trained"), ("again", ", and a curve through them")):
+        line = about(read_run(tmp_path / folder, folder))
+        assert line == f"data-letter between 2 adapters of base-letter{end}"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def panels(
         places = figure.subplots(-(-len(draws) // columns), columns, squeeze=False, **layout).ravel()
         for draw, place in zip(draws, places, strict=True):
             draw(place)
-            place.label_outer()
+            if layout.get("sharex") or layout.get("sharey"):
+                place.label_outer()
         if legend:
             _legend_above(figure, places)
     return figure

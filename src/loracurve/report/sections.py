@@ -97,7 +97,7 @@ def uncertainty(run: RunData) -> Block:
     if run.predictions is not None:
         frame = frames.uncertainty_frame(run.predictions)
         draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in frames.MEASURES]
-        drawn = figures.panels(draws, (5.2, 6.6))
+        drawn = figures.panels(draws, (5.2, 7.2))
         block.figures.append(("uncertainty", "Uncertainty of the curve by set", drawn))
         block.numbers["items"] = frame.groupby("set", sort=False)["items"].first().to_dict()
     measures = {"entropy": "entropy", "expected_entropy": "expected", "mutual_information": "MI"}
