@@ -126,7 +126,7 @@ def test_ordinary_tokens_are_all_but_special_ones(architecture: str, tmp_path: P
 
 
 def test_config():
-    with pytest.raises(UserError, match="none, tokens or attention"):
+    with pytest.raises(UserError, match="none, tokens, attention or text"):
         CorruptionConfig("token")  # type: ignore[arg-type]
     for rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="share from 0 to 1"):

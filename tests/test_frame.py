@@ -9,6 +9,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ import loracurve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONFIGS = sorted((ROOT / "src" / "loracurve" / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((ROOT / "src" / "loracurve" / "configs").glob("*.yaml"))
 
 
 def fenced(language: str) -> Iterator[str]:
@@ -61,8 +62,33 @@ def test_readme_python_names_exist() -> None:
                 found = getattr(found, name)
 
 
+def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names stand for a tiny model, made rows and adapters that PEFT saved."""
+    import peft
+    import torch
+    from made_runs import base_folder, data_folder
+
+    from loracurve.bases import load_base
+
+    monkeypatch.chdir(tmp_path)
+    base = str(base_folder(tmp_path / "base", "llama"))
+    data_folder(tmp_path / "my-data", "label")
+    for name in "abc":
+        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft.get_peft_model(load_base(base)[0], config).save_pretrained(f"adapters/{name}")
+    space: dict[str, Any] = {}
+    for block in fenced("python"):
+        if "base = " not in block and "base" in space:  # a second curve needs a base that is not wrapped yet
+            space["base"] = load_base(base)[0]
+        code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base).replace("steps=300", "steps=2")
+        exec(compile(code, "README.md", "exec"), space)
+    assert torch.allclose(space["predictive"].probs.sum(1), torch.ones(17, dtype=torch.float64))
+    assert (tmp_path / "adapters" / "middle" / "adapter_model.safetensors").exists()
+    assert space["model"].spec.segments == 2
+
+
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/method.md", "docs/gotchas.md", "docs/theory.md", "CONTRIBUTING.md"]
+    "document", ["README.md", "docs/method.md", "docs/gotchas.md", "docs/theory.md", "docs/bench.md", "CONTRIBUTING.md"]
 )
 def test_documents_name_existing_functions_and_files(document: str) -> None:
     text = (ROOT / document).read_text()

@@ -473,7 +473,7 @@ def test_exported_points_are_anchors_of_another_run(run: Maker, tmp_path: Path) 
 
 # ---- shipped configs
 
-CONFIGS = sorted((Path(__file__).parents[1] / "src" / "loracurve" / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "src" / "loracurve" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -499,3 +499,29 @@ def test_shipped_configs_run(path: Path, run: Maker, tmp_path: Path) -> None:
     segments = config.curve.anchors - 1 if anchored else config.curve.segments
     assert {len(p) for p in points.values()} == {segments * config.curve.degree + 1}
     assert load_config(tmp_path / "run" / "config.yaml").lora == config.lora
+
+
+def test_losses_are_logged_where_the_tracker_says(run: Maker, tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    out = tmp_path / "run"
+    command("fit", run.config("letter"), "--out", out, "--tracker=tensorboard", *QUICK)
+    logged: dict[str, dict[int, float]] = {}
+    for file in out.rglob("events.out.tfevents.*"):
+        data, place = file.read_bytes(), 0
+        while place < len(data):  # length, its checksum, record, its checksum
+            length = int.from_bytes(data[place : place + 8], "little")
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            place += length + 16
+            for value in event.summary.value:
+                logged.setdefault(value.tag, {})[event.step] = value.simple_value
+    for folder, label in (("anchors", "anchors"), ("training", "curve")):
+        history = json.loads((out / folder / "history.json").read_text())
+        assert logged[f"{label}/loss"] == pytest.approx({entry["step"]: entry["loss"] for entry in history})
+
+
+def test_a_tracker_that_is_not_installed(run: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", str(run.config("letter")), "--out", str(out), "--tracker=wandb", *QUICK]) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    assert not out.exists()

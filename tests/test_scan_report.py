@@ -7,16 +7,19 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 
 from loracurve.cli import main
 from loracurve.landscape_commands import spell_out
 from loracurve.paths import PATHS
 
-SCAN = ["--points", "5", "--plane", "3", "--slopes", "2", "--sharpness", "2", "--resamples", "50"]
+SCAN = ["--points", "5", "--plane", "3", "--slopes", "2", "--speeds", "2", "--sharpness", "2", "--resamples", "50"]
 SCORINGS = {"letter": "qwen2", "head": "encoder", "lm": "llama"}
 
 
@@ -37,6 +40,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(runs: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the multiple-choice run."""
     return Path(shutil.copytree(runs["letter"], tmp_path / "letter"))
+
+
+@pytest.fixture(scope="module")
+def reported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the multiple-choice run, scanned and reported."""
+    run = Path(shutil.copytree(runs["letter"], tmp_path_factory.mktemp("reported") / "letter"))
+    command("scan", run, *SCAN, "--hessian", "1")
+    command("report", run)
+    return run
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
@@ -61,6 +73,11 @@ def test_scan_writes_its_tables(scoring: str, runs: dict[str, Path], tmp_path: P
         kept = pd.read_parquet(out / "predictions.parquet")
         assert set(kept["path"]) == set(PATHS) and len(kept["point_probs"].iloc[0]) == 5
         assert {"distance", "jsd", "within"} <= set(pd.read_parquet(out / "diversity.parquet").columns)
+    speeds = pd.read_parquet(out / "speeds.parquet")
+    assert set(speeds["path"]) == set(PATHS) and (speeds["speed"] > 0).all() and len(speeds) == 7 * 2
+    # Mid-points of equal cells: their mean speed is about the length, exactly so on the line in Delta W.
+    straight = speeds[speeds["path"] == "delta_w"]["speed"].mean()
+    assert straight == pytest.approx(scan["paths"]["delta_w"]["arc_length"], rel=1e-5)
     for record in scan["paths"].values():
         assert record["arc_length"] >= record["chord"] * (1 - 1e-6)
 
@@ -121,6 +138,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.open: list[str] = []
         self.words: list[str] = []
+        self.cells: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -134,11 +152,12 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] != "style":
             self.words.append(data)
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
 
 
-def test_report_is_one_file_with_every_part(run: Path) -> None:
-    command("scan", run, *SCAN)
-    command("report", run)
+def test_report_is_one_file_with_every_part(reported: Path) -> None:
+    run = reported
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -151,6 +170,7 @@ def test_report_is_one_file_with_every_part(run: Path) -> None:
     assert "No scan yet" not in said
     figures = {p.stem for p in (run / "figures").glob("*.png")}
     assert figures >= {"scan_paths", "reliability", "uncertainty", "selective_prediction", "diversity_map", "plane"}
+    assert figures >= {"scan_accuracy", "slopes", "speed", "sharpness", "hessian", "diversity_distance", "information"}
     assert figures == {p.stem for p in (run / "figures").glob("*.pdf")}
     # What the summary shows stands in metrics.json.
     methods = json.loads((run / "metrics.json").read_text())["methods"]
@@ -162,6 +182,65 @@ def test_report_is_one_file_with_every_part(run: Path) -> None:
     assert numbers["selective_accuracy"]["curve, entropy"]["1.0"] == pytest.approx(
         methods["curve"]["sets"]["test"]["acc"]
     )
+
+
+def numbers_of(value: Any) -> list[float]:
+    """Every number of a JSON value, and those inside its strings (versions, commands)."""
+    if isinstance(value, dict):
+        return [n for k, v in value.items() for n in (*numbers_of(k), *numbers_of(v))]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers_of(v)] + [float(len(value))]
+    if isinstance(value, str):
+        return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", value)]
+    return [abs(float(value))] if isinstance(value, int | float) else []
+
+
+def test_every_number_of_the_page_stands_in_a_file(reported: Path) -> None:
+    names = ["metrics.json", "scan/scan.json", "figures/report.json", "environment.json", "config.yaml"]
+    values = [yaml.safe_load((reported / name).read_text()) for name in names]  # JSON is YAML
+    known = np.array(sorted(set(numbers_of(values))))
+    cells = Page((reported / "report.html").read_text()).cells
+    checked = 0
+    for cell in cells:
+        for text in re.findall(r"\d[\d,]*(?:\.\d+)?", cell):
+            digits = len(text.partition(".")[2])
+            value, tolerance = float(text.replace(",", "")), 0.51 * 10.0**-digits
+            assert np.abs(known - value).min() <= tolerance, f"{text} in {cell!r}"
+            checked += 1
+    assert checked > 200
+    items = [b["items"] for b in values[2]["reliability"] if b["method"] == "curve"]
+    assert len(items) == 15 and sum(items) == values[0]["methods"]["curve"]["sets"]["test"]["examples"]
+
+
+def test_report_of_a_scan_of_adapters(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, out = runs["letter"], tmp_path / "scan"
+    adapters = [run / "anchors" / str(m) for m in (0, 1)]
+    command("scan", "--adapters", *adapters, "--task", run.parent / "data-letter", *SCAN, "--out", out)
+    command("report", out)
+    said = " ".join(Page((out / "report.html").read_text()).words)
+    assert "between 2 adapters of base-letter; nothing was trained" in said
+    assert "Loss along the paths" in said and "Between anchors 0 and 1 the straight line" in said
+    assert "Selective prediction" not in said, "adapters were not evaluated"
+    assert {"scan_paths", "scan_accuracy", "diversity_map", "speed"} <= {
+        p.stem for p in (out / "figures").glob("*.pdf")
+    }
+
+
+def test_the_notebook_example_runs(reported: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "landscape.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    source = "\n".join(blocks).replace('"runs/sst2"', repr(str(reported))).replace("61)", "5)")
+    names: dict[str, Any] = {}
+    try:
+        exec(source, names)
+    finally:
+        names["plt"].close("all")
+    assert {"straight (A, B)", "curve"} <= {line.get_label() for line in names["axes"][0].lines}
+    kept = pd.read_parquet(reported / "scan" / "paths.parquet").query("split == 'test'")
+    found = names["scan"].frame().query("split == 'test'")
+    nll = [dict(iter(frame.groupby("path")["nll"])) for frame in (found, kept)]
+    for name in ("straight", "delta_w", "curve"):
+        assert nll[0][name].tolist() == pytest.approx(nll[1][name].tolist())
 
 
 def test_report_without_a_scan_says_so(run: Path) -> None:

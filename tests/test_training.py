@@ -18,8 +18,9 @@ from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
 from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig
+from loracurve.sampling import sample_points
 from loracurve.tasks import Task
-from loracurve.training import FitConfig, fit, fit_anchors, sample_points, slot_seeds
+from loracurve.training import FitConfig, fit, fit_anchors, slot_seeds
 
 QUIET = {"progress": False}
 ARCHITECTURES = {"qwen2": "letter", "llama": "text", "encoder": "head"}

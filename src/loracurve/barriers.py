@@ -19,7 +19,10 @@ from loracurve.landscape import Scan
 from loracurve.metrics import Interval, paired_bootstrap
 from loracurve.randomness import stream_seed
 
-__all__ = ["Barrier", "barrier", "barrier_frame", "excess"]
+__all__ = ["Barrier", "barrier", "barrier_frame", "excess", "gauge_verdicts"]
+
+# Lines between the same adapters that a barrier of gauge alone does not have.
+_CONTROLS = ("delta_w", "procrustes", "balanced+procrustes")
 
 
 class Barrier(NamedTuple):
@@ -111,3 +114,46 @@ def barrier_frame(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def gauge_verdicts(barriers: pd.DataFrame) -> pd.DataFrame:
+    """Whether the straight line's barrier in (A, B) is real or a matter of gauge, between every two neighbours.
+
+    The straight line in Delta W and the lines between aligned adapters have the same ends and nothing trained. The one
+    of least excess on the selection data is the control; the test rows judge both.
+
+    Args:
+        barriers: from `barrier_frame`.
+
+    Returns:
+        segment, verdict, control and sentence; empty without the straight line or any control. Verdicts: none (the
+        straight line has no barrier), gauge (the control has none, and its interval lies below the straight line's),
+        partly gauge (it has a lower one), not gauge (it has one that is not clearly lower), undecided (too few rows).
+    """
+    rows = []
+    for segment, part in barriers.groupby("segment"):
+        found = part.set_index("path")
+        controls = found[found.index.isin(_CONTROLS)]
+        if "straight" not in found.index or controls.empty:
+            continue
+        straight, control = found.loc["straight"], controls.loc[controls["chosen_excess"].idxmin()]
+        lower, remains = control["high"] < straight["low"], control["low"] > 0
+        if straight["low"] <= 0:
+            verdict, words = "none", "has no barrier that these rows can tell from none"
+        elif lower:
+            verdict = "partly gauge" if remains else "gauge"
+            words = "has a barrier, " + ("partly" if remains else "and it is") + " a matter of gauge"
+        elif remains:
+            verdict, words = "not gauge", "has a barrier that a change of gauge does not remove"
+        else:
+            verdict, words = "undecided", "has a barrier; these rows are too few to tell whether it is gauge"
+        sentence = (
+            f"Between anchors {segment} and {int(str(segment)) + 1} the straight line in (A, B) {words}: excess "
+            f"{_interval(straight)} nats at its t*, against {_interval(control)} on the path {control.name}."
+        )
+        rows.append((segment, verdict, control.name, sentence))
+    return pd.DataFrame(rows, columns=["segment", "verdict", "control", "sentence"])
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row['excess']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"

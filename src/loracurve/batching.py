@@ -39,6 +39,8 @@ class Batch:
     """[N, T], given with `ends`"""
     attention_mask: Tensor | None = None
     """[N, T], for whole-sequence classifiers only"""
+    visible: Tensor | None = None
+    """[N, T] bool, False where no other token may attend to this one (causal rows); None: all are"""
     token_type_ids: Tensor | None = None
     """[N, T], encoders with sentence pairs"""
     positions: Tensor | None = None
@@ -74,10 +76,15 @@ class Batch:
         return replace(self, **moved)
 
 
-def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, T] subtree ends -> [N, 1, T, T] additive mask: 0 where token i may attend to j, else the dtype's minimum."""
+def tree_mask(ends: Tensor, dtype: torch.dtype, visible: Tensor | None = None) -> Tensor:
+    """[N, T] subtree ends -> [N, 1, T, T] additive mask: 0 where token i may attend to j, else the dtype's minimum.
+
+    Tokens that are not `visible` [N, T] are attended to by themselves only.
+    """
     place = torch.arange(ends.shape[1], device=ends.device)
     allowed = (place[None, :] <= place[:, None]) & (place[None, :, None] < ends[:, None, :])
+    if visible is not None:
+        allowed &= visible[:, None, :] | (place[None, :] == place[:, None])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=ends.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 

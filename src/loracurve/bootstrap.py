@@ -13,7 +13,9 @@ point of the curve then maximises a bootstrap likelihood of its own, and these c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +23,35 @@ from torch import Tensor
 from loracurve.errors import UserError
 from loracurve.randomness import stream_seed
 
-__all__ = ["BootstrapWeights"]
+__all__ = ["BootstrapConfig", "BootstrapWeights"]
 
 # splitmix64 (Steele, Lea & Flood 2014, figure 17), as signed numbers: torch has no shift of unsigned ones.
 _GOLDEN, _FIRST, _SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@dataclass(frozen=True)
+class BootstrapConfig:
+    """Random weights of the examples that change along the curve."""
+
+    kind: Literal["none", "everywhere", "tied"] = "none"
+    """everywhere: each point of the curve has weights of its own, and anchors are trained with those at their t. tied:
+    every weight is 1 at the anchors, which are trained as usual. Costs nothing that shows beside a step."""
+    length_scale: float = 0.25
+    """How far along the curve weights stay similar, in units of t (the whole curve is 1)."""
+    features: int = 64
+    """Waves that make up each random process."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "everywhere", "tied"):
+            raise UserError(f"bootstrap.kind: expected none, everywhere or tied, found {self.kind!r}; choose one")
+        BootstrapWeights(0, self.length_scale, self.features)
+
+    def weights(self, seed: int, anchors: Sequence[float]) -> BootstrapWeights | None:
+        """The weights of a run with anchors at these t; None without a bootstrap."""
+        if self.kind == "none":
+            return None
+        tied = tuple(anchors) if self.kind == "tied" else ()
+        return BootstrapWeights(seed, self.length_scale, self.features, tied)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ call to call is copied into tensors of fixed place. Such a function looks at no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -73,10 +73,17 @@ class Captured:
         function: reads its inputs' tensors and whatever else keeps its place in memory.
         device: where it runs; inputs may come from the CPU.
         enabled: capture at all.
+        generators: what the function draws from, found after it has run; graphs then follow their seeds.
     """
 
-    def __init__(self, function: Callable[[Any], Tensor], device: torch.device, enabled: bool = True) -> None:
-        self.function, self.device = function, device
+    def __init__(
+        self,
+        function: Callable[[Any], Tensor],
+        device: torch.device,
+        enabled: bool = True,
+        generators: Callable[[], Sequence[torch.Generator]] = list,
+    ) -> None:
+        self.function, self.device, self.generators = function, device, generators
         self.enabled = enabled and device.type == "cuda"
         self.seen: dict[Any, int] = {}
         self.graphs: dict[Any, _Graph] = {}
@@ -107,6 +114,8 @@ class Captured:
 
     def _capture(self, key: Any, inputs: Any) -> Tensor:
         graph = torch.cuda.CUDAGraph()
+        for generator in self.generators():
+            graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 output = self.function(inputs)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import docstring_parser
 
 from loracurve import __version__
+from loracurve.bench.command import bench
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
 from loracurve.errors import UserError, nearest
@@ -63,6 +64,7 @@ def evaluate(
     task: str | None = None,
     points: int | None = None,
     weights: Literal["uniform", "arc-length", "likelihood"] | None = None,
+    inference: Literal["curve", "tunnel"] | None = None,
     split: str = "test",
     out: str | None = None,
 ) -> None:
@@ -73,6 +75,7 @@ def evaluate(
         task: another data set with the same classes, put into the same prompt. Default: the run's own.
         points: points of the curve. Default: the run's own.
         weights: weights of the points. Default: the run's own.
+        inference: average points of the curve, or posterior samples beside it. Default: the run's own.
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
     """
@@ -82,15 +85,16 @@ def evaluate(
     from loracurve.storage import write_json
 
     opened = open_run(run, task)
-    changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
+    asked = {"points": points, "weights": weights, "inference": inference}
+    changes: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
     evaluation = replace(opened.config.evaluation, **changes)
     encoded = opened.task.encode(split)
-    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}".replace("/", "_").replace(
-        " ", "_"
-    )
+    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
+    name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
     folder = new_folder(Path(out) if out else Path(run) / "evaluations" / name)
     average = opened.average(evaluation)
-    method = Method("curve", len(average.t), {split: predict_split(opened.model, encoded, average.t, average.weights)})
+    predicted = predict_split(opened.model, encoded, average.where, average.weights)
+    method = Method(evaluation.inference, len(average.t), {split: predicted})
     known = method.sets[split].labels
     report = {
         "average": average.record,
@@ -159,6 +163,10 @@ def export(
     else:
         wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
         average = opened.average(wanted)
+        if average.coefficients is not None:
+            raise UserError(
+                "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
+            )
         times, weights = average.t.tolist(), average.weights.tolist()
     index = []
     for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
@@ -199,7 +207,7 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report)
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report, bench)
 }
 
 
@@ -212,6 +220,12 @@ def _command_parser(name: str) -> Parser:
     command = COMMANDS[name]
     described = inspect.getdoc(command) or ""
     options: dict[str, Any] = {"prog": f"loracurve {name}", "description": described.split("\n\n")[0]}
+    if name == "bench":
+        from loracurve.bench.suite_files import suite_parser
+
+        parser = suite_parser(**options)
+        parser.add_function_arguments(command, as_positional=False, skip={"suite"})
+        return parser
     if name != "fit":
         parser = Parser(**options)
         if name == "scan":
@@ -245,6 +259,12 @@ def _run(arguments: Sequence[str]) -> None:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
     if name == "fit" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
+    if name == "bench" and not {"-h", "--help"} & set(rest):
+        from loracurve.bench.suite_files import config_arguments
+
+        if not rest or rest[0].startswith("-"):
+            raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
+        rest = config_arguments(rest[0], [w.replace("--tables-only", "--tables_only") for w in rest[1:]])
     if name == "scan" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--run")
     if name == "report" and rest and not rest[0].startswith("-"):
@@ -261,6 +281,10 @@ def _run(arguments: Sequence[str]) -> None:
     elif name == "scan":
         options = ScanConfig(**{f.name: values[f.name] for f in fields(ScanConfig)})
         scan(options, **{p: values[p] for p in inspect.signature(scan).parameters if p != "options"})
+    elif name == "bench":
+        from loracurve.bench.suite_files import suite_of
+
+        bench(suite_of(values), **{p: values[p] for p in inspect.signature(bench).parameters if p != "suite"})
     else:
         COMMANDS[name](**{p: values[p] for p in inspect.signature(COMMANDS[name]).parameters})
 
@@ -279,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("loracurve: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("loracurve: interrupted; the same command goes on (fit and quickstart: with --resume)", file=sys.stderr)
         return 130
     return 0
 

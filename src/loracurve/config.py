@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,8 +14,10 @@ from loracurve.errors import UserError
 from loracurve.gauge import Alignment
 from loracurve.inference import Rule, quadrature
 from loracurve.loop import LoopConfig
+from loracurve.spec import CurveSpec
 from loracurve.tasks import TaskConfig
 from loracurve.training import FitConfig
+from loracurve.tunnel import TunnelConfig
 
 __all__ = ["CurveConfig", "EvaluationConfig", "LoraOptions", "ModelConfig", "RunConfig"]
 
@@ -78,7 +81,15 @@ class CurveConfig:
     segments: int = 2
     """Number of segments (free)."""
     degree: int = 2
-    """Degree of each segment."""
+    """Degree of each segment; 1: straight lines, a polygonal chain."""
+    pieces: int = 1
+    """Segments between two neighbouring anchors (anchored)."""
+    closed: bool = False
+    """The curve ends where it begins (anchored: behind the last anchor it goes back to the first)."""
+    smooth: bool = False
+    """The curve has no kinks at its joints: control points behind them are mirrored. Needs degree 2."""
+    factors: Literal["both", "A", "B"] = "both"
+    """Which factors vary along the curve; the other one is shared by all its points (free)."""
     alignment: Alignment = "balanced+procrustes"
     """Gauge alignment of the anchors before they are joined."""
     inner: Literal["line", "init"] = "line"
@@ -87,10 +98,29 @@ class CurveConfig:
     def __post_init__(self) -> None:
         if self.kind == "anchored" and self.anchors < 2:
             raise UserError(f"curve.anchors: expected at least 2, found {self.anchors}")
-        if self.kind == "anchored" and self.degree < 2:
-            raise UserError(f"curve.degree: expected at least 2 for an anchored curve, found {self.degree}")
-        if self.segments < 1 or self.degree < 1:
-            raise UserError(f"curve: expected segments and degree >= 1, found {self.segments} and {self.degree}")
+        if self.segments < 1 or self.degree < 1 or self.pieces < 1:
+            raise UserError(
+                f"curve: expected segments, degree and pieces >= 1, found {self.segments}, {self.degree} and "
+                f"{self.pieces}"
+            )
+        if self.kind == "anchored" and self.degree * self.pieces < 2:
+            raise UserError(
+                f"curve.degree: expected at least 2 for an anchored curve, found {self.degree}; or set pieces to 2"
+            )
+        if self.kind == "free" and self.pieces > 1:
+            raise UserError(f"curve.pieces: expected 1 for a free curve, found {self.pieces}; set segments instead")
+        if self.kind == "anchored" and self.factors != "both":
+            raise UserError(
+                f"curve.factors: expected both for a curve through anchors, which differ in A and B, found "
+                f"{self.factors}; set kind to free"
+            )
+        self.spec(self.anchors)
+
+    def spec(self, anchors: int) -> CurveSpec:
+        """The shape of the curve (through so many anchors, where it is anchored)."""
+        if self.kind == "free":
+            return CurveSpec(self.segments, self.degree, closed=self.closed, smooth=self.smooth, factors=self.factors)
+        return CurveSpec.anchored(anchors, self.degree, self.alignment, self.pieces, self.closed, self.smooth)
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,10 @@ class EvaluationConfig:
     """Weights of the points. likelihood: proportional to exp(-N L(t) / T) with L the validation NLL of N rows."""
     temperature: float = 0.0
     """T of the likelihood weights; 0: fitted to the validation NLL of the average."""
+    inference: Literal["curve", "tunnel"] = "curve"
+    """curve: average points of the curve. tunnel: as many posterior samples in a tube around it, judged beside them."""
+    tunnel: TunnelConfig = field(default_factory=TunnelConfig)
+    """The tube and its sampler."""
     ood: list[str] = field(default_factory=list)
     """Data sets put into the same prompt to measure out-of-distribution detection."""
     seed: int = 0
@@ -113,6 +147,10 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.points < 1:
             raise UserError(f"points: expected at least 1, found {self.points}; ask for 10")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"evaluation.temperature: expected a number >= 0, found {self.temperature}; 0 fits it to validation"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,11 +166,25 @@ class RunConfig:
     anchor_training: LoopConfig = field(default_factory=LoopConfig)
     curve_training: FitConfig = field(default_factory=FitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where losses are logged while training, beside the run's own history.json."""
 
     def __post_init__(self) -> None:
         if self.adapters and self.curve.kind == "free":
             raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")
-        anchors = len(self.adapters) or self.curve.anchors
-        segments = self.curve.segments if self.curve.kind == "free" else max(anchors - 1, 1)
-        # Points that cannot be laid out should be known before training, not after it.
-        quadrature(self.evaluation.quadrature, self.evaluation.points, segments, torch.Generator())
+        if len(self.adapters) == 1:
+            raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
+        if self.adapters and self.curve_training.bootstrap.kind == "everywhere":
+            raise UserError(
+                "curve_training.bootstrap.kind: expected tied with adapters that were trained without these weights, "
+                "found everywhere; change it"
+            )
+        # What cannot work should be known before training, not after it.
+        spec = self.curve.spec(len(self.adapters) or self.curve.anchors)
+        self.curve_training.check_curve(spec)
+        if self.evaluation.inference == "tunnel" and spec.size < 3:
+            raise UserError(
+                "evaluation.inference: expected curve for two control points, which span a line only, found tunnel; "
+                "raise curve.degree"
+            )
+        quadrature(self.evaluation.quadrature, self.evaluation.points, spec.segments, torch.Generator())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -15,7 +17,9 @@ from loracurve.config import RunConfig
 from loracurve.errors import UserError, nearest
 from loracurve.storage import atomic_write
 
-__all__ = ["Parser", "load_config", "parse", "run_parser", "save_config"]
+__all__ = ["Parser", "load_config", "parse", "parse_mapping", "run_parser", "save_config"]
+
+T = TypeVar("T")
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -37,12 +41,33 @@ def run_parser(**options: Any) -> Parser:
 
 def parse(parser: Parser, arguments: Sequence[str]) -> Any:
     """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
-    try:
+    with _in_one_line(parser):
         return parser.instantiate(parser.parse_args(_switched_on(parser, arguments)))
-    except UserError:
-        raise
+
+
+def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
+    parser = _parser_of(kind)
+    with _in_one_line(parser, f"{where}: "):
+        found = parser.instantiate(parser.parse_object(dict(values)))
+        return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+
+
+@cache
+def _parser_of(kind: type[Any]) -> Parser:
+    parser = Parser()
+    parser.add_class_arguments(kind)
+    return parser
+
+
+@contextmanager
+def _in_one_line(parser: Parser, where: str = "") -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{where}{error}") if where else error) from error
     except (jsonargparse.ArgumentError, TypeError, ValueError, yaml.YAMLError, OSError) as error:
-        raise UserError(_one_line(error, parser)) from error
+        raise UserError(where + _one_line(error, parser)) from error
 
 
 def _switched_on(parser: Parser, arguments: Sequence[str]) -> list[str]:
@@ -102,6 +127,10 @@ def _one_line(error: BaseException, parser: Parser) -> str:
 
 def _closest(word: str, names: Sequence[str]) -> str:
     """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    headings = {name.partition(".")[0] for name in names}
+    heading = word.partition(".")[0]
+    if "." in word and heading not in headings and (found := nearest(heading, headings)):
+        return found
     if found := nearest(word, names):
         return found
     last = {name.rsplit(".", 1)[-1]: name for name in names}

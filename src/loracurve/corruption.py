@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from loracurve.batching import Batch
 from loracurve.errors import UserError
+from loracurve.tasks import Encoded, Row, Task, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ __all__ = [
     "drop_attention",
     "ordinary_tokens",
     "random_tokens",
+    "unlabelled",
 ]
 
 # Above it labels no longer fit the inputs, and disagreement is bought where the model should be sure.
@@ -38,18 +41,29 @@ HIGHEST_RATE = 0.05
 class CorruptionConfig:
     """On which inputs the diversity term is taken."""
 
-    kind: Literal["none", "tokens", "attention"] = "none"
-    """none: the training inputs. tokens: with random tokens in place of some. attention: with some tokens invisible."""
+    kind: Literal["none", "tokens", "attention", "text"] = "none"
+    """none: the training inputs. tokens: with random tokens in place of some. attention: with some tokens invisible.
+    text: other inputs, without labels (file). All but none double the cost of a step."""
 
     rate: float = 0.05
-    """Highest share of tokens that are corrupted; each sequence's own is uniform between 0 and this."""
+    """Highest share of tokens that are corrupted, 0 to 1; each sequence's own is uniform between 0 and this."""
+
+    file: str | None = None
+    """text: JSONL rows as in training, or plain text with one input a line (classification, language modelling)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "tokens", "attention"):
-            raise UserError(f"corruption.kind: expected none, tokens or attention, found {self.kind!r}; choose one")
+        if self.kind not in ("none", "tokens", "attention", "text"):
+            raise UserError(
+                f"corruption.kind: expected none, tokens, attention or text, found {self.kind!r}; choose one"
+            )
+        if (self.kind == "text") != (self.file is not None):
+            raise UserError(
+                f"corruption.file: expected a file with kind text and none otherwise, found kind {self.kind} and file "
+                f"{self.file}; give both or neither"
+            )
         if not 0 <= self.rate <= 1:
             raise UserError(f"corruption.rate: expected a share from 0 to 1, found {self.rate}; try 0.05")
-        if self.kind != "none" and self.rate > HIGHEST_RATE:
+        if self.kind in ("tokens", "attention") and self.rate > HIGHEST_RATE:
             warnings.warn(f"corruption rate {self.rate} > {HIGHEST_RATE} may change what inputs mean", stacklevel=3)
 
 
@@ -158,6 +172,23 @@ def corrupt(
     if batch.attention_mask is None:
         return batch, visible
     return replace(batch, attention_mask=batch.attention_mask * visible), visible
+
+
+def unlabelled(task: Task, file: str | Path) -> Encoded:
+    """Inputs from a file, in the task's prompt: JSONL rows as in training, whose labels do not matter, or plain text.
+
+    Raises:
+        UserError: no such file, a row that breaks the schema, plain text for multiple choice.
+    """
+    path, dataset = Path(file), task.dataset
+    if path.suffix == ".jsonl" or dataset.kind == "multiple_choice" or not path.is_file():
+        rows = read_rows(path, dataset.kind, dataset.labels, require_labels=False)
+    else:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        rows = [Row(str(number), text=line) for number, line in enumerate(lines, 1) if line]
+        if not rows:
+            raise UserError(f"{path}: expected lines of text, found an empty file")
+    return task.encode_rows(rows, path.name, labelled=False)
 
 
 def _hit(allowed: Tensor, rate: float, generator: torch.Generator, units: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loracurve import metrics
+from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.config import EvaluationConfig
 from loracurve.curve import gram
 from loracurve.inference import (
@@ -25,7 +26,17 @@ from loracurve.randomness import generator, stream_seed
 from loracurve.splits import predict_splits
 from loracurve.tasks import Encoded
 
-__all__ = ["Average", "Method", "choose_average", "compare", "labels_of", "point_nll", "predict_split", "summarise"]
+__all__ = [
+    "Average",
+    "Method",
+    "choose_average",
+    "compare",
+    "fit_likelihood_temperature",
+    "labels_of",
+    "point_nll",
+    "predict_split",
+    "summarise",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,13 @@ class Average:
     weights: Tensor
     record: dict[str, Any] = field(default_factory=dict)
     """how they came about, for metrics.json"""
+    coefficients: Tensor | None = None
+    """[n, K] where they do not lie on the curve (tunnel)"""
+
+    @property
+    def where(self) -> Tensor:
+        """What `CurveModel.point_log_probs` takes: [n] t, or [n, K] coefficients."""
+        return self.t if self.coefficients is None else self.coefficients
 
 
 @dataclass
@@ -47,6 +65,8 @@ class Method:
     sets: dict[str, Predictive] = field(default_factory=dict)
     t: list[float] = field(default_factory=list)
     """curve points, where there are any"""
+    validation: tuple[Predictive, Tensor] | None = None
+    """predictions of the validation rows and their labels, on which its temperature is fitted"""
 
 
 def labels_of(encoded: Encoded) -> Tensor:
@@ -63,7 +83,7 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
     """The points and weights that `config` asks for; likelihood weights look at the validation rows."""
     spec = model.spec
     draw = generator(config.seed, "quadrature")
-    t, weights = quadrature(config.quadrature, config.points, spec.segments, draw)
+    t, weights = quadrature(config.quadrature, config.points, spec.segments, draw, spec.closed)
     record: dict[str, Any] = {"points": config.points, "quadrature": config.quadrature, "weights": config.weights}
     if config.weights == "arc-length":
         control = gram(p.detach() for p in model.factors).cpu()
@@ -71,9 +91,9 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
     elif config.weights == "likelihood":
         predictive = predict_split(model, validation, t)
         nll = point_nll(predictive, labels_of(validation))
-        temperature = config.temperature or _fit_likelihood_temperature(nll, weights)
+        temperature = config.temperature or fit_likelihood_temperature(nll, weights)
+        record |= {"temperature": temperature, "rows": nll.shape[1], "prior": weights.tolist()}
         weights = likelihood_weights(nll.sum(1), weights, temperature)
-        record |= {"temperature": temperature, "rows": nll.shape[1]}
     return Average(
         t, weights, record | {"t": t.tolist(), "w": weights.tolist(), "effective": effective_points(weights)}
     )
@@ -87,8 +107,12 @@ def point_nll(predictive: Predictive, labels: Tensor) -> Tensor:
     return negative_log_likelihood(predictive.point_log_probs.double(), labels)
 
 
-def _fit_likelihood_temperature(nll: Tensor, prior: Tensor) -> float:
-    """T in [0.1, 10^6] whose weights give the lowest NLL of the average on the same rows; one number, a coarse grid."""
+def fit_likelihood_temperature(nll: Tensor, prior: Tensor) -> float:
+    """T in [0.1, 10^6] whose weights give the lowest NLL of the average on the same rows; one number, a coarse grid.
+
+    Args:
+        nll: [n, E] of each example at each point. prior: [n] weights before the data.
+    """
     grid = torch.logspace(-1, 6, 57, dtype=torch.float64).tolist()
 
     def average_nll(temperature: float) -> float:
@@ -118,10 +142,26 @@ def summarise(methods: list[Method], labels: Mapping[str, Tensor]) -> dict[str, 
                 }
             if name not in labels and "test" in method.sets:
                 entry["detection"][name] = metrics.detection_summary(method.sets["test"], predictive)
+        if method.validation is not None:
+            entry["tempered"] = _tempered(method, *method.validation, labels)
         if "test" in method.sets and method.t:
             entry["point_nll"] = point_nll(method.sets["test"], labels["test"]).mean(1).tolist()
         report[method.name] = entry
     return report
+
+
+def _tempered(method: Method, validation: Predictive, known: Tensor, labels: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The temperature of the averaged prediction, fitted on validation rows, and what it makes of the labelled sets."""
+    rows = known >= 0
+    temperature = fit_temperature(validation.log_probs[rows], known[rows])
+    found: dict[str, Any] = {"temperature": temperature, "rows": int(rows.sum()), "sets": {}}
+    for name, predictive in method.sets.items():
+        if name in labels:
+            log_probs = apply_temperature(predictive.log_probs, temperature)
+            average = Predictive.from_log_probs(log_probs[None])
+            summary = metrics.classification_summary(average, labels[name])
+            found["sets"][name] = {key: summary[key] for key in ("nll", "brier", "ece")}
+    return found
 
 
 def compare(first: Method, second: Method, labels: Tensor, seed: int, split: str = "test") -> dict[str, Any]:

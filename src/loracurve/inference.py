@@ -29,12 +29,13 @@ Rule = Literal["uniform", "gauss-legendre", "monte-carlo"]
 
 
 def quadrature(
-    kind: Rule, points: int, segments: int, generator: torch.Generator | None = None
+    kind: Rule, points: int, segments: int, generator: torch.Generator | None = None, closed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Points t and weights, both ``[points]`` float64, for averages over t uniform on [0, 1]; the weights sum to 1.
 
-    uniform is equally spaced with both ends and equal weights (one point: t = 0.5), gauss-legendre puts
-    points / segments nodes into each segment, monte-carlo draws from `generator`.
+    uniform is equally spaced with both ends and equal weights (one point: t = 0.5; closed curves: with one of the
+    ends, which are the same), gauss-legendre puts points / segments nodes into each segment, monte-carlo draws from
+    `generator`.
 
     Raises:
         UserError: unknown kind, fewer than one point, or for gauss-legendre no multiple of `segments`.
@@ -43,6 +44,8 @@ def quadrature(
     if points < 1:
         raise UserError(f"points: expected at least 1, found {points}; ask for 10")
     weights = torch.full((points,), 1 / points, dtype=torch.float64)
+    if kind == "uniform" and closed:
+        return torch.arange(points, dtype=torch.float64) / points, weights
     if kind == "uniform":
         return (torch.linspace(0, 1, points, dtype=torch.float64) if points > 1 else weights / 2), weights
     if kind == "monte-carlo":

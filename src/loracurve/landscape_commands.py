@@ -58,7 +58,7 @@ def report(runs: list[str], out: str | None = None, overwrite: bool = False) -> 
     """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF in RUN/figures.
 
     Args:
-        runs: run directories, side by side on the page; they come first, without --runs.
+        runs: run directories or folders of scans, side by side on the page; they come first, without --runs.
         out: the page. Default: RUN/report.html for one run, report.html for several.
         overwrite: replace a page that is there.
     """

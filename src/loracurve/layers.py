@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracurve.products import combine, contract, expand, windowed, windowed_coefficients
+
+if TYPE_CHECKING:
+    from loracurve.perturbation import MapNoise
 
 __all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route", "join_siblings"]
 
@@ -120,6 +123,8 @@ class CurveLinear(CurveLayer):
     base_layer: nn.Linear
     A: nn.Parameter
     B: nn.Parameter
+    noise: MapNoise | None = None
+    """perturbs the map in training mode where rows run in groups at few points (`loracurve.perturbation`)"""
 
     def __init__(
         self, base_layer: nn.Module, route: Route, rank: int, scaling: float, dropout: float, n_in: int, n_out: int
@@ -169,6 +174,8 @@ class CurveLinear(CurveLayer):
             return F.linear(x, weight, self.base_layer.bias)
         if route.kind == "base":
             return self.base_layer(x)
+        if self.noise is not None and self.training:
+            return self._perturbed(x, self.noise)
         hidden = self._hidden(x)
         parts = len(hidden)
         # Flat, so that the sum below is made in the base layer's own output and not in a view of it.
@@ -183,19 +190,45 @@ class CurveLinear(CurveLayer):
         y = F.linear(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
         if self.route.kind in ("base", "merged"):
             return y
-        assert self.route.coefficients is not None
-        c = self.route.coefficients[rows][None]
-        hidden = contract(self.dropout(x)[None, :, None], self.A.to(x.dtype)[None], c)
-        return y.addmm_(expand(hidden, c * self.scaling)[0], self.B[:, :, ids].to(x.dtype).flatten(0, 1))
+        c = self.route.coefficients
+        assert c is not None
+        if self.noise is None or not self.training:
+            return self._add_selected(y, x, self.A, self.B[:, :, ids], c[rows])
+        a, b = self._perturbed_factors(self.noise)
+        b, group = b[:, :, ids], rows // (len(c) // len(a))
+        own = torch.eye(len(a), dtype=x.dtype, device=x.device)[group]
+        return self.noise.output(self._add_selected(y, x, a, b, own), x, a, b, token_ids, group)
+
+    def _add_selected(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """y + s B(t) A(t) x for inputs [P, n_in] with coefficients [P, K], in the memory of y [P, C]."""
+        hidden = contract(self.dropout(x)[None, :, None], a.to(x.dtype)[None], c[None])
+        return y.addmm_(expand(hidden, c[None] * self.scaling)[0], b.to(x.dtype).flatten(0, 1))
+
+    def _perturbed_factors(self, noise: MapNoise) -> tuple[Tensor, Tensor]:
+        """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed."""
+        groups = self.route.groups
+        if groups is None:
+            raise RuntimeError("a perturbation needs rows in equal groups at shared points of the curve")
+        return noise.factors(*(combine(groups, f, f.dtype) for f in (self.A, self.B)))
+
+    def _perturbed(self, x: Tensor, noise: MapNoise) -> Tensor:
+        """The layer under noise; without siblings, because factors and draws are this layer's own."""
+        a, b = self._perturbed_factors(noise)
+        hidden = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype)) * self.scaling
+        y = self.base_layer(x.reshape(len(a), -1, x.shape[-1])).baddbmm_(hidden, b.to(x.dtype))
+        return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
 
     def _hidden(self, x: Tensor) -> Tensor:
         """A(t) x: [W, N, T, r] by windows and rows (*rows*), or scaled [G, M, r] by groups of rows (*points*).
 
-        Siblings take what the first of them computed for all; dropout gives each an input of its own.
+        Siblings take what the first of them computed for all.
         """
-        if len(self.siblings) == 1 or (self.training and isinstance(self.dropout, nn.Dropout)):
-            return self._project(self.dropout(x), (self,))[0]
         route = self.route
+        # Dropout gives each an input of its own; with points by layer each has a route of its own.
+        dropping = self.training or not isinstance(self.dropout, nn.Dropout)
+        dropping = dropping and not isinstance(self.dropout, nn.Identity)
+        if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
+            return self._project(self.dropout(x), (self,))[0]
         shared = route.shared
         if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
             shared = route.shared = _Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))

@@ -22,6 +22,7 @@ from torch import Tensor
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.errors import UserError
 from loracurve.model import CurveModel
+from loracurve.perturbation import Perturbation
 from loracurve.randomness import generator, stream_seed
 from loracurve.stepping import Program, StepConfig, Stepper
 
@@ -124,6 +125,8 @@ class FitResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     """logged figures: step, loss, learning rate, validation"""
     stopped_early: bool = False
+    settled: dict[str, float] = field(default_factory=dict)
+    """what was settled before the first step: the target of a hinge, in nats"""
 
 
 def run_loop(
@@ -135,11 +138,13 @@ def run_loop(
     progress: bool = True,
     accelerator: Accelerator | None = None,
     stop_after: int | None = None,
+    perturbation: Perturbation | None = None,
 ) -> FitResult:
     """Train the control points of `model`; with `folder`, checkpoint there and resume from what is there.
 
     Args:
         stop_after: leave after this step as if interrupted (the checkpoint stays).
+        perturbation: attached to the model's layers by the caller; started before each step.
 
     Raises:
         UserError: the loss is not finite (the last good state is kept), several processes, an unusable checkpoint.
@@ -155,7 +160,8 @@ def run_loop(
         model.compile_layers()
     factors = model.factors
     options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
-    stepper = Stepper(program, factors, model.spec.mask, StepConfig(**options), config.capture)
+    step_config = StepConfig(**options)
+    stepper = Stepper(program, factors, model.spec.mask, step_config, config.capture, perturbation, model.dependences)
     infinite = [math.inf] * program.groups
     state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
     if folder is not None and (folder / "checkpoint.json").exists():
@@ -174,6 +180,8 @@ def run_loop(
             # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
             torch.manual_seed(stream_seed(config.seed, "forward", state.step))
             factor = learning_rate_factor(config, state.step)
+            if perturbation is not None:
+                perturbation.start(state.step)
             rows.append(stepper(program.parts(state.step), factor))
             state.step += 1
             waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})

@@ -88,10 +88,19 @@ class CurveModel(nn.Module):
 
     @classmethod
     def from_config(
-        cls, base: nn.Module | str, config: peft.LoraConfig, segments: int = 2, degree: int = 2, seed: int = 0
+        cls,
+        base: nn.Module | str,
+        config: peft.LoraConfig,
+        segments: int = 2,
+        degree: int = 2,
+        seed: int = 0,
+        closed: bool = False,
+        smooth: bool = False,
+        factors: Literal["both", "A", "B"] = "both",
     ) -> CurveModel:
-        """A free curve: every control point drawn like a fresh adapter and trained."""
-        return cls(_load_base(base, config), config, CurveSpec(segments, degree), seed=seed)
+        """A free curve: every control point drawn like a fresh adapter and trained; options as in `CurveSpec`."""
+        spec = CurveSpec(segments, degree, closed=closed, smooth=smooth, factors=factors)
+        return cls(_load_base(base, config), config, spec, seed=seed)
 
     @classmethod
     def from_adapters(
@@ -102,6 +111,9 @@ class CurveModel(nn.Module):
         alignment: Alignment = "balanced+procrustes",
         inner: Literal["line", "init"] = "line",
         seed: int = 0,
+        pieces: int = 1,
+        closed: bool = False,
+        smooth: bool = False,
     ) -> CurveModel:
         """An anchored curve through adapters that PEFT saved, in the order given.
 
@@ -112,6 +124,9 @@ class CurveModel(nn.Module):
             alignment: gauge alignment of the anchors (`loracurve.gauge.align`).
             inner: inner control points start on the straight line (Garipov et al. 2018) or at the LoRA init.
             seed: seed of the LoRA init.
+            pieces: segments between two neighbouring anchors (degree 1 and 2 pieces: a chain with one bend).
+            closed: the curve goes on from the last anchor back to the first.
+            smooth: C1 joints.
 
         Raises:
             UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
@@ -128,7 +143,7 @@ class CurveModel(nn.Module):
         model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), seed=seed)
         anchors = stack_adapters([tensors for _, tensors in loaded])
         model.set_curve(model.spec, anchors)
-        model.anchor(degree, alignment, inner, seed)
+        model.anchor(degree, alignment, inner, seed, pieces, closed, smooth)
         return model
 
     def anchor(
@@ -137,23 +152,28 @@ class CurveModel(nn.Module):
         alignment: Alignment = "balanced+procrustes",
         inner: Literal["line", "init"] = "line",
         seed: int = 0,
+        pieces: int = 1,
+        closed: bool = False,
+        smooth: bool = False,
     ) -> None:
         """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them; arguments as above."""
         if inner not in ("line", "init"):
             raise UserError(f"unknown start of inner points {inner!r}; expected line or init")
         anchors = align(self.control_points(), alignment)
         count = len(next(iter(anchors.values())))
-        spec = CurveSpec.anchored(count, degree, alignment)
-        points = {name: curve.on_line(tensor, degree) for name, tensor in anchors.items()}
+        spec = CurveSpec.anchored(count, degree, alignment, pieces, closed, smooth)
+        if closed:
+            anchors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in anchors.items()}
+        points = {name: curve.on_line(tensor, degree * pieces) for name, tensor in anchors.items()}
         if inner == "init":
             fresh = self.fresh_points(spec, seed)
             points = {n: torch.where(_column(spec.mask, p), fresh[n].to(p), p) for n, p in points.items()}
-        self.set_curve(spec, points)
+        self.set_curve(spec, spec.tie(points))
 
     def fresh_points(self, spec: CurveSpec, seed: int = 0) -> ControlPoints:
         """Control points drawn like fresh adapters, each independently: where a free curve starts."""
         seeds = [stream_seed(seed, "control point", k) for k in range(spec.size)]
-        return initial_control_points(self.layers, seeds, self.config.init_lora_weights)
+        return spec.tie(initial_control_points(self.layers, seeds, self.config.init_lora_weights))
 
     def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
         """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
@@ -232,6 +252,12 @@ class CurveModel(nn.Module):
         """All control points, one stacked tensor of leading dimension K for each factor."""
         return [p for layer in self.layers.values() for p in layer.factors().values()]
 
+    @property
+    def dependences(self) -> list[Tensor | None]:
+        """For each of `factors`: how its control points depend on each other (`CurveSpec.dependence`)."""
+        suffixes = [suffix for layer in self.layers.values() for suffix in layer.factors()]
+        return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
+
     def coefficients(self, t: Tensor) -> Tensor:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""
         return curve.coefficients(t, self.spec.segments, self.spec.degree)
@@ -294,7 +320,8 @@ class CurveModel(nn.Module):
             batch: on the model's device.
             coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
                 [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
-            layout: with it, `coefficients` are what `arrange` returned.
+            layout: with it, `coefficients` are what `arrange` returned, or for `points` [L, n, K], n points of its own
+                for each of the L curve layers.
 
         Returns:
             [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
@@ -302,7 +329,13 @@ class CurveModel(nn.Module):
         """
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
-        self._set_route(self._route_for(coefficients, layout, batch.input_ids.shape[0]))
+        rows = batch.input_ids.shape[0]
+        if coefficients is not None and coefficients.dim() == 3:
+            self._set_route(self._route_for(coefficients[0], layout, rows))
+            for layer, own in zip(self.layers.values(), coefficients, strict=True):
+                layer.route = self._route_for(own, layout, rows)
+        else:
+            self._set_route(self._route_for(coefficients, layout, rows))
         replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
@@ -312,7 +345,12 @@ class CurveModel(nn.Module):
             self.route.token_ids = batch.answer_ids
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if batch.ends is not None:
-            inputs |= {"attention_mask": tree_mask(batch.ends, self.dtype), "position_ids": batch.position_ids}
+            inputs |= {
+                "attention_mask": tree_mask(batch.ends, self.dtype, batch.visible),
+                "position_ids": batch.position_ids,
+            }
+        elif batch.visible is not None:
+            inputs["attention_mask"] = batch.visible.long()
         for key in ("attention_mask", "token_type_ids"):
             if getattr(batch, key) is not None:
                 inputs[key] = getattr(batch, key)
@@ -323,12 +361,14 @@ class CurveModel(nn.Module):
         return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
-        """log p(y | x, theta(t_i)): [n, E, C] for t [n]; points are run together as far as `tokens_per_pass` allows.
+        """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points beside the curve; points
+        are run together as far as `tokens_per_pass` allows.
 
         Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
         the CPU, 65,536 elsewhere.
         """
-        c = self.coefficients(t.to("cpu", torch.float64))
+        t = t.to("cpu", torch.float64)
+        c = t if t.dim() == 2 else self.coefficients(t)
         budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
         if self._graphs is None:
             self._graphs = Captured(self._request_log_probs, self.device)
@@ -347,15 +387,17 @@ class CurveModel(nn.Module):
     def merged(self, t: float) -> Iterator[None]:
         """Fold the point t into copies of the touched weights: a whole data set then costs what the base costs."""
         with self.merging() as fold:
-            fold(t)
+            fold(torch.tensor(float(t), dtype=torch.float64))
             yield
 
     @contextmanager
-    def merging(self) -> Iterator[Callable[[float], None]]:
-        """For points one after the other: yields a function that folds t into one copy of the touched weights."""
+    def merging(self) -> Iterator[Callable[[Tensor], None]]:
+        """For points one after the other: yields a function that folds t (0-d), or a point beside the curve with
+        coefficients [K], into one copy of the touched weights."""
 
-        def fold(t: float) -> None:
-            c = self.coefficients(torch.tensor(float(t), dtype=torch.float64))
+        def fold(point: Tensor) -> None:
+            point = point.to("cpu", torch.float64)
+            c = point if point.dim() else self.coefficients(point)
             for layer in self.layers.values():
                 layer.merge(c)
             self._set_route(Route("merged"))
@@ -385,6 +427,9 @@ class CurveModel(nn.Module):
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
         self.route.__dict__.update(route.__dict__)
+        if next(iter(self.layers.values())).route is not self.route:
+            for layer in self.layers.values():
+                layer.route = self.route
         return self.route
 
     def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:

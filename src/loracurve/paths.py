@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ __all__ = [
     "grid",
     "joints",
     "scalings_of",
+    "speed_frame",
     "stacked_at",
     "update_norms",
 ]
@@ -250,3 +252,9 @@ def anchor_paths(
 def curve_path(model: CurveModel) -> Path:
     """The curve that `model` carries."""
     return Path("curve", model.control_points(), model.spec.segments, model.spec.degree, scalings_of(model))
+
+
+def speed_frame(paths: Mapping[str, Path], t: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """Speed ||d Delta W / dt||_F of several paths at positions of each: path, t, speed."""
+    rows = [(name, x, path.speed(x)) for name, path in paths.items() for x in t[name]]
+    return pd.DataFrame(rows, columns=["path", "t", "speed"])

@@ -36,7 +36,7 @@ def _predict(run: Run, rows: Sequence[Row], name: str, labelled: bool, evaluatio
         raise UserError("this run is of language modelling, which has no classes to predict; use evaluate")
     average = run.average(evaluation)
     encoded = run.task.encode_rows(rows, name, labelled)
-    return encoded, predict_split(run.model, encoded, average.t, average.weights)
+    return encoded, predict_split(run.model, encoded, average.where, average.weights)
 
 
 def _rows(run: Run, path: Path, labelled: bool) -> list[Row]:

@@ -18,7 +18,7 @@ from loracurve.bases import cache_folder, convert_gguf
 from loracurve.config import CurveConfig, EvaluationConfig, LoraOptions, ModelConfig, RunConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
-from loracurve.report.run_figures import write_figures
+from loracurve.report.page import write_figures
 from loracurve.report.tables import print_report
 from loracurve.run import fit_run
 from loracurve.storage import write_json

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
 from loracurve.curve import chord_length
+from loracurve.environment import environment
 from loracurve.errors import UserError
 from loracurve.evaluation import (
     Average,
@@ -35,10 +34,13 @@ from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.predictive import Predictive
+from loracurve.report.figures import figure_of, save
+from loracurve.report.prediction_plots import posterior_over_t
 from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
 from loracurve.training import fit, fit_anchors, slot_times
+from loracurve.tunnel_inference import tunnel_average
 
 __all__ = ["Run", "best_point", "environment", "fit_run", "new_folder", "open_run", "write_predictions"]
 
@@ -54,28 +56,10 @@ class Run:
 
     def average(self, evaluation: EvaluationConfig | None = None) -> Average:
         """The points and weights to predict with."""
-        return choose_average(self.model, evaluation or self.config.evaluation, self.task.encode("validation"))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and threads, recorded beside every result."""
-    versions: dict[str, str | None] = {}
-    for package in ("loracurve", "torch", "transformers", "peft", "accelerate", "torchmetrics", "datasets"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.system(),
-        "device": device,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "packages": versions,
-        "command": " ".join(["loracurve", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+        evaluation = evaluation or self.config.evaluation
+        if evaluation.inference == "tunnel":
+            return tunnel_average(self.model, evaluation, self.task)
+        return choose_average(self.model, evaluation, self.task.encode("validation"))
 
 
 def new_folder(folder: Path, resume: bool = False) -> Path:
@@ -120,6 +104,7 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
 
 def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
+    _check_tracker(config.tracker)
     new_folder(out, resume)
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
@@ -134,13 +119,12 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
-    loop = {"progress": progress}
+    accelerator = _tracking(config, out)
+    loop = {"progress": progress, "accelerator": accelerator}
     started = time.perf_counter()
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
-        model = CurveModel(
-            base, lora, CurveSpec(config.curve.segments, config.curve.degree), seed=config.curve_training.seed
-        )
+        model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
     else:
         if config.adapters:
             loaded = [load_adapter(folder) for folder in config.adapters]
@@ -148,21 +132,37 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             anchors = stack_adapters([tensors for _, tensors in loaded])
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
-            result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
+            everywhere = config.curve_training.bootstrap.kind == "everywhere"
+            weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
+            result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
             write_json(out / "anchors" / "history.json", result.history)
             anchors = model.control_points()
             timings["anchors"] = result.seconds
         for m in range(len(next(iter(anchors.values())))):
             export_adapter(model.config, {n: p[m] for n, p in anchors.items()}, out / "anchors" / str(m))
         model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
-        model.anchor(config.curve.degree, config.curve.alignment, config.curve.inner, config.curve_training.seed)
+        shape = config.curve
+        model.anchor(
+            shape.degree,
+            shape.alignment,
+            shape.inner,
+            config.curve_training.seed,
+            shape.pieces,
+            shape.closed,
+            shape.smooth,
+        )
     result = fit(model, task, config.curve_training, out / "training", **loop)
+    accelerator.end_training()
     timings["curve"] = result.seconds
     write_json(out / "training" / "history.json", result.history)
     model.save_pretrained(out / "curve")
     evaluated = time.perf_counter()
     report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
-    report["training"] = {"best_step": result.best_step, "validation_nll": result.validation_nll, "steps": result.steps}
+    report["training"] = {
+        "best_step": result.best_step,
+        "validation_nll": result.validation_nll,
+        "steps": result.steps,
+    } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
         "total": time.perf_counter() - started,
@@ -170,6 +170,24 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     report["task"] = task.describe()
     write_json(out / "metrics.json", report)
     return report
+
+
+def _check_tracker(tracker: str) -> None:
+    """Raise UserError where the library of a tracker is not installed."""
+    available = {"none": lambda: True, "tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not available[tracker]():
+        raise UserError(
+            f"tracker: expected the package {tracker}, found none; pip install {tracker}, or leave tracker at none"
+        )
+
+
+def _tracking(config: RunConfig, out: Path) -> accelerate.Accelerator:
+    """An accelerator that logs where `config.tracker` says."""
+    if config.tracker == "none":
+        return accelerate.Accelerator()
+    accelerator = accelerate.Accelerator(log_with=config.tracker, project_dir=out)
+    accelerator.init_trackers("loracurve")
+    return accelerator
 
 
 def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
@@ -192,20 +210,31 @@ def evaluate_methods(
     out: Path,
 ) -> dict[str, Any]:
     """Predict every set by every method and write predictions.parquet; the model keeps its curve."""
-    average = choose_average(model, config, task.encode("validation"))
+    validation = task.encode("validation")
+    average = choose_average(model, config, validation)
+    if config.weights == "likelihood":
+        columns = {"t": average.t, "posterior": average.weights, "prior": average.record["prior"]}
+        frame, temperature = pd.DataFrame(columns), average.record["temperature"]
+        save(figure_of(posterior_over_t, frame, temperature=temperature), out / "figures", "posterior_over_t")
+    held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
     labels = {
         name: labels_of(e)
         for name, e in sets.items()
         if e.scoring != "lm" and all(x.label is not None for x in e.examples)
     }
-    curve = _along("curve", model, average.t, average.weights, sets)
+    curve = _along("curve", model, average.t, average.weights, sets, held_out)
+    report: dict[str, Any] = {"average": average.record}
     methods = [curve]
+    if config.inference == "tunnel":
+        samples = tunnel_average(model, config, task)
+        report["tunnel"] = samples.record
+        methods = [_along("tunnel", model, samples.where, samples.weights, sets, held_out), curve]
     spec, points = model.spec, model.control_points()
     if anchors is not None:
         count = len(next(iter(anchors.values())))
         slots = CurveSpec.slots(count)
         model.set_curve(slots, anchors)
-        ensemble = _along("ensemble", model, slot_times(count), None, sets)
+        ensemble = _along("ensemble", model, slot_times(count), None, sets, held_out)
         ensemble.t = []
         if sets["test"].scoring == "lm":  # summaries cannot be taken apart
             singles = [_along(f"adapter {m}", model, slot_times(count)[[m]], None, sets) for m in range(count)]
@@ -213,14 +242,13 @@ def evaluate_methods(
                 single.t = []
         else:
             singles = [_single(ensemble, m) for m in range(count)]
-        methods = [*singles, ensemble]
+        methods = [*singles, ensemble, *methods[:-1]]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
-            methods.append(_along(name, model, average.t, None, {"test": sets["test"]}))
+            methods.append(_along(name, model, average.t, None, {"test": sets["test"]}, held_out))
         methods.append(curve)
         model.set_curve(spec, points)
     lm = sets["test"].scoring == "lm"
-    report: dict[str, Any] = {"average": average.record}
     if lm:
         labels = {name: p.labels for name, p in curve.sets.items() if p.labels is not None}
     report["methods"] = summarise(methods, labels)
@@ -235,10 +263,20 @@ def evaluate_methods(
     return report
 
 
+_HELD_OUT = "validation rows"  # no name of a split has a blank
+
+
 def _along(
-    name: str, model: CurveModel, t: torch.Tensor, weights: torch.Tensor | None, sets: dict[str, Encoded]
+    name: str,
+    model: CurveModel,
+    t: torch.Tensor,
+    weights: torch.Tensor | None,
+    sets: dict[str, Encoded],
+    held_out: Encoded | None = None,
 ) -> Method:
-    return Method(name, len(t), predict_splits(model, sets, t, weights), t.tolist())
+    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    return Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
 
 
 def _single(ensemble: Method, m: int) -> Method:
@@ -247,7 +285,12 @@ def _single(ensemble: Method, m: int) -> Method:
     for name, p in ensemble.sets.items():
         if p.point_log_probs is not None:
             sets[name] = Predictive.from_log_probs(p.point_log_probs[m : m + 1])
-    return Method(f"adapter {m}", 1, sets)
+    method = Method(f"adapter {m}", 1, sets)
+    if ensemble.validation is not None:
+        predictive, labels = ensemble.validation
+        assert predictive.point_log_probs is not None
+        method.validation = Predictive.from_log_probs(predictive.point_log_probs[m : m + 1]), labels
+    return method
 
 
 def write_predictions(path: Path, methods: list[Method], sets: dict[str, Encoded]) -> None:

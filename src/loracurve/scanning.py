@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,19 +14,19 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from loracurve.barriers import barrier_frame
+from loracurve.barriers import barrier_frame, gauge_verdicts
 from loracurve.bases import Dtype
 from loracurve.curve import arc_length, chord_length, control_polygon_length, gram, lipschitz_bound
 from loracurve.diversity import diversity_frame, information_frame
 from loracurve.errors import UserError
 from loracurve.landscape import LaidOut, Scan, lay_out, scan_paths
 from loracurve.model import CurveModel
-from loracurve.paths import PATHS, PathName, anchor_paths, curve_path, grid, scalings_of
+from loracurve.paths import PATHS, PathName, anchor_paths, curve_path, grid, scalings_of, speed_frame
 from loracurve.paths import Path as LoraPath
 from loracurve.planes import plane_frames
 from loracurve.sharpness import sharpness_along
 from loracurve.slopes import loss_slopes
-from loracurve.storage import atomic_write, write_json
+from loracurve.storage import atomic_write, records, write_json
 from loracurve.subjects import Subject
 from loracurve.tasks import Task
 
@@ -52,6 +51,8 @@ class ScanConfig:
     """Grid points in each direction over the plane through three anchors; 0: no plane."""
     slopes: int = 13
     """Points of the curve at which the slope of the loss and its bound are computed; 0: none."""
+    speeds: int = 25
+    """Points of each path at which its speed is computed; 0: none."""
     sharpness: int = 13
     """Points of the curve at which the loss under noise is computed; 0: none."""
     noise: float = 0.1
@@ -71,7 +72,7 @@ class ScanConfig:
     def __post_init__(self) -> None:
         if self.points < 3:
             raise UserError(f"points: expected at least 3, found {self.points}; ask for 61")
-        for name in ("rows", "plane", "slopes", "sharpness", "hessian"):
+        for name in ("rows", "plane", "slopes", "speeds", "sharpness", "hessian"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: expected 0 or more, found {getattr(self, name)}")
         for name in ("local_rows", "diversity_points", "resamples"):
@@ -82,7 +83,7 @@ class ScanConfig:
 
 
 def scan_to_folder(subject: Subject, folder: Path, config: ScanConfig, visible: bool = True) -> dict[str, Any]:
-    """Scan, and write scan.json, paths.parquet, predictions.parquet, diversity.parquet and plane.parquet.
+    """Scan, and write scan.json and the tables paths, speeds, predictions, diversity and plane (.parquet).
 
     Returns:
         What scan.json holds.
@@ -119,23 +120,26 @@ def scan_to_folder(subject: Subject, folder: Path, config: ScanConfig, visible: 
             progress=progress,
         )
         plane = _plane(model, local, config, progress)
+    barriers = barrier_frame(scan, config.choose, "test", config.seed, config.resamples)
     report: dict[str, Any] = {
         "settings": asdict(config),
         "subject": subject.record,
         "rows": {s.name: s.examples for s in splits} | {"local": local.examples},
         "anchors": torch.linspace(0, 1, len(next(iter(subject.anchors.values()))), dtype=torch.float64).tolist(),
         "paths": _describe(scan, paths),
-        "barriers": _records(barrier_frame(scan, config.choose, "test", config.seed, config.resamples)),
+        "barriers": records(barriers),
+        "gauge": records(gauge_verdicts(barriers)),
         "geometry": _geometry(model) if subject.trained else None,
-        "slopes": {"path": main.name, "split": "train", "points": _records(slopes)},
-        "sharpness": {"path": main.name, "split": "train", "points": _records(sharp)},
-        "information": _records(
+        "slopes": {"path": main.name, "split": "train", "points": records(slopes)},
+        "sharpness": {"path": main.name, "split": "train", "points": records(sharp)},
+        "information": records(
             pd.concat([information_frame(p, scan.labels) for p in scan.paths.values()], ignore_index=True)
         ),
         "plane": plane,
         "cost": scan.cost,
     }
-    _write_tables(folder, scan, main, config, report)
+    speeds = speed_frame(paths, {name: _even(config.speeds) for name in paths})
+    _write_tables(folder, scan, {"speeds": speeds}, main, config, report)
     report["seconds"] = time.perf_counter() - started
     write_json(folder / "environment.json", environment())
     write_json(folder / "scan.json", report)
@@ -170,8 +174,8 @@ def _plane(
         "split": "train",
         "largest_outside": float(curve.max()),
         "mean_outside": float(curve.mean()),
-        "grid": _records(surface),
-        "projected": _records(drawn),
+        "grid": records(surface),
+        "projected": records(drawn),
     }
 
 
@@ -206,11 +210,18 @@ def _geometry(model: CurveModel) -> dict[str, float]:
     }
 
 
-def _write_tables(folder: Path, scan: Scan, main: LoraPath, config: ScanConfig, report: dict[str, Any]) -> None:
-    frames = {"paths": scan.frame()}
+def _write_tables(
+    folder: Path,
+    scan: Scan,
+    tables: dict[str, pd.DataFrame],
+    main: LoraPath,
+    config: ScanConfig,
+    report: dict[str, Any],
+) -> None:
+    frames = {"paths": scan.frame(), **tables}
     if scan.paths[main.name].log_probs:
         frames["diversity"] = diversity_frame(scan.paths[main.name], main, config.diversity_points)
-        report["diversity"] = {"path": main.name, "means": _records(_diversity_means(frames["diversity"]))}
+        report["diversity"] = {"path": main.name, "means": records(_diversity_means(frames["diversity"]))}
         frames["predictions"] = pd.DataFrame(_predictions(scan))
     if report["plane"] and "grid" in report["plane"]:
         frames["plane"] = pd.DataFrame(report["plane"]["grid"])
@@ -234,12 +245,6 @@ def _predictions(scan: Scan) -> Iterator[dict[str, Any]]:
             probs = log_probs.exp().transpose(0, 1).numpy()
             for row, name, label in zip(probs, scan.ids[split], scan.labels[split].tolist(), strict=True):
                 yield {"path": path.name, "set": split, "id": name, "label": label, "point_probs": list(row)}
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as JSON has them: no NaN, which pandas makes of missing numbers."""
-    rows: list[dict[str, Any]] = frame.to_dict("records")
-    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
 
 
 @contextmanager

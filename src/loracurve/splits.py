@@ -67,7 +67,8 @@ def predict_splits(
     """Predict whole splits at the points t, sorted by length and packed; language modelling is summarised.
 
     Args:
-        t, weights: points and their weights [n]; equal weights if None.
+        t: points [n], or coefficients [n, K] of points beside the curve.
+        weights: of the points [n]; equal if None.
         way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper. Language modelling
             runs its points together, because what lies between them is summarised at once.
     """
@@ -99,7 +100,7 @@ def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], 
     """[n, E, C] of every batch of every split, one point after the other."""
     found: dict[str, list[list[Tensor]]] = {name: [[] for _ in batches] for name, batches in splits.items()}
     with torch.inference_mode(), evaluation_mode(model), model.merging() as fold:
-        for point in t.tolist():
+        for point in t:
             fold(point)
             for name, batches in splits.items():
                 for rows, batch in zip(found[name], batches, strict=True):

@@ -12,6 +12,8 @@ from torch import Tensor
 from loracurve.batching import Batch
 from loracurve.capture import Captured
 from loracurve.layers import Layout
+from loracurve.perturbation import Perturbation
+from loracurve.sharpness_aware import sam_backward
 
 __all__ = ["Part", "Program", "StepConfig", "Stepper"]
 
@@ -25,6 +27,10 @@ class Part:
     layout: Layout
     share: Tensor
     """weight of this micro-batch, or [E] of each of its examples, in the step's loss"""
+    weights: Tensor | None = None
+    """[E] or [n, E] weight of each example's likelihood (bootstrap); None: 1"""
+    other: Batch | None = None
+    """inputs on which the diversity term is taken; None: the micro-batch's own"""
 
 
 class Program(Protocol):
@@ -71,12 +77,21 @@ class Stepper:
         mask: [K] which of them are trained.
         config: learning rate, decay, clipping.
         capture: capture steps in CUDA graphs where the device has them.
+        perturbation: noise that the layers draw, or `sam`; its `start` comes before each step.
+        dependences: for each factor [K, K] E with P = E P where control points depend on others, else None.
     """
 
     def __init__(
-        self, program: Program, factors: Sequence[Tensor], mask: Tensor, config: StepConfig, capture: bool = True
+        self,
+        program: Program,
+        factors: Sequence[Tensor],
+        mask: Tensor,
+        config: StepConfig,
+        capture: bool = True,
+        perturbation: Perturbation | None = None,
+        dependences: Sequence[Tensor | None] | None = None,
     ) -> None:
-        self.program, self.factors, self.config = program, factors, config
+        self.program, self.factors, self.config, self.perturbation = program, factors, config, perturbation
         device = factors[0].device
         self.mask, self.all_trained = mask.to(device), bool(mask.all())
         # The GPU's fused kernel reads the rate from memory, in float32; the CPU's takes a number.
@@ -93,8 +108,13 @@ class Stepper:
         )
         # The fused kernel skips the update where this is 1, without telling the host.
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
-        self.gram = program.decay_gram().to(device) * self.mask[:, None]
-        self.captured = Captured(self._step, device, capture)
+        ties = dependences or [None] * len(factors)
+        self.ties = [None if e is None else e.to(p) for e, p in zip(ties, factors, strict=True)]
+        gram = program.decay_gram().to(device)
+        of_free = [gram if e is None else e.to(gram).mT @ gram @ e.to(gram) for e in self.ties]
+        self.grams = [g * self.mask[:, None] for g in of_free]
+        draws = (lambda: perturbation.generators) if perturbation is not None else list
+        self.captured = Captured(self._step, device, capture, draws)
 
     def __call__(self, parts: list[Part], factor: float) -> Tensor:
         """Step at `factor` times the peak learning rate; returns [loss, gradient norm, *figures] on the device."""
@@ -108,23 +128,28 @@ class Stepper:
         total = torch.zeros((), device=self.rate.device)
         figures = torch.zeros(len(self.program.figures), device=self.rate.device)
         for part in parts:
-            loss, values = self.program.loss(part)
-            loss.backward()
+            loss, values = self._backward(part)
             total = total + loss.detach().float()
             figures = figures + values.float()
         with torch.no_grad():
             self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(total)).float()))
-            for p in self.factors:
+            for p, tie in zip(self.factors, self.ties, strict=True):
                 if p.grad is None:  # not reached by the loss
                     p.grad = torch.zeros_like(p)
-                elif not self.all_trained:
+                if tie is not None:  # the gradient of what depends on a free point goes to that one
+                    p.grad.copy_((tie.mT @ p.grad.flatten(1)).view_as(p))
+                if not self.all_trained:
                     p.grad.mul_(_column(self.mask, p))
             norm = self._clip()
             self.optimizer.step()
             if self.config.weight_decay:
-                decay = self.rate * self.config.weight_decay * (1 - self.bad) * self.gram
-                for p in self.factors:
-                    p.sub_((decay.to(p) @ p.flatten(1)).view_as(p))
+                decay = self.rate * self.config.weight_decay * (1 - self.bad)
+                for p, gram in zip(self.factors, self.grams, strict=True):
+                    p.sub_(((decay * gram).to(p) @ p.flatten(1)).view_as(p))
+            for p, tie in zip(self.factors, self.ties, strict=True):
+                if tie is not None:
+                    free = _column(tie.diagonal() == 1, p).bool()
+                    p.copy_(torch.where(free, p, (tie @ p.flatten(1)).view_as(p)))
         self._forget_gradients()
         return torch.stack([total, norm.float(), *figures])
 
@@ -132,6 +157,16 @@ class Stepper:
         # The backward pass then hands its own tensors over instead of adding to zeros.
         for p in self.factors:
             p.grad = None
+
+    def _backward(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Add a micro-batch's gradient; returns its loss and figures."""
+        noise = self.perturbation
+        if noise is not None and noise.config.kind == "sam":
+            # One point for all rows: the layout `points` with one group.
+            return sam_backward(lambda: self.program.loss(part), self.factors, part.coefficients[0], noise.rho)
+        loss, values = self.program.loss(part)
+        loss.backward()
+        return loss, values
 
     def _clip(self) -> Tensor:
         """Clip gradients jointly for a curve, by slot for anchors; returns the largest norm before clipping."""

@@ -9,11 +9,13 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import peft
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +33,7 @@ __all__ = [
     "load_curve",
     "read_json",
     "read_tensors",
+    "records",
     "save_curve",
     "write_json",
     "write_tensors",
@@ -76,6 +79,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: expected a file, found none") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a data frame as JSON has them: None for NaN, which pandas makes of missing numbers."""
+    rows: list[dict[str, Any]] = frame.to_dict("records")
+    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

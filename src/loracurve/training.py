@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from loracurve import curve
 from loracurve.batching import Batch, collate, evaluation_batches
+from loracurve.bootstrap import BootstrapWeights
+from loracurve.corruption import corrupt, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
+from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
+from loracurve.layers import Layout
 from loracurve.loop import FitResult, LoopConfig, batch_numbers, run_loop
 from loracurve.model import CurveModel
-from loracurve.objective import ObjectiveConfig, negative_log_likelihood, objective
+from loracurve.objective import ObjectiveConfig, negative_log_likelihood, objective, resolve_tau
+from loracurve.perturbation import Perturbation
 from loracurve.randomness import generator, stream_seed
+from loracurve.sampling import sample_points
 from loracurve.stepping import Part
 from loracurve.tasks import Encoded, Task
 
-__all__ = ["FitConfig", "fit", "fit_anchors", "sample_points", "slot_seeds", "slot_times"]
-
-Sampling = Literal["stratified", "uniform"]
+__all__ = ["FitConfig", "fit", "fit_anchors", "slot_seeds", "slot_times"]
 
 # Captured rows are padded to multiples of this many tokens: few graphs, and tiles that tensor cores like.
 CAPTURED_LENGTHS = 32
-
-
-@dataclass(frozen=True)
-class FitConfig(LoopConfig):
-    """How a curve is trained."""
-
-    points: int = 2
-    """Points of the curve at which each example is seen in a step."""
-    share_points: bool = True
-    """All rows of a batch are run at the same points; otherwise each row has its own."""
-    sampling: Sampling = "stratified"
-    """How points are drawn: one from each of as many equal parts of [0, 1] as there are, or uniformly."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Diversity term beside the likelihood."""
-    evaluation_points: int = 5
-    """Points of the model average that is validated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.points < 1 or self.evaluation_points < 1:
-            raise UserError(f"points: expected at least 1, found {min(self.points, self.evaluation_points)}")
-        if self.objective.jsd != "none" and self.points < 2:
-            raise UserError(f"a JSD term needs points >= 2, found {self.points}")
 
 
 def slot_seeds(seed: int, anchors: int) -> list[int]:
@@ -59,15 +40,6 @@ def slot_seeds(seed: int, anchors: int) -> list[int]:
 def slot_times(anchors: int) -> Tensor:
     """[M] the t of M adapters on the chain through them (`CurveSpec.slots`)."""
     return torch.linspace(0, 1, anchors, dtype=torch.float64) if anchors > 1 else torch.zeros(1, dtype=torch.float64)
-
-
-def sample_points(count: tuple[int, ...], sampling: Sampling, draw: torch.Generator) -> Tensor:
-    """Curve points of shape `count` in [0, 1], float64; stratified points ascend in reading order."""
-    total = int(torch.tensor(count).prod())
-    u = torch.rand(total, generator=draw, dtype=torch.float64)
-    if sampling == "stratified":
-        u = (torch.arange(total) + u) / total
-    return u.view(count)
 
 
 class _Validation:
@@ -91,9 +63,15 @@ class _Anchors:
     figures = ("nll",)
 
     def __init__(
-        self, model: CurveModel, train: Encoded, validation: Encoded, config: LoopConfig, anchors: int
+        self,
+        model: CurveModel,
+        train: Encoded,
+        validation: Encoded,
+        config: LoopConfig,
+        anchors: int,
+        bootstrap: BootstrapWeights | None = None,
     ) -> None:
-        self.model, self.train, self.config, self.groups = model, train, config, anchors
+        self.model, self.train, self.config, self.groups, self.bootstrap = model, train, config, anchors, bootstrap
         self.validation = _Validation(model, validation, config)
         self.seeds = slot_seeds(config.seed, anchors)
 
@@ -101,20 +79,26 @@ class _Anchors:
         c = self.config
         drawn = [batch_numbers(s, step, len(self.train), c.batch_size) for s in self.seeds]
         batches = []
-        for part in torch.arange(c.batch_size).chunk(c.accumulation):
-            numbers = [numbers[i] for numbers in drawn for i in part.tolist()]
-            slots = [m for m in range(self.groups) for _ in part]
+        for places in torch.arange(c.batch_size).chunk(c.accumulation):
+            numbers = [numbers[i] for numbers in drawn for i in places.tolist()]
+            slots = [m for m in range(self.groups) for _ in places]
             batches.append(_collate(self.model, self.train, numbers, c, slots))
         of_examples = [b.slots for b in batches if b.slots is not None]
         counts = torch.bincount(torch.cat(of_examples), minlength=self.groups)
         eye = torch.eye(self.groups, dtype=torch.float64)
-        return [_part(self.model, b, eye, 1 / counts[s].double()) for b, s in zip(batches, of_examples, strict=True)]
+        parts = [_part(self.model, b, eye, 1 / counts[s].double()) for b, s in zip(batches, of_examples, strict=True)]
+        if self.bootstrap is not None:
+            times = slot_times(self.groups)
+            for part, own in zip(parts, of_examples, strict=True):
+                part.weights = self.bootstrap.weights(_numbers(self.train, part.batch), times[own][None])[0]
+        return parts
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
         log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
         nll = negative_log_likelihood(log_probs, part.batch.labels)[0]
-        loss = (nll * part.share.to(nll.dtype)).sum()
-        return loss, loss.detach()[None] / self.groups
+        each = nll * part.share.to(nll.dtype)
+        loss = (each if part.weights is None else each * part.weights.to(each)).sum()
+        return loss, each.detach().sum()[None] / self.groups
 
     def validate(self) -> list[float]:
         predictive = self.validation.predictive(slot_times(self.groups))
@@ -128,44 +112,99 @@ class _Anchors:
 
 
 class _Curve:
-    """The curve as a whole: every example at n points, the objective over them."""
+    """The curve as a whole: every example at n points, the objective over them.
+
+    Args:
+        vocabulary: tokens that corruption may touch and draw.
+        others: inputs without labels on which the diversity term is taken.
+        tau: target of the hinge, in nats.
+    """
 
     groups = 1
     figures = ("nll", "jsd")
 
-    def __init__(self, model: CurveModel, train: Encoded, validation: Encoded, config: FitConfig) -> None:
+    def __init__(
+        self,
+        model: CurveModel,
+        train: Encoded,
+        validation: Encoded,
+        config: FitConfig,
+        vocabulary: Tensor | None = None,
+        others: Encoded | None = None,
+        tau: float | None = None,
+    ) -> None:
         self.model, self.train, self.config = model, train, config
+        self.vocabulary, self.others, self.tau = vocabulary, others, tau
         self.validation = _Validation(model, validation, config)
+        self.bootstrap = config.bootstrap.weights(config.seed, model.spec.anchor_times)
 
     def parts(self, step: int) -> list[Part]:
-        c = self.config
-        numbers = batch_numbers(c.seed, step, len(self.train), c.batch_size)
-        chunks = torch.tensor(numbers).chunk(c.accumulation)
-        batches = [_collate(self.model, self.train, chunk.tolist(), c) for chunk in chunks]
+        chunks = self._chunks(self.config.seed, step, self.train)
+        batches = [_collate(self.model, self.train, chunk, self.config) for chunk in chunks]
         total = sum(len(b.labels) for b in batches)
-        return [
-            _part(self.model, b, self._coefficients(b, step, i), torch.tensor(len(b.labels) / total))
-            for i, b in enumerate(batches)
-        ]
+        parts = []
+        for i, batch in enumerate(batches):
+            t, share = self._points(batch, step, i), torch.tensor(len(batch.labels) / total)
+            if self.config.layerwise:
+                each = [self._points(batch, step, i, name) for name in self.model.layers]
+                own = torch.stack([self.model.coefficients(t) for t in each])
+                part = Part(batch, own, Layout("points", len(t)), share)
+            else:
+                part = _part(self.model, batch, self.model.coefficients(t), share)
+            if self.bootstrap is not None:
+                at = t if t.dim() == 1 else t[:, batch.rows]
+                part.weights = self.bootstrap.weights(_numbers(self.train, batch), at)
+            part.other = self._other(batch, step, i)
+            parts.append(part)
+        return parts
 
-    def _coefficients(self, batch: Batch, step: int, part: int) -> Tensor:
+    def _chunks(self, seed: int, step: int, encoded: Encoded) -> list[list[int]]:
         c = self.config
-        draw = generator(c.seed, "points", step, part)
+        numbers = torch.tensor(batch_numbers(seed, step, len(encoded), c.batch_size))
+        return [chunk.tolist() for chunk in numbers.chunk(c.accumulation)]
+
+    def _points(self, batch: Batch, step: int, part: int, *layer: str) -> Tensor:
+        """The t of a micro-batch: [n] shared by all rows, or [n, N]; of one layer where each has its own."""
+        c, spec = self.config, self.model.spec
         if c.share_points:
-            t = sample_points((c.points,), c.sampling, draw)
-        elif batch.units is None:
-            t = sample_points((c.points, len(batch.input_ids)), c.sampling, draw)
+            count: tuple[int, ...] = (c.points,)
         else:
-            t = sample_points((c.points, len(batch.labels)), c.sampling, draw)[:, batch.units]
-        return self.model.coefficients(t)
+            count = (c.points, len(batch.input_ids if batch.units is None else batch.labels))
+        # The points of all steps are one sequence of one stream; other ways draw anew.
+        sequence = c.sampling == "quasi-random"
+        draw = generator(c.seed, "points", *layer, *(() if sequence else (step, part)))
+        rows = 1 if c.share_points else -(-c.batch_size // c.accumulation)
+        start = (step * c.accumulation + part) * c.points * rows
+        lengths = curve.gram(p.detach() for p in self.model.factors).cpu() if c.sampling == "arc-length" else None
+        t = sample_points(count, c.sampling, draw, lengths, spec.segments, spec.degree, start if sequence else 0)
+        return t if c.share_points or batch.units is None else t[:, batch.units]
+
+    def _other(self, batch: Batch, step: int, part: int) -> Batch | None:
+        """The inputs on which the diversity term is taken."""
+        kind, seed = self.config.corruption.kind, self.config.seed
+        if kind == "none":
+            return None
+        if kind == "text":
+            assert self.others is not None
+            chunk = self._chunks(stream_seed(seed, "unlabelled"), step, self.others)[part]
+            return _collate(self.model, self.others, chunk, self.config)
+        assert self.vocabulary is not None
+        draw = generator(seed, "corruption", step, part)
+        copy, visible = corrupt(batch, kind, self.config.corruption.rate, self.vocabulary, draw)
+        return copy if copy.attention_mask is not None else replace(copy, visible=visible)
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
         log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
-        loss, figures = objective(log_probs, part.batch.labels, self.config.objective)
+        other: Tensor | None = None
+        if part.other is not None:
+            other = self.model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
+        labels, config = part.batch.labels, self.config.objective
+        loss, figures = objective(log_probs, labels, config, part.weights, other, self.tau)
         return loss * part.share, torch.stack([figures[name] for name in self.figures]) * part.share
 
     def validate(self) -> list[float]:
-        t, weights = quadrature("uniform", self.config.evaluation_points, self.model.spec.segments)
+        spec = self.model.spec
+        t, weights = quadrature("uniform", self.config.evaluation_points, spec.segments, closed=spec.closed)
         predictive = self.validation.predictive(t, weights)
         labels = None if self.validation.summarise else self.validation.labels
         return [float(predictive.negative_log_likelihood(labels).mean())]
@@ -183,6 +222,13 @@ def _collate(
     return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
 
 
+def _numbers(encoded: Encoded, batch: Batch) -> Tensor:
+    """[E] number of each example of a batch in its split; all tokens of a text have its number."""
+    if encoded.scoring != "lm":
+        return batch.index
+    return torch.bucketize(batch.index, torch.tensor(encoded.token_offsets[1:]), right=True)
+
+
 def _part(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> Part:
     arranged, layout = model.arrange(batch, coefficients)
     assert arranged is not None
@@ -190,7 +236,12 @@ def _part(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) 
 
 
 def fit_anchors(
-    model: CurveModel, task: Task, config: LoopConfig | None = None, folder: Path | None = None, **loop: object
+    model: CurveModel,
+    task: Task,
+    config: LoopConfig | None = None,
+    folder: Path | None = None,
+    bootstrap: BootstrapWeights | None = None,
+    **loop: object,
 ) -> FitResult:
     """Fine-tune the M adapters of a model made with `CurveSpec.slots(M)`, side by side in one pass.
 
@@ -202,6 +253,7 @@ def fit_anchors(
         task: with train and validation rows.
         config: steps, batch size, learning rate, ...
         folder: for checkpoints; a run is resumed from what is there.
+        bootstrap: adapter m is trained with the weights at its t (`slot_times`); its validation stays unweighted.
         loop: `progress`, `label`, `accelerator`, passed to the loop.
     """
     from loracurve.lora_space import initial_control_points
@@ -210,7 +262,7 @@ def fit_anchors(
     anchors = model.spec.size
     points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
     model.set_curve(model.spec, points)
-    program = _Anchors(model, task.encode("train"), task.encode("validation"), config, anchors)
+    program = _Anchors(model, task.encode("train"), task.encode("validation"), config, anchors, bootstrap)
     return run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
 
 
@@ -225,10 +277,37 @@ def fit(
         config, folder, loop: as for `fit_anchors`.
 
     Raises:
-        UserError: the loss is not finite (the last good state is kept), nothing is trainable.
+        UserError: the loss is not finite (the last good state is kept), nothing is trainable, options that do not suit
+            the curve, a file of other inputs that cannot be read.
     """
     config = config or FitConfig()
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
-    program = _Curve(model, task.encode("train"), task.encode("validation"), config)
-    return run_loop(model, program, config, folder, **{"label": "curve", **loop})  # type: ignore[arg-type]
+    config.check_curve(model.spec)
+    accelerator = loop.setdefault("accelerator", Accelerator())
+    assert isinstance(accelerator, Accelerator)
+    model.to(accelerator.device)  # where the noise is drawn
+    corruption = config.corruption
+    vocabulary = ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None
+    others = None if corruption.file is None else unlabelled(task, corruption.file)
+    program = _Curve(model, task.encode("train"), task.encode("validation"), config, vocabulary, others)
+    settled: dict[str, float] = {}
+    if config.objective.jsd == "hinge":
+        settled = _hinge_target(program, config.objective)
+        program.tau = settled["tau"]
+    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    with noise.attached():
+        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
+        result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
+    result.settled = settled
+    return result
+
+
+def _hinge_target(program: _Curve, config: ObjectiveConfig) -> dict[str, float]:
+    """The hinge's target in nats, and the anchors' divergence where it was measured for it."""
+    if config.tau > 0:
+        return {"tau": config.tau}
+    spec = program.model.spec
+    times = spec.anchor_times[:-1] if spec.closed else spec.anchor_times
+    jsd = float(program.validation.predictive(torch.tensor(times, dtype=torch.float64)).pairwise_jsd.mean())
+    return {"tau": resolve_tau(config, jsd), "anchor_jsd": jsd}

@@ -25,10 +25,41 @@ from torch import Tensor
 from loracurve.curve import arc_length, arc_length_parameter, coefficients, derivative_coefficients
 from loracurve.errors import UserError
 
-__all__ = ["Tunnel", "TunnelSamples", "sample_tunnel"]
+__all__ = ["Tunnel", "TunnelConfig", "TunnelSamples", "sample_tunnel"]
 
 # By shrinking, the slice of a deterministic likelihood is found long before.
 _MOST_SHRINKS = 200
+
+
+@dataclass(frozen=True)
+class TunnelConfig:
+    """Posterior samples beside the curve; drawing one costs about 5 x thin predictions of `rows` rows."""
+
+    sigma: float = 0.1
+    """Standard deviation of the prior in each direction beside the curve, as a part of the curve's length."""
+    prior: Literal["uniform", "arc-length"] = "uniform"
+    """Prior of the place along the curve: uniform in t or in length."""
+    temperature: float = 0.0
+    """T of the likelihood, which is raised to 1 / T; 0: the one that gives points on the curve the best average."""
+    split: Literal["validation", "train"] = "validation"
+    """Rows whose likelihood counts."""
+    rows: int = 256
+    """At most so many of them, drawn once; their log-likelihood is scaled to the whole split."""
+    warm_up: int = 20
+    """States of the chain that are dropped at first."""
+    thin: int = 2
+    """Of so many states one is kept."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise UserError(f"tunnel.sigma: expected a part of the curve's length > 0, found {self.sigma}; try 0.1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"tunnel.temperature: expected a number >= 0, found {self.temperature}; 0 fits it")
+        if self.rows < 1 or self.thin < 1 or self.warm_up < 0:
+            raise UserError(
+                f"tunnel: expected rows and thin >= 1 and warm_up >= 0, found {self.rows}, {self.thin} and "
+                f"{self.warm_up}"
+            )
 
 
 class Tunnel:

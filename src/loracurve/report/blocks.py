@@ -29,6 +29,8 @@ class Sheet:
 class Block:
     """What a section says about one run."""
 
+    findings: list[str] = field(default_factory=list)
+    """what the numbers say, in sentences before everything else"""
     figures: list[tuple[str, str, Figure]] = field(default_factory=list)
     """file name, what it shows in words, the figure"""
     sheets: list[Sheet] = field(default_factory=list)
@@ -44,6 +46,8 @@ class Section:
     title: str
     lead: str
     make: Callable[[RunData], Block]
+    evaluation: bool = False
+    """whether it is about a run's evaluation, which the scan of adapters without a run does not have"""
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:

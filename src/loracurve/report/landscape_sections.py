@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Literal
+
 import pandas as pd
 
 from loracurve.report import figures, plots
@@ -14,20 +17,24 @@ _NO_SCAN = "No scan yet: loracurve scan RUN makes one."
 
 
 def loss_paths(run: RunData) -> Block:
-    """Loss along the paths, barriers, lengths."""
+    """Loss and accuracy along the paths, barriers, lengths."""
     if run.scan is None or "paths" not in run.tables:
-        methods = run.metrics["methods"]
-        known = {n: (m["t"], m["point_nll"]) for n, m in methods.items() if m.get("point_nll")}
-        block = Block(notes=[_NO_SCAN + " The points of the model averages are shown instead."])
-        if known:
-            drawn = figures.loss_along_path(known, ylabel="test NLL (nats)")
-            block.figures.append(("loss_along_path", "Test loss at the points of each average", drawn))
-        return block
-    scan = run.scan
-    drawn = plots.figure_of(plots.paths, run.tables["paths"], anchors=scan["anchors"], size=(6.4, 4.4))
+        return _points_of_averages(run)
+    scan, frame = run.scan, run.tables["paths"]
+    block = Block(findings=[row["sentence"] for row in scan.get("gauge", [])])
+    splits = [name for name in ("test", "train") if name in set(frame["split"])]
+    drawings: tuple[tuple[str, Literal["nll", "acc"], str], ...] = (
+        ("scan_paths", "nll", "NLL"),
+        ("scan_accuracy", "acc", "Accuracy"),
+    )
+    for name, measure, words in drawings:
+        draws = [partial(plots.paths, frame, split=s, anchors=scan["anchors"], measure=measure) for s in splits]
+        drawn = figures.panels(draws, (5.2, 6.0), sharex=True)
+        shown = " and ".join(splits)
+        block.figures.append((name, f"{words} on {shown} rows along the paths; dotted lines are anchors", drawn))
     rows = [
         [
-            f"{plots.PATH_LABELS.get(b['path'], b['path'])}, {b['segment']}–{b['segment'] + 1}",
+            f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
             interval({**b, "estimate": b["excess"]}),
             number(b["above_ends"], 4, sign=True),
@@ -35,27 +42,43 @@ def loss_paths(run: RunData) -> Block:
         for b in scan["barriers"]
     ]
     chosen, rows_used = scan["settings"]["choose"], scan["rows"]
+    block.sheets.append(
+        Sheet(
+            f"Barriers between neighbouring anchors, test NLL ({rows_used['test']:,} rows): excess over the line "
+            f"between the ends at the t* of most {chosen} NLL, 95 % interval; * excludes 0",
+            ["path, anchors", "t*", "excess", "above both ends"],
+            rows,
+        )
+    )
     lengths = [
         [
-            plots.PATH_LABELS.get(name, name),
+            _label(name),
             *(number(p[k], 3) for k in ("arc_length", "through_anchors")),
             *(number(p["nll"][s][k]) for s in ("test", "train") for k in ("mean", "highest")),
         ]
         for name, p in scan["paths"].items()
     ]
     heads = ["path", "length", "via anchors", "mean test", "highest test", "mean train", "highest train"]
-    sheets = [
-        Sheet(
-            f"Barriers between neighbouring anchors, test NLL ({rows_used['test']:,} rows): excess over the line "
-            f"between the ends at the t* of most {chosen} NLL, 95 % interval; * excludes 0",
-            ["path, anchors", "t*", "excess", "above both ends"],
-            rows,
-        ),
-        Sheet("Lengths in ‖ΔW‖, and NLL along each path", heads, lengths),
-    ]
+    block.sheets.append(Sheet("Lengths in ‖ΔW‖, and NLL along each path", heads, lengths))
     cost = scan["cost"]
-    note = f"{cost['evaluations']} merged evaluations of {cost['seconds_per_evaluation']:.2f} s."
-    return Block([("scan_paths", "Test loss along the curve and its controls", drawn)], sheets, [note])
+    block.notes.append(f"{cost['evaluations']} merged evaluations of {cost['seconds_per_evaluation']:.2f} s.")
+    return block
+
+
+def _points_of_averages(run: RunData) -> Block:
+    """Without a scan: the loss at the points that the averages used."""
+    block = Block(notes=[_NO_SCAN + " The points of the model averages are shown instead."])
+    rows = [
+        (name, "test", t, nll)
+        for name, method in run.metrics["methods"].items()
+        if method.get("point_nll")
+        for t, nll in zip(method["t"], method["point_nll"], strict=True)
+    ]
+    if rows:
+        frame = pd.DataFrame(rows, columns=["path", "split", "t", "nll"])
+        drawn = figures.figure_of(plots.paths, frame)
+        block.figures.append(("loss_along_path", "Test loss at the points of each average", drawn))
+    return block
 
 
 def diversity(run: RunData) -> Block:
@@ -70,14 +93,14 @@ def diversity(run: RunData) -> Block:
         (
             "diversity_map",
             f"Divergence for every pair of points, {path}",
-            plots.figure_of(plots.diversity_map, frame, size=(5.2, 4.2)),
+            figures.figure_of(plots.diversity_map, frame),
         ),
         (
             "diversity_distance",
             "Divergence against distance",
-            plots.figure_of(plots.divergence_against_distance, frame),
+            figures.figure_of(plots.divergence_against_distance, frame),
         ),
-        ("information", "Information by number of points", plots.figure_of(plots.information, information)),
+        ("information", "Information by number of points", figures.figure_of(plots.information, information)),
     ]
     means = [
         [
@@ -89,7 +112,19 @@ def diversity(run: RunData) -> Block:
         for r in run.scan["diversity"]["means"]
     ]
     heads = ["pairs", "distance", "JSD", "disagreement"]
-    return Block(drawn, [Sheet(f"Means over pairs of points, {path}", heads, means)])
+    sheets = [Sheet(f"Means over pairs of points, {path}", heads, means)]
+    most = max(r["n"] for r in run.scan["information"])
+    averages = [
+        [
+            f"{_label(r['path'])}, {r['split']}",
+            *(number(r[k], 5) for k in ("mutual_information", "pairwise_jsd")),
+            number(r["nll"]),
+        ]
+        for r in run.scan["information"]
+        if r["n"] == most and r["split"] != run.scan["settings"]["choose"]
+    ]
+    sheets.append(Sheet(f"Average of {most} points of each path", ["path, rows", "MI", "pair JSD", "NLL"], averages))
+    return Block(figures=drawn, sheets=sheets)
 
 
 def landscape(run: RunData) -> Block:
@@ -100,7 +135,7 @@ def landscape(run: RunData) -> Block:
     plane, rows = run.scan["plane"], run.scan["rows"]["local"]
     if plane and "grid" in plane:
         frames = pd.DataFrame(plane["grid"]), pd.DataFrame(plane["projected"])
-        drawn = plots.figure_of(plots.plane, *frames, size=(6.0, 4.6))
+        drawn = figures.figure_of(plots.plane, *frames, size=(5.2, 4.2))
         block.figures.append(("plane", "Loss over the plane through three control points", drawn))
         block.notes.append(
             f"The curve leaves the plane: of its distance to the first corner at most "
@@ -108,17 +143,25 @@ def landscape(run: RunData) -> Block:
         )
     elif plane:
         block.notes.append(f"No plane: {plane['missing']}.")
-    for name, draw, title in (
-        ("slopes", plots.slopes, "Slope of the loss and its bound"),
-        ("sharpness", plots.sharpness, "Rise of the loss under noise on the factors"),
+    slopes, sharpness = (pd.DataFrame(run.scan[name]["points"]) for name in ("slopes", "sharpness"))
+    path = run.scan["slopes"]["path"]
+    for name, draw, title, points in (
+        ("slopes", plots.slopes, f"Slope of the loss and its bound, {path}", slopes),
+        ("speed", plots.speed, "Speed along the paths, in ‖ΔW‖ for each unit of t", run.tables.get("speeds", [])),
+        ("sharpness", plots.sharpness, f"Rise of the loss under noise on the factors, {path}", sharpness),
     ):
-        points = pd.DataFrame(run.scan[name]["points"])
         if len(points):
-            block.figures.append((name, f"{title}, {run.scan[name]['path']}", plots.figure_of(draw, points)))
-    slopes = pd.DataFrame(run.scan["slopes"]["points"])
+            block.figures.append((name, title, figures.figure_of(draw, points)))
+    if len(sharpness) and sharpness["hessian"].notna().all():
+        drawn = figures.figure_of(plots.hessian, sharpness)
+        block.figures.append(("hessian", f"Largest Hessian eigenvalue, {path}", drawn))
     if len(slopes):
         block.notes.append(
             f"Largest slope {slopes['slope'].abs().max():.3g}, largest bound {slopes['bound'].max():.3g} nats for each "
             "unit of t, at a grid of points; the bound says nothing about the height of the path."
         )
     return block
+
+
+def _label(path: str) -> str:
+    return plots.PATH_LABELS.get(path, path)

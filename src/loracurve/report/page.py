@@ -16,27 +16,27 @@ from loracurve.errors import UserError
 from loracurve.report import figures
 from loracurve.report.blocks import Block
 from loracurve.report.run_data import RunData, read_run
-from loracurve.report.sections import SECTIONS
+from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.storage import atomic_write, write_json
 
-__all__ = ["write_page"]
+__all__ = ["write_figures", "write_page"]
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
     """Write the page, and every figure as PNG and PDF in FOLDER/figures of its run.
 
-    Numbers that stand in no other file of the run (accuracy at coverage, the examples' ids) go to
+    Numbers that stand in no other JSON file of the run (reliability bins, accuracy at coverage, the examples) go to
     FOLDER/figures/report.json. Parts that a run does not have are said to be missing.
 
     Args:
-        folders: run directories, side by side on the page.
+        folders: run directories, or folders of scans; side by side on the page.
         out: the page.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: no runs, the same one twice, or a folder that is no evaluated run.
+        UserError: no runs, the same one twice, or a folder that is neither an evaluated run nor a scan.
     """
     if not folders:
         raise UserError("report: expected at least one run directory, found none")
@@ -46,14 +46,14 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     numbers: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
     sections = []
     for section in SECTIONS:
+        concerned = [run for run in runs if run.metrics or not section.evaluation]
         blocks = []
-        for run in runs:
+        for run in concerned:
             block = section.make(run)
             numbers[run.name] |= block.numbers
-            blocks.append(
-                {"run": run.name, "images": _images(run, block), "sheets": block.sheets, "notes": block.notes}
-            )
-        sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
+            blocks.append({"run": run.name, "block": block, "images": _images(run, block)})
+        if blocks:
+            sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
     for run in runs:
         write_json(run.folder / "figures" / "report.json", numbers[run.name])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -61,12 +61,21 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     text = environment.from_string(source).render(
         title=", ".join(run.name for run in runs),
         runs=[{"name": run.name, "line": _about(run)} for run in runs],
+        together=side_by_side(runs),
         sections=sections,
         made=time.strftime("%Y-%m-%d"),
         version=_version(),
     )
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
     return out
+
+
+def write_figures(folder: Path) -> list[Path]:
+    """Draw the figures of a run's evaluation into FOLDER/figures without a page; returns the PNG paths."""
+    run = read_run(folder, folder.name)
+    blocks = [section.make(run) for section in SECTIONS if section.evaluation]
+    drawn = [figure for block in blocks for figure in block.figures]
+    return [figures.save(figure, folder / "figures", name)[0] for name, _, figure in drawn]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -91,6 +100,11 @@ def _images(run: RunData, block: Block) -> list[dict[str, str]]:
 
 def _about(run: RunData) -> str:
     """What was fitted to what, in a line."""
+    if run.scan is not None and not run.metrics:
+        subject = run.scan["subject"]
+        base = Path(str(subject["base"])).name
+        count = len(subject["adapters"])
+        return f"{Path(subject['task']).name} between {count} adapters of {base}; nothing was trained"
     config, task = run.config, run.metrics["task"]
     curve, lora = config.get("curve", {}), config.get("lora", {})
     base = Path(str(config["model"]["name"])).name

@@ -1,66 +1,75 @@
-"""Plots of a scan. Every function draws a data frame on an axis and returns the axis; `figure_of` makes a figure of it.
+"""Plots of a scan. Every function draws a data frame on an axis and returns the axis.
 
 The frames are those of `landscape`, `diversity`, `planes`, `slopes` and `sharpness`. On an axis of yours your own style
-stays. pyplot is never touched.
+stays; `figures.figure_of` makes a figure in the package's style. pyplot is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from loracurve.report.figures import GREY, drawing, legend_above, styles
+from loracurve.report.figures import GREY, styles
 
 __all__ = [
     "PATH_LABELS",
     "diversity_map",
     "divergence_against_distance",
-    "figure_of",
+    "hessian",
     "information",
     "paths",
     "plane",
     "sharpness",
     "slopes",
+    "speed",
 ]
 
 
 # The names of `paths.PATHS` as readers see them.
 PATH_LABELS = {
-    "straight": "straight in (A, B)",
-    "delta_w": "straight in ΔW",
+    "straight": "straight (A, B)",
+    "delta_w": "straight ΔW",
+    "procrustes": "Procrustes",
+    "balanced+procrustes": "both alignments",
     "norm_matched": "norm-matched",
 }
 
 
-def figure_of(
-    draw: Callable[..., Axes], *data: Any, size: tuple[float, float] = (6.0, 3.9), legend: bool = True, **options: Any
-) -> Figure:
-    """A figure in the package's style with one axis that `draw(*data, ax, **options)` fills, the legend above it."""
-    with drawing():
-        figure = Figure(figsize=size, layout="constrained")
-        axes = draw(*data, figure.subplots(), **options)
-        if legend and axes.get_legend_handles_labels()[1]:
-            legend_above(figure, axes)
-    return figure
-
-
-def paths(frame: pd.DataFrame, ax: Axes, split: str = "test", anchors: Sequence[float] = ()) -> Axes:
-    """NLL along every path of `Scan.frame` on one split; anchors are dotted lines."""
+def paths(
+    frame: pd.DataFrame,
+    ax: Axes,
+    split: str = "test",
+    anchors: Sequence[float] = (),
+    measure: Literal["nll", "acc"] = "nll",
+) -> Axes:
+    """NLL or accuracy along every path of `Scan.frame` on one split; dotted vertical lines are anchors."""
     for position in anchors:
         ax.axvline(position, color=GREY, linewidth=1, linestyle=":")
-    part = frame[frame["split"] == split]
-    for (name, line), style in zip(part.groupby("path", sort=False), styles(), strict=False):
-        style.pop("marker")
-        width = 2.6 if name == "curve" else 1.6
-        ax.plot(line["t"], line["nll"], label=PATH_LABELS.get(str(name), str(name)), linewidth=width, **style)
-    ax.set(xlabel="position on the path t (fraction)", ylabel=f"{split} NLL (nats)", xlim=(-0.02, 1.02))
-    ax.set_title("Loss along the paths")
+    _lines(frame[frame["split"] == split], measure, ax)
+    ax.set(ylabel=f"{split} NLL (nats)" if measure == "nll" else f"{split} accuracy (fraction)")
     return ax
+
+
+def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """||d Delta W / dt|| along every path of `speed_frame`."""
+    _lines(frame, "speed", ax)
+    ax.set(ylabel="‖dΔW/dt‖", title="Speed along the paths")
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def _lines(frame: pd.DataFrame, column: str, ax: Axes) -> None:
+    for (name, line), style in zip(frame.groupby("path", sort=False), styles(), strict=False):
+        line = line.sort_values("t")
+        marker = style.pop("marker") if len(line) <= 25 else ""
+        width = 2.6 if name == "curve" else 1.6
+        label = PATH_LABELS.get(str(name), str(name))
+        ax.plot(line["t"], line[column], label=label, linewidth=width, **{**style, "marker": marker})
+    ax.set(xlabel="position on the path t (fraction)", xlim=(-0.02, 1.02))
 
 
 def diversity_map(frame: pd.DataFrame, ax: Axes, split: str = "test") -> Axes:
@@ -71,7 +80,9 @@ def diversity_map(frame: pd.DataFrame, ax: Axes, split: str = "test") -> Axes:
     values = np.zeros((len(t), len(t)))
     for a, b, jsd in zip(part["t_i"], part["t_j"], part["jsd"], strict=True):
         values[place[a], place[b]] = values[place[b], place[a]] = jsd
-    image = ax.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap="cividis", interpolation="nearest")
+    # The outer cells reach beyond 0 and 1, so that every point lies in the middle of its cell.
+    low, high = t[0] - (t[1] - t[0]) / 2, t[-1] + (t[-1] - t[-2]) / 2
+    image = ax.imshow(values, origin="lower", extent=(low, high, low, high), cmap="cividis", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="mean JSD (nats)", shrink=0.85)
     ax.set(xlabel="t of one point", ylabel="t of the other", title=f"Divergence between points ({split})")
     ax.grid(False)
@@ -160,4 +171,11 @@ def sharpness(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(frame["t"], frame["increase"], label="increase under noise", **style)
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set(xlabel="position on the path t (fraction)", ylabel="rise of NLL (nats)", title="Sharpness")
+    return ax
+
+
+def hessian(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Largest eigenvalue of the Hessian along the path, of `sharpness_along` with iterations."""
+    ax.plot(frame["t"], frame["hessian"], label="largest Hessian eigenvalue", **next(styles()))
+    ax.set(xlabel="position on the path t (fraction)", ylabel="eigenvalue (nats)", title="Curvature in LoRA space")
     return ax

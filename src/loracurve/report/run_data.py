@@ -1,4 +1,4 @@
-"""What a report is made from: the files of one run directory."""
+"""What a report is made from: the files of one run directory, or of the scan of adapters without a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from loracurve.tasks import as_text, open_dataset
 
 __all__ = ["RunData", "read_run", "texts_of"]
 
+_TABLES = ("paths", "speeds", "diversity")
+
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """One run: its files as they are, None for what is not there."""
+    """One run: its files as they are, None or empty for what is not there."""
 
     name: str
     """short and unique on the page"""
     folder: Path
     metrics: dict[str, Any]
+    """empty for a scan of adapters, which were not evaluated"""
     config: dict[str, Any]
     environment: dict[str, Any]
     predictions: pd.DataFrame | None
@@ -39,34 +42,44 @@ class RunData:
 
 
 def read_run(folder: Path, name: str) -> RunData:
-    """Read a run directory that has been evaluated; raises UserError where metrics.json is missing or damaged."""
-    if not (folder / "metrics.json").is_file():
-        raise UserError(f"{folder}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
-    metrics = read_json(folder / "metrics.json")
-    for key in ("methods", "task"):
+    """Read a run directory that has been evaluated, or the folder of a scan.
+
+    Raises:
+        UserError: neither, or a file that is damaged.
+    """
+    evaluated = (folder / "metrics.json").is_file()
+    scan = folder / "scan" if evaluated else folder
+    if not evaluated and not (scan / "scan.json").is_file():
+        raise UserError(
+            f"{folder}: expected an evaluated run or the folder of a scan, found no metrics.json; "
+            "make one with loracurve fit"
+        )
+    metrics = read_json(folder / "metrics.json") if evaluated else {}
+    for key in ("methods", "task") if evaluated else ():
         if key not in metrics:
             raise UserError(f"{folder}/metrics.json: expected the entry {key!r} of a fitted run, found none")
-    scan = folder / "scan"
     found = read_json(scan / "scan.json") if (scan / "scan.json").is_file() else None
-    tables = {}
-    if found is not None:
-        tables = {n: _table(scan / f"{n}.parquet") for n in ("paths", "diversity") if (scan / f"{n}.parquet").is_file()}
+    tables = {n: _table(scan / f"{n}.parquet") for n in _TABLES if (scan / f"{n}.parquet").is_file()}
     predictions = folder / "predictions.parquet"
     environment = folder / "environment.json"
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}/config.yaml: cannot be read ({' '.join(str(error).split())[:160]})") from error
     return RunData(
         name,
         folder,
         metrics,
-        config,
+        _config(folder / "config.yaml") if evaluated else {},
         read_json(environment) if environment.is_file() else {},
-        _table(predictions) if predictions.is_file() else None,
+        _table(predictions) if evaluated and predictions.is_file() else None,
         found,
-        tables,
+        tables if found is not None else {},
     )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
+    return found
 
 
 def _table(path: Path) -> pd.DataFrame:

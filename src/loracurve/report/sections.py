@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 import yaml
 
-from loracurve.metrics import risk_coverage_curve
-from loracurve.report import figures
+from loracurve.report import figures, frames, prediction_plots
 from loracurve.report.blocks import Block, Section, Sheet, interval, number
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
 from loracurve.report.run_data import RunData, texts_of
+from loracurve.storage import records
 
-__all__ = ["SECTIONS"]
+__all__ = ["SECTIONS", "side_by_side"]
 
 COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 _NO_PREDICTIONS = "No predictions were kept (language modelling)."
 
 
+_SUMMARY = {"acc": 3, "nll": 4, "brier": 4, "ece": 3, "mutual_information": 4, "pairwise_jsd": 4, "aurc_entropy": 4}
+_HEADS = ["passes", "ACC", "NLL", "Brier", "ECE", "MI", "pair JSD", "AURC"]
+
+
+def _method_row(method: Mapping[str, Any]) -> list[str]:
+    test = method["sets"]["test"]
+    # One point has no information between points; zeros would read as findings.
+    hidden = ("mutual_information", "pairwise_jsd") if method["passes"] == 1 else ()
+    return [str(method["passes"]), *(number(None if k in hidden else test.get(k), d) for k, d in _SUMMARY.items())]
+
+
+def side_by_side(runs: Sequence[RunData]) -> Sheet | None:
+    """Ensemble and curve of every evaluated run in one table; None for a single run."""
+    rows = [
+        [f"{run.name}: {name}", *_method_row(run.metrics["methods"][name])]
+        for run in runs
+        for name in ("ensemble", "curve")
+        if name in run.metrics.get("methods", {})
+    ]
+    if len(runs) < 2 or not rows:
+        return None
+    return Sheet("Test split of each run", ["run: method", *_HEADS], rows)
+
+
 def summary(run: RunData) -> Block:
     """Every method on the test split, and the curve's paired differences."""
-    keys = {"acc": 3, "nll": 4, "brier": 4, "ece": 3, "mutual_information": 4, "pairwise_jsd": 4, "aurc_entropy": 4}
-    rows = []
-    for name, method in run.metrics["methods"].items():
-        test = method["sets"]["test"]
-        alone = method["passes"] == 1  # one point has no information between points; zeros would read as findings
-        values = [
-            number(None if alone and k in ("mutual_information", "pairwise_jsd") else test.get(k), d)
-            for k, d in keys.items()
-        ]
-        rows.append([name, str(method["passes"]), *values])
-    examples = next(iter(run.metrics["methods"].values()))["sets"]["test"]["examples"]
-    heads = ["method", "passes", "ACC", "NLL", "Brier", "ECE", "MI", "pair JSD", "AURC"]
-    block = Block(sheets=[Sheet(f"Test split, {examples:,} examples", heads, rows)])
+    methods = run.metrics["methods"]
+    rows = [[name, *_method_row(method)] for name, method in methods.items()]
+    examples = next(iter(methods.values()))["sets"]["test"]["examples"]
+    block = Block(sheets=[Sheet(f"Test split, {examples:,} examples", ["method", *_HEADS], rows)])
+    comparisons = run.metrics.get("comparisons", [])
+    block.findings = [_verdict(c, methods) for c in comparisons if c["second"] == "ensemble"]
     compared = [
-        [c["second"], *(interval(c[k]) if k in c else "–" for k in ("nll", "acc", "brier"))]
-        for c in run.metrics.get("comparisons", [])
+        [c["second"], *(interval(c[k]) if k in c else "–" for k in ("nll", "acc", "brier"))] for c in comparisons
     ]
     if compared:
         caption = "Curve minus other on the same examples, 95 % bootstrap interval; * excludes 0"
@@ -50,25 +65,42 @@ def summary(run: RunData) -> Block:
     return block
 
 
+def _verdict(comparison: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
+    """What the paired difference of NLL says, in a sentence."""
+    found = comparison["nll"]
+    words = "not distinguishable from"
+    if found["distinguishable"]:
+        words = "better than" if found["estimate"] < 0 else "worse than"
+    passes = [methods[comparison[k]]["passes"] for k in ("first", "second")]
+    return f"The curve ({passes[0]} passes) has a test NLL {words} the ensemble's of its anchors ({passes[1]} passes)."
+
+
 def reliability(run: RunData) -> Block:
     """Reliability diagram of single adapter, ensemble and curve."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
-    table = run.predictions[run.predictions["set"] == "test"]
-    found = {n: _confidence(table[table["method"] == n]) for n in _compared(run)}
-    return Block([("reliability", "Accuracy against confidence", figures.reliability(found))])
+    frame = frames.reliability_frame(run.predictions)
+    drawn = figures.panels(
+        [partial(prediction_plots.reliability, frame), partial(prediction_plots.confidences, frame)],
+        (5.2, 4.8),
+        sharex=True,
+        height_ratios=(3, 1),
+    )
+    block = Block(figures=[("reliability", "Accuracy against confidence", drawn)])
+    block.numbers["reliability"] = records(frame)
+    return block
 
 
 def uncertainty(run: RunData) -> Block:
     """Distributions of the uncertainties by set, and how well they tell sets apart."""
     block = Block()
-    measures = {"entropy": "entropy", "expected_entropy": "expected", "mutual_information": "MI"}
     if run.predictions is not None:
-        curve = run.predictions[run.predictions["method"] == "curve"]
-        sets = {str(n): {k: part[k].to_numpy() for k in measures} for n, part in curve.groupby("set", sort=False)}
-        block.figures.append(
-            ("uncertainty", "Uncertainty of the curve by set", figures.uncertainty_by_set(_named(run, sets)))
-        )
+        frame = frames.uncertainty_frame(run.predictions)
+        draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in frames.MEASURES]
+        drawn = figures.panels(draws, (5.2, 6.6))
+        block.figures.append(("uncertainty", "Uncertainty of the curve by set", drawn))
+        block.numbers["items"] = frame.groupby("set", sort=False)["items"].first().to_dict()
+    measures = {"entropy": "entropy", "expected_entropy": "expected", "mutual_information": "MI"}
     sets_of_curve = run.metrics["methods"]["curve"]["sets"]
     rows = [[n, *(number(v[k]) for k in measures), number(v.get("disagreement"), 3)] for n, v in sets_of_curve.items()]
     block.sheets.append(Sheet("Means of the curve by set, nats", ["set", *measures.values(), "disagreement"], rows))
@@ -91,24 +123,20 @@ def selective(run: RunData) -> Block:
     """Accuracy against coverage when the most uncertain examples are left out."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
-    test = run.predictions[run.predictions["set"] == "test"]
-    lines, rows, kept = {}, [], {}
-    for method, measure in [(m, "entropy") for m in _compared(run)] + [("curve", "mutual_information")]:
-        part = test[test["method"] == method]
-        wrong = ~torch.tensor(_confidence(part)[1])
-        coverage, risk = risk_coverage_curve(torch.tensor(part[measure].to_numpy()), wrong)
-        name = f"{method}, {'MI' if measure == 'mutual_information' else measure}"
-        lines[name] = (coverage.numpy(), 1 - risk.numpy())
-        at = [float(1 - risk[max(math.ceil(c * len(risk)) - 1, 0)]) for c in COVERAGES]
+    frame = frames.selective_frame(run.predictions)
+    rows, kept = [], {}
+    for (method, measure), part in frame.groupby(["method", "measure"], sort=False):
+        accuracy = part["accuracy"].to_numpy()
+        at = [float(accuracy[max(math.ceil(c * len(accuracy)) - 1, 0)]) for c in COVERAGES]
+        name = f"{method}, {prediction_plots.MEASURE_LABELS[measure]}"
         kept[name] = dict(zip(map(str, COVERAGES), at, strict=True))
         rows.append([name, *(number(a, 3) for a in at)])
     heads = ["ranked by", *(f"{c:.0%}" for c in COVERAGES)]
-    drawn = figures.selective_prediction(lines)
-    return Block(
-        [("selective_prediction", "Accuracy among the examples answered", drawn)],
-        [Sheet("Accuracy at coverage", heads, rows)],
-        numbers={"selective_accuracy": kept},
-    )
+    drawn = figures.figure_of(prediction_plots.selective_prediction, frame)
+    block = Block(figures=[("selective_prediction", "Accuracy among the examples answered", drawn)])
+    block.sheets.append(Sheet("Accuracy at coverage", heads, rows))
+    block.numbers["selective_accuracy"] = kept
+    return block
 
 
 def examples(run: RunData, count: int = 6) -> Block:
@@ -119,30 +147,27 @@ def examples(run: RunData, count: int = 6) -> Block:
     texts = texts_of(run)
     # The data's ambiguity, not the total: MI is part of the total and would hide in it.
     gap = table["mutual_information"].rank(pct=True) - table["expected_entropy"].rank(pct=True)
-    sheets, kept = [], {}
+    block = Block(notes=[] if texts else ["The data set cannot be opened here, so ids stand for texts."])
+    kept = block.numbers["examples"] = {}
     for caption, order in (
         ("The points disagree more than the text is ambiguous (high MI, low expected entropy)", gap.nlargest(count)),
         ("The text is ambiguous and the points agree on it (low MI, high expected entropy)", gap.nsmallest(count)),
     ):
-        rows = []
+        rows, kept[caption] = [], []
         for i in order.index:
             row = table.loc[i]
             text = texts.get((row["set"], row["id"]), f"id {row['id']}")
             best = int(np.argmax(row["probs"]))
             named = run.classes[best] if best < len(run.classes) else str(best)
-            rows.append(
-                [
-                    text if len(text) <= 160 else text[:157] + "...",
-                    str(row["set"]),
-                    f"{named} {row['probs'][best]:.2f}",
-                    *(number(row[k], 3) for k in ("entropy", "expected_entropy", "mutual_information")),
-                ]
-            )
+            measures = {k: float(row[k]) for k in frames.MEASURES}
+            found = {"id": str(row["id"]), "set": str(row["set"]), "prediction": named}
+            kept[caption].append(found | {"probability": float(row["probs"][best])} | measures)
+            shown = text if len(text) <= 160 else text[:157] + "..."
+            predicted = f"{named} {row['probs'][best]:.2f}"
+            rows.append([shown, str(row["set"]), predicted, *(number(v, 3) for v in measures.values())])
         heads = ["text", "set", "prediction", "entropy", "expected", "MI"]
-        sheets.append(Sheet(caption, heads, rows, texts=2))
-        kept[caption] = [table.loc[i, "id"] for i in order.index]
-    notes = [] if texts else ["The data set cannot be opened here, so ids stand for texts."]
-    return Block(sheets=sheets, notes=notes, numbers={"examples": kept})
+        block.sheets.append(Sheet(caption, heads, rows, texts=2))
+    return block
 
 
 def settings(run: RunData) -> Block:
@@ -150,11 +175,14 @@ def settings(run: RunData) -> Block:
     environment = {k: v for k, v in run.environment.items() if k != "packages"}
     rows = [[k, str(v)] for k, v in {**environment, **run.environment.get("packages", {})}.items()]
     rows += [[f"seconds, {k}", f"{v:.0f}"] for k, v in run.metrics.get("seconds", {}).items()]
-    if run.scan is not None:
-        rows.append(["seconds, scan", f"{run.scan['seconds']:.0f}"])
-    task = run.metrics["task"]
+    task = run.metrics.get("task", {"sizes": {}})
     rows += [[f"rows, {k}", f"{v:,}"] for k, v in task["sizes"].items()]
     configured = [[k, v] for k, v in _flat(run.config)]
+    if run.scan is not None:
+        rows.append(["seconds, scan", f"{run.scan['seconds']:.0f}"])
+        rows += [[f"rows, scan of {k}", f"{v:,}"] for k, v in run.scan["rows"].items()]
+        if not run.metrics:
+            configured += [[k, v] for k, v in _flat(run.scan["subject"])]
     if run.scan is not None:
         configured += [[f"scan.{k}", str(v)] for k, v in run.scan["settings"].items()]
     notes = [str(task[k]) for k in ("notes", "source") if task.get(k)]
@@ -172,42 +200,30 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield f"{prefix}{key}", yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
-def _compared(run: RunData) -> list[str]:
-    return [n for n in ("adapter 0", "ensemble", "curve") if n in run.metrics["methods"]]
-
-
-def _named(run: RunData, sets: dict[str, Any]) -> dict[str, Any]:
-    """In distribution first."""
-    return {**({"test": sets["test"]} if "test" in sets else {}), **sets}
-
-
-def _confidence(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the predicted class of each row, and whether it is the label."""
-    probs = [np.asarray(p) for p in rows["probs"]]
-    right = [int(p.argmax()) == y for p, y in zip(probs, rows["label"], strict=True)]
-    return np.array([p.max() for p in probs]), np.array(right)
-
-
 SECTIONS = (
     Section(
         "Summary",
         "A 10-point curve costs 10 forward passes and must be compared at equal passes. MI counts only where NLL and "
         "ACC are not worse. Small test sets leave a point of accuracy as noise: look at the intervals.",
         summary,
+        evaluation=True,
     ),
     Section(
         "Loss along the paths",
-        "Dotted lines are anchors. A barrier on the straight line in (A, B) that the aligned lines and the line in "
-        "ΔW do not have is a matter of gauge, not of the loss.",
+        "A barrier on the straight line in (A, B) that the line in ΔW and the aligned lines (balanced, Procrustes, "
+        "both alignments) do not have is a matter of gauge, not of the loss.",
         loss_paths,
     ),
-    Section("Reliability", "On the diagonal, confidence is right on average.", reliability),
+    Section("Reliability", "On the diagonal, confidence is right on average.", reliability, evaluation=True),
     Section(
         "Uncertainty by set",
         "Total uncertainty is what the data leave open (expected entropy) plus what the points disagree on (MI).",
         uncertainty,
+        evaluation=True,
     ),
-    Section("Selective prediction", "The most uncertain examples are left to someone else.", selective),
+    Section(
+        "Selective prediction", "The most uncertain examples are left to someone else.", selective, evaluation=True
+    ),
     Section(
         "Diversity along the curve",
         "Different predictions at low loss are what a curve is for. Diversity on train rows that is not there on test "
@@ -215,6 +231,8 @@ SECTIONS = (
         diversity,
     ),
     Section("Around the curve", "Train loss over a plane, slopes and their bound, sharpness.", landscape),
-    Section("Examples", "Where the two kinds of uncertainty rank an example most differently.", examples),
+    Section(
+        "Examples", "Where the two kinds of uncertainty rank an example most differently.", examples, evaluation=True
+    ),
     Section("Settings and environment", "", settings),
 )

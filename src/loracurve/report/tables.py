@@ -89,21 +89,22 @@ def print_barriers(scan: Mapping[str, Any]) -> None:
     """Print the barrier of every path between neighbouring anchors, from what `scanning.scan_to_folder` returns."""
     chosen = scan["settings"]["choose"]
     table = _table(
-        f"barriers: test NLL above the line between two anchors, at the t* of most {chosen} NLL, 95 % interval",
-        ["path", "", "t*", "excess", "", "above ends"],
+        f"barriers: test NLL above the line between two anchors, at the t* of most\n{chosen} NLL, 95 % interval; "
+        "* excludes 0",
+        ["path", "", "t*", "excess", "above ends"],
     )
     for b in scan["barriers"]:
-        verdict = ("barrier" if b["excess"] > 0 else "below") if b["distinguishable"] else "none"
         table.add_row(
             b["path"],
             f"{b['segment']}-{b['segment'] + 1}",
             f"{b['t_star']:.2f}",
-            f"{b['excess']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]",
-            verdict,
+            f"{b['excess']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]{' *' if b['distinguishable'] else '  '}",
             f"{b['above_ends']:+.4f}",
         )
     console = Console()
     console.print(table)
+    for row in scan["gauge"]:
+        console.print(row["sentence"])
     cost = scan["cost"]
     console.print(f"{cost['evaluations']} merged evaluations, {cost['seconds_per_evaluation']:.2f} s each")
 

@@ -1,0 +1,79 @@
+"""Deep ensembles of adapters (Lakshminarayanan et al. 2017), equally weighted, trained longer, or best mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loracurve.baselines.base import Fitted, Setting, fine_tune, from_adapters
+from loracurve.errors import UserError
+from loracurve.evaluation import labels_of, point_nll
+from loracurve.objective import mixture_log_probs
+
+__all__ = ["ConvexMix", "Ensemble", "LongerEnsemble", "mixture_weights"]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The average of the first anchors' probabilities."""
+
+    members: int = 3
+    """Number of anchors."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        return from_adapters(setting, setting.first(self.members), float(self.members))
+
+
+@dataclass(frozen=True)
+class LongerEnsemble:
+    """An ensemble whose members share a larger budget: the control for a curve's extra steps."""
+
+    members: int = 3
+    """Number of adapters."""
+    units: float = 5.0
+    """Training of all members together, in units of one fine-tune."""
+
+    def __post_init__(self) -> None:
+        if self.units < self.members:
+            raise UserError(f"units: expected at least one for each of {self.members} members, found {self.units}")
+
+    def fit(self, setting: Setting) -> Fitted:
+        steps = round(setting.training.steps * self.units / self.members)
+        return fine_tune(setting, replace(setting.training, steps=steps), self.members)
+
+
+@dataclass(frozen=True)
+class ConvexMix:
+    """The convex mix of the anchors' probabilities of the lowest validation NLL."""
+
+    members: int = 3
+    """Number of anchors."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        anchors = setting.first(self.members)
+        validation = setting.task.encode("validation")
+        predictive = from_adapters(setting, anchors, 0.0).predict(validation)
+        weights = mixture_weights(-point_nll(predictive, labels_of(validation)))
+        return from_adapters(setting, anchors, float(self.members), weights, {"weights": weights.tolist()})
+
+
+def mixture_weights(label_log_probs: Tensor, iterations: int = 2000) -> Tensor:
+    """Weights ``[M]`` of a mixture of fixed components that maximise its likelihood, by expectation-maximisation.
+
+    The problem is concave; every step raises the likelihood (Dempster et al. 1977).
+
+    Args:
+        label_log_probs: ``[M, E]``, log-probability of each example's label under each component.
+        iterations: at most; less where the weights move by less than 1e-10.
+    """
+    log_probs = label_log_probs.double()
+    weights = torch.full((len(log_probs),), 1 / len(log_probs), dtype=torch.float64)
+    for _ in range(iterations):
+        shares = (weights.log()[:, None] + log_probs - mixture_log_probs(log_probs, weights)).exp()
+        change = (shares.mean(1) - weights).abs().max()
+        weights = shares.mean(1) / shares.mean(1).sum()
+        if change < 1e-10:
+            break
+    return weights

@@ -1,0 +1,164 @@
+"""Training one adapter by a method's own optimiser or parametrisation: the loop that SWAG, IVON and BLoB share.
+
+Batches, schedule and validation are those of `loracurve.loop`: batches are a function of (seed, step), the state of the
+best validation NLL remains, and training ends after `patience` validations without improvement.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from loracurve.baselines.base import Setting
+from loracurve.batching import Batch, collate
+from loracurve.errors import UserError
+from loracurve.evaluation import labels_of, point_nll, predict_split
+from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor
+from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
+from loracurve.model import CurveModel
+from loracurve.objective import negative_log_likelihood
+from loracurve.randomness import stream_seed
+from loracurve.spec import CurveSpec
+from loracurve.training import slot_seeds, slot_times
+
+__all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
+
+NllAt = Callable[[Sequence[Tensor]], tuple[float, list[Tensor]]]
+"""mean NLL of a step's batch in nats and its gradients, at an adapter"""
+
+
+class OneAdapter:
+    """A model that holds one adapter, seen as a list of tensors: its factors [1, ...] in `CurveModel.factors`' order.
+
+    Args:
+        model: its curve is replaced.
+        start: the adapter [1, ...] by PEFT name.
+    """
+
+    def __init__(self, model: CurveModel, start: ControlPoints) -> None:
+        model.set_curve(CurveSpec.slots(1), start)
+        self.model = model
+        self.names = [f"{PREFIX}{name}.{suffix}" for name, layer in model.layers.items() for suffix in layer.factors()]
+
+    def values(self) -> list[Tensor]:
+        """Copies of the factors."""
+        return [p.detach().clone() for p in self.model.factors]
+
+    @torch.no_grad()
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Write an adapter into the model."""
+        for p, value in zip(self.model.factors, values, strict=True):
+            p.copy_(value)
+
+    def nll_at(self, values: Sequence[Tensor], batches: Sequence[Batch]) -> tuple[float, list[Tensor]]:
+        """Mean NLL in nats over the examples of micro-batches, and its gradients, at an adapter."""
+        self.put(values)
+        for p in self.model.factors:
+            p.grad = None
+        total, examples = 0.0, sum(len(b.labels) for b in batches)
+        here = self.model.coefficients(slot_times(1))
+        for batch in batches:
+            batch = batch.to(self.model.device)
+            log_probs = self.model.scores(batch, here).log_softmax(-1)
+            loss = negative_log_likelihood(log_probs, batch.labels).sum() / examples
+            loss.backward()
+            total += float(loss.detach())
+        return total, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.factors]
+
+    def stack(self, adapters: Sequence[Sequence[Tensor]]) -> ControlPoints:
+        """S adapters as control points [S, ...] by PEFT name."""
+        joined = [torch.cat(parts).detach() for parts in zip(*adapters, strict=True)]
+        return {
+            name: (value.mT if name.endswith("lora_B.weight") else value).contiguous()
+            for name, value in zip(self.names, joined, strict=True)
+        }
+
+
+class Learner(Protocol):
+    """What is trained."""
+
+    def step(self, nll_at: NllAt, step: int, factor: float) -> float:
+        """Take step number `step` at `factor` times the peak learning rate; returns the batch's NLL."""
+
+    def adapter(self) -> Sequence[Tensor]:
+        """The adapter that is validated."""
+
+    def state(self) -> Sequence[Tensor]:
+        """All that was learnt, to be copied and, for the best state, written back in place."""
+
+
+class AdamW:
+    """AdamW with the clipping and the moments of a fine-tune, on parameters of a method's own."""
+
+    def __init__(self, parameters: Sequence[Tensor], config: LoopConfig, weight_decay: float) -> None:
+        self.parameters, self.config = list(parameters), config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=weight_decay
+        )
+
+    def step(self, factor: float) -> None:
+        """Step along the gradients in place at `factor` times the peak learning rate, and drop them."""
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def fresh_adapter(setting: Setting) -> ControlPoints:
+    """The draw [1, ...] that anchor 0 of this seed starts from."""
+    model = setting.model
+    return initial_control_points(model.layers, slot_seeds(setting.training.seed, 1), model.config.init_lora_weights)
+
+
+def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> FitResult:
+    """Train, and leave `learner` at its best state (or the last, by `config.keep`).
+
+    Returns:
+        Number of steps taken and of the best one, its validation NLL in nats. The batches are those of anchor 0.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    model, train_rows, validation = one.model, setting.task.encode("train"), setting.task.encode("validation")
+    labels, seed = labels_of(validation), slot_seeds(config.seed, 1)[0]
+    every = config.evaluate_every or max(config.steps // 10, 1)
+    best, best_nll, best_step, stale, done = [v.detach().clone() for v in learner.state()], math.inf, 0, 0, 0
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    started = time.perf_counter()
+    model.train()
+    for step in track(range(config.steps), label, transient=True, disable=not setting.progress):
+        # Dropout is drawn from the global generator.
+        torch.manual_seed(stream_seed(seed, "forward", step))
+        numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
+        batches = [
+            collate(train_rows, part.tolist(), config.row_tokens, model.supports_trees)
+            for part in numbers.chunk(config.accumulation)
+        ]
+        nll = learner.step(lambda values, b=batches: one.nll_at(values, b), step, learning_rate_factor(config, step))  # type: ignore[misc]
+        if not math.isfinite(nll):
+            raise UserError(f"{label}: the loss is not finite at step {step + 1}; lower the learning rate")
+        done = step + 1
+        if done % every and done < config.steps:
+            continue
+        one.put(learner.adapter())
+        validated = float(point_nll(predict_split(model, validation, slot_times(1)), labels).mean())
+        stale = 0 if validated < best_nll else stale + 1
+        if validated < best_nll:
+            best, best_nll, best_step = [v.detach().clone() for v in learner.state()], validated, done
+        if config.patience and stale >= config.patience:
+            break
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_disable()  # type: ignore[operator]
+    if config.keep == "best" and math.isfinite(best_nll):
+        with torch.no_grad():
+            for value, kept in zip(learner.state(), best, strict=True):
+                value.copy_(kept)
+    return FitResult(done, time.perf_counter() - started, [best_step], [best_nll])

@@ -1,0 +1,32 @@
+"""Temperature scaling of any method's average (Guo et al. 2017), T from the validation rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loracurve.baselines.base import Fitted, Method, Setting
+from loracurve.calibration import apply_temperature, fit_temperature
+from loracurve.evaluation import labels_of
+from loracurve.predictive import Predictive
+from loracurve.tasks import Encoded
+
+__all__ = ["TemperatureScaled"]
+
+
+@dataclass(frozen=True)
+class TemperatureScaled:
+    """Another method, its averaged prediction tempered: one distribution, so that it has no mutual information."""
+
+    of: Method
+    """The method, with its options."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        fitted = self.of.fit(setting)
+        validation = setting.task.encode("validation")
+        temperature = fit_temperature(fitted.predict(validation).log_probs, labels_of(validation))
+
+        def predict(encoded: Encoded) -> Predictive:
+            tempered = apply_temperature(fitted.predict(encoded).log_probs, temperature)
+            return Predictive.from_log_probs(tempered[None])
+
+        return Fitted(predict, fitted.passes, fitted.cost, fitted.notes | {"temperature": temperature})

@@ -1,0 +1,43 @@
+"""The command `bench`, which `cli.py` offers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loracurve.bench.suite import SuiteConfig
+
+__all__ = ["bench"]
+
+
+def bench(
+    suite: SuiteConfig,
+    out: str = "runs/bench",
+    jobs: int = 0,
+    seconds: float | None = None,
+    retry: bool = False,
+    tables_only: bool = False,
+) -> None:
+    """Compare methods on tasks and seeds: SUITE.yaml, or smoke, small or paper; the same command resumes.
+
+    Args:
+        suite: all options of a suite, from a YAML file and the command line.
+        out: folder for the results, new or begun by the same suite.
+        jobs: processes that run cells side by side. Default: one for each GPU, one on the CPU.
+        seconds: start no further cell after this time.
+        retry: run cells again that failed.
+        tables_only: make the tables from what is in the folder, without running anything.
+    """
+    from loracurve.bench.reporting import write_tables
+    from loracurve.bench.runner import run_suite
+    from loracurve.bench.suite import cells_of
+
+    folder = Path(out)
+    try:
+        if not tables_only:
+            run_suite(suite, folder, jobs, seconds, retry, progress=True)
+    finally:
+        if (folder / "suite.yaml").is_file():
+            tables = write_tables(suite, folder)
+            missing = sum(len(t.rows) for t in tables if t.name == "left_out")
+            total = len(cells_of(suite))
+            print(f"{total - missing} of {total} cells have results; tables: {folder / 'tables.md'}")

@@ -1,0 +1,35 @@
+"""Peak memory of a piece of work: of the GPU where there is one, else of the process (Linux)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+__all__ = ["PeakMemory"]
+
+
+class PeakMemory:
+    """``with PeakMemory() as peak: ...``, then `peak.bytes`; None where the system does not tell."""
+
+    bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+                self._resettable = True
+            except OSError:
+                self._resettable = False
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated()
+        elif self._resettable:
+            found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+            self.bytes = int(found[1]) * 1024 if found else None

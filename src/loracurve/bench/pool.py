@@ -1,0 +1,87 @@
+"""Several processes, one cell each: every process has its own GPU, or its share of the CPU's threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+from loracurve.bench.suite import Cell, SuiteConfig
+
+__all__ = ["run_in_pool"]
+
+Result = tuple[bool, list[str]]
+
+
+def run_in_pool(
+    suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Callable[[str], None]
+) -> list[Cell]:
+    """Run cells in `jobs` processes; the first cell of each task and seed trains its anchors, the others follow it.
+
+    Returns the cells that broke.
+    """
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    gpus, places = torch.cuda.device_count(), context.SimpleQueue()
+    for job in range(jobs):
+        places.put(str(job % gpus) if gpus else "")
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.seed), []).append(cell)
+    ready = [group.pop(0) for group in groups.values()]  # the rest waits for the group's anchors
+    running: dict[Future[Result], Cell] = {}
+    broken: list[Cell] = []
+    with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
+        while ready or running:
+            if end is not None and time.perf_counter() > end and ready:
+                say(f"{len(ready) + sum(map(len, groups.values()))} cells left for later, the time is up")
+                ready, groups = [], {}
+            while ready and len(running) < jobs:
+                cell = ready.pop(0)
+                running[pool.submit(_run, suite, cell, out)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                cell = running.pop(future)
+                fine, lines = future.result()
+                for line in lines:
+                    say(line)
+                if not fine:
+                    broken.append(cell)
+                ready = groups.pop((cell.task, cell.seed), []) + ready
+    return broken
+
+
+_group = None
+
+
+def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
+    """In a new process, before torch looks for devices: take a place; end with the parent, even if that is killed."""
+    if gpu := places.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
+    """In a process of the pool: run one cell; the model stays loaded for the next one of the same task and seed."""
+    global _group
+    from loracurve.bench.runner import Group, run_one
+
+    if _group is None or (_group.task, _group.seed) != (cell.task, cell.seed):
+        _group = Group(suite, cell.task, cell.seed, out)
+    lines: list[str] = []
+    return run_one(_group, cell, lines.append), lines

@@ -1,0 +1,189 @@
+"""What a suite found, read from its store: figures of every cell and set, and values for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from loracurve import metrics
+from loracurve.baselines.ensembles import Ensemble
+from loracurve.bench.deciding import tempered_scores
+from loracurve.bench.store import Predictions, read_predictions, record_of
+from loracurve.bench.suite import Cell, SuiteConfig, cells_of, full_ensemble
+from loracurve.calibration import apply_temperature
+from loracurve.objective import negative_log_likelihood
+from loracurve.predictive import Predictive
+from loracurve.randomness import stream_seed
+from loracurve.storage import atomic_write
+
+__all__ = [
+    "CellResult",
+    "Results",
+    "read_results",
+    "references_of",
+    "seed_of",
+    "shared_seeds",
+    "stacked",
+    "write_metrics",
+]
+
+# One point has no mutual information; a zero would read as a finding.
+_OF_SEVERAL_POINTS = ("mutual_information", "pairwise_jsd", "disagreement", "_mi")
+
+
+@dataclass(frozen=True, eq=False)
+class CellResult:
+    """A cell that is done."""
+
+    cell: Cell
+    record: Mapping[str, Any]
+    predictions: Predictions
+
+    @property
+    def test(self) -> Predictive:
+        return self.predictions.sets["test"]
+
+    @cached_property
+    def temperature(self) -> float:
+        """T of the average, from the validation rows."""
+        return self._tempered[1]
+
+    @cached_property
+    def tempered(self) -> Tensor:
+        """``[E, C]`` log-probabilities of the test rows, tempered."""
+        return self._tempered[0]
+
+    @cached_property
+    def _tempered(self) -> tuple[Tensor, float]:
+        validation = self.predictions.sets["validation"]
+        return tempered_scores(validation.log_probs, self.predictions.labels["validation"], self.test.log_probs)
+
+    @cached_property
+    def per_example(self) -> dict[str, Tensor]:
+        """Values ``[E]`` for each test example: acc, nll, brier, nll_ts, brier_ts (the last two after tempering)."""
+        labels = self.predictions.labels["test"]
+        return {
+            "acc": self.test.correct(labels).double(),
+            "nll": self.test.negative_log_likelihood(labels),
+            "brier": metrics.brier_per_example(self.test.probs, labels),
+            "nll_ts": negative_log_likelihood(self.tempered, labels),
+            "brier_ts": metrics.brier_per_example(self.tempered.exp(), labels),
+        }
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Figures by set, each with ``undefined``: `classification_summary` and the same after tempering for labelled
+        sets, uncertainties and `detection_summary` for the others."""
+        out: dict[str, dict[str, Any]] = {}
+        for name, predictive in self.predictions.sets.items():
+            labels = self.predictions.labels.get(name)
+            if labels is None:
+                found = {k: getattr(predictive, k).mean().item() for k in ("entropy", "expected_entropy")}
+                found |= {k: getattr(predictive, k).mean().item() for k in _OF_SEVERAL_POINTS[:3]}
+                found |= metrics.detection_summary(self.test, predictive)
+            else:
+                found = metrics.classification_summary(predictive, labels)
+                probs = apply_temperature(predictive.log_probs, self.temperature).exp()
+                found |= {
+                    "nll_ts": metrics.negative_log_likelihood(probs, labels),
+                    "brier_ts": metrics.brier(probs, labels),
+                    "ece_ts": metrics.expected_calibration_error(probs, labels),
+                    "temperature": self.temperature,
+                }
+            if len(predictive.weights) == 1:
+                for key in [k for k in found if k.endswith(_OF_SEVERAL_POINTS)]:
+                    found[key] = None
+                    found["undefined"][key] = "one point"
+            out[name] = found
+        return out
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells of a suite."""
+
+    suite: SuiteConfig
+    done: dict[Cell, CellResult]
+    failed: dict[Cell, str]
+    """with the reason"""
+    missing: list[Cell]
+
+    def seeds(self, task: str, method: str) -> list[CellResult]:
+        """The cells of a method on a task that are done, in the order of the seeds."""
+        cells = [Cell(task, seed, method) for seed in self.suite.seeds]
+        return [self.done[c] for c in cells if c in self.done]
+
+    def each(self) -> list[tuple[str, str, list[CellResult]]]:
+        """Every task and method of which some seed is done, with its cells."""
+        methods = list(dict.fromkeys([*self.suite.methods, full_ensemble(self.suite)]))
+        pairs = [(t, m, self.seeds(t, m)) for t in self.suite.tasks for m in methods]
+        return [p for p in pairs if p[2]]
+
+    def figure(self, task: str, method: str, where: str, name: str) -> float | None:
+        """Mean over seeds of a figure; None where it is undefined for all."""
+        found = [r.figures.get(where, {}).get(name) for r in self.seeds(task, method)]
+        known = [v for v in found if v is not None]
+        return sum(known) / len(known) if known else None
+
+
+def read_results(suite: SuiteConfig, out: Path) -> Results:
+    """Read what is there of a suite; raises UserError for cells made with other options."""
+    done, failed, missing = {}, {}, []
+    for cell in cells_of(suite):
+        record = record_of(suite, cell, out)
+        if record is None:
+            missing.append(cell)
+        elif record["status"] == "failed":
+            failed[cell] = record["reason"]
+        else:
+            done[cell] = CellResult(cell, record, read_predictions(cell.folder(out) / "predictions.parquet"))
+    return Results(suite, done, failed, missing)
+
+
+def write_metrics(results: Results, path: Path) -> pd.DataFrame:
+    """Write metrics.parquet, one row for each cell, set and figure; `reason` says why a value is missing."""
+    rows = [
+        (cell.task, cell.seed, cell.method, where, name, value, figures["undefined"].get(name))
+        for cell, result in results.done.items()
+        for where, figures in result.figures.items()
+        for name, value in figures.items()
+        if name != "undefined"
+    ]
+    frame = pd.DataFrame(rows, columns=["task", "seed", "method", "set", "metric", "value", "reason"])
+    frame["value"] = frame["value"].astype("float64")
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+    return frame
+
+
+def stacked(results: list[CellResult], name: str) -> Tensor:
+    """``[E]``: a value of each test example, averaged over seeds."""
+    return torch.stack([r.per_example[name] for r in results]).mean(0)
+
+
+def references_of(suite: SuiteConfig) -> list[str]:
+    """The methods that others are compared with."""
+    if suite.references:
+        return suite.references
+    five = [n for n, m in suite.methods.items() if m == Ensemble(5)]
+    return list(dict.fromkeys([*five[:1], full_ensemble(suite)]))
+
+
+def shared_seeds(first: list[CellResult], second: list[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
+    """The cells of both whose seeds are done in both, in the same order."""
+    seeds = {r.cell.seed for r in first} & {r.cell.seed for r in second}
+    return [r for r in first if r.cell.seed in seeds], [r for r in second if r.cell.seed in seeds]
+
+
+def seed_of(task: str, what: str) -> int:
+    """Seed of the resamples of a task's rows."""
+    return stream_seed(0, "bench", task, what) % 2**31

@@ -1,0 +1,200 @@
+"""Running a suite: anchors once for each task and seed, then every cell; what is done is skipped.
+
+A cell's numbers depend on its options alone, never on what ran before it, so that a suite that was killed and started
+again gives what an uninterrupted one gives (to the bit on the CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from loracurve.baselines.base import Setting
+from loracurve.bench.memory import PeakMemory
+from loracurve.bench.setting import Shared, open_shared, train_anchors
+from loracurve.bench.store import record_of, write_predictions
+from loracurve.bench.suite import Cell, SuiteConfig, cells_of, fingerprint, method_of, plain
+from loracurve.environment import environment
+from loracurve.errors import UserError
+from loracurve.lora_space import ControlPoints
+from loracurve.storage import atomic_write, write_json
+
+__all__ = ["Group", "prepare", "run_suite"]
+
+Say = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Group:
+    """The cells of one task and seed: opened when the first of them is to be run."""
+
+    def __init__(self, suite: SuiteConfig, task: str, seed: int, out: Path, progress: bool = False) -> None:
+        self.suite, self.task, self.seed, self.out, self.progress = suite, task, seed, out, progress
+        self._shared: Shared | None = None
+        self._anchors: ControlPoints | None = None
+
+    @property
+    def shared(self) -> Shared:
+        if self._shared is None:
+            self._shared = open_shared(self.suite, self.task, self.seed)
+        return self._shared
+
+    def anchors(self) -> ControlPoints:
+        """The stored anchors, trained first where there are none."""
+        if self._anchors is None:
+            self._anchors = train_anchors(self.suite, self.shared, self.task, self.seed, self.out, self.progress)
+        return self._anchors
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Fit, predict and store one cell; a UserError or a lack of memory is recorded as the reason why it failed."""
+        folder = cell.folder(self.out)
+        record: dict[str, Any] = {
+            "task": cell.task,
+            "seed": cell.seed,
+            "method": cell.method,
+            "fingerprint": fingerprint(self.suite, cell),
+            "options": plain(method_of(self.suite, cell.method)),
+        }
+        try:
+            record |= {"status": "done"} | self._fit_and_predict(cell, folder)
+        except (UserError, torch.OutOfMemoryError) as error:
+            reason = str(error) if isinstance(error, UserError) else "the device ran out of memory"
+            record |= {"status": "failed", "reason": " ".join(reason.split())}
+        write_json(folder / "cell.json", record)  # last: it says that the rest is there
+        for work in folder.glob("work-*"):
+            shutil.rmtree(work, ignore_errors=True)
+        return record
+
+    def _fit_and_predict(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        training = self.suite.training_of(self.task, self.seed)
+        work = folder / f"work-{fingerprint(self.suite, cell)}"  # a checkpoint of other options is never gone on with
+        model, task, samples = self.shared.model, self.shared.task, self.suite.samples
+        setting = Setting(model, task, self.anchors(), training, samples, self.seed, work, self.progress)
+        with PeakMemory() as memory:
+            started = time.perf_counter()
+            fitted = method_of(self.suite, cell.method).fit(setting)
+            fit_seconds, started = time.perf_counter() - started, time.perf_counter()
+            predicted = {name: fitted.predict(encoded) for name, encoded in self.shared.sets.items()}
+            predict_seconds = time.perf_counter() - started
+        write_predictions(folder / "predictions.parquet", predicted, self.shared.sets)
+        return {
+            "passes": fitted.passes,
+            "cost": fitted.cost,
+            "notes": fitted.notes,
+            "fit_seconds": fit_seconds,
+            "predict_seconds": predict_seconds,
+            "predicted_rows": sum(len(e) for e in self.shared.sets.values()),
+            "peak_memory_bytes": memory.bytes,
+            "device": str(self.shared.model.device),
+        }
+
+
+def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
+    """Make or reopen the folder of a suite, write its options and the environment; returns the cells.
+
+    Raises:
+        UserError: a cell in it was made with other options.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "suite.yaml").is_file():
+        raise UserError(f"{out}: expected the folder of a suite, found other files; choose another --out")
+    cells = cells_of(suite)
+    for cell in cells:
+        record_of(suite, cell, out)
+    text = yaml.safe_dump(plain(suite), sort_keys=False)
+    atomic_write(out / "suite.yaml", lambda p: p.write_text(text))
+    if not (out / "environment.json").is_file():
+        write_json(out / "environment.json", environment())
+    return cells
+
+
+def run_suite(
+    suite: SuiteConfig,
+    out: str | Path,
+    jobs: int = 0,
+    seconds: float | None = None,
+    retry: bool = False,
+    progress: bool = False,
+    say: Say = _say,
+) -> None:
+    """Run what is still to be run of a suite.
+
+    Args:
+        suite: its options.
+        out: a new folder, or one in which a suite was begun; methods, tasks and seeds may have been added since.
+        jobs: processes; 0: one for each GPU, one on the CPU.
+        seconds: start no further cell after this time.
+        retry: run cells that failed once more.
+        progress: bars while training.
+        say: called with a line about each cell.
+
+    Raises:
+        UserError: the folder is of another suite.
+        RuntimeError: cells broke by a fault of ours; all others have been run.
+    """
+    out = Path(out)
+    todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
+    end = None if seconds is None else time.perf_counter() + seconds
+    jobs = jobs or max(torch.cuda.device_count(), 1)
+    if jobs > 1 and len(todo) > 1:
+        from loracurve.bench.pool import run_in_pool
+
+        broken = run_in_pool(suite, todo, out, jobs, end, say)
+    else:
+        broken = [
+            c for group, cells in _grouped(suite, todo, out, progress) for c in _run_group(group, cells, end, say)
+        ]
+    if broken:
+        raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
+
+
+def _is_open(suite: SuiteConfig, cell: Cell, out: Path, retry: bool) -> bool:
+    record = record_of(suite, cell, out)
+    return record is None or (retry and record["status"] == "failed")
+
+
+def _grouped(suite: SuiteConfig, cells: list[Cell], out: Path, progress: bool) -> Iterator[tuple[Group, list[Cell]]]:
+    for task, seed in dict.fromkeys((c.task, c.seed) for c in cells):
+        yield Group(suite, task, seed, out, progress), [c for c in cells if (c.task, c.seed) == (task, seed)]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _run_group(group: Group, cells: list[Cell], end: float | None, say: Say) -> list[Cell]:
+    """Run cells one after the other; returns those that broke."""
+    broken = []
+    for cell in cells:
+        if end is not None and time.perf_counter() > end:
+            say(f"{cell}: left for later, the time is up")
+            continue
+        if not run_one(group, cell, say):
+            broken.append(cell)
+    return broken
+
+
+def run_one(group: Group, cell: Cell, say: Say) -> bool:
+    """Run a cell and say how it went; whether it did not break."""
+    try:
+        record = group.run(cell)
+    except Exception:  # a fault of ours in one cell shall not cost the others; it is raised in the end
+        traceback.print_exc()
+        return False
+    if record["status"] == "failed":
+        say(f"{cell}: failed: {record['reason']}")
+    else:
+        say(f"{cell}: fitted in {record['fit_seconds']:.1f} s, predicted in {record['predict_seconds']:.1f} s")
+    return True

@@ -1,0 +1,140 @@
+"""What the cells of one task and seed share: base model, tokenised sets, and anchors, trained once and stored."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import accelerate
+import torch
+from torch import Tensor
+
+from loracurve.bases import load_base, model_window
+from loracurve.bench.suite import SuiteConfig, SuiteTask, fingerprint, slug
+from loracurve.bench.tiny_model import TINY, tiny_model
+from loracurve.errors import UserError
+from loracurve.evaluation import labels_of
+from loracurve.lora_space import ControlPoints
+from loracurve.model import CurveModel, CurveSpec
+from loracurve.storage import read_json, read_tensors, write_json, write_tensors
+from loracurve.tasks import HUB, Dataset, Encoded, Row, Task, load_task, open_dataset
+from loracurve.tasks.data import subset
+from loracurve.training import fit_anchors
+
+__all__ = ["Shared", "anchors_folder", "open_shared", "train_anchors"]
+
+
+@dataclass
+class Shared:
+    """Model, task and sets of one task and seed."""
+
+    model: CurveModel
+    task: Task
+    sets: dict[str, Encoded]
+    """validation, test, train (some rows), shift:NAME, ood:NAME"""
+    labels: dict[str, Tensor]
+    """[E] labels of the sets that have any"""
+
+
+def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
+    """Load the base model and tokenise the sets of a task; the same whatever was opened before."""
+    options: SuiteTask = suite.tasks[name]
+    config = options.to_task(_place(suite, options.data or name))
+    classifier = options.scoring == "head"
+    labels = len(open_dataset(config.data, config.seed).labels) if classifier else None
+    torch.manual_seed(seed)  # weights that no checkpoint holds (a new head) come from the global generator
+    if suite.model.name == TINY:
+        base, tokenizer = tiny_model(suite.model.dtype)
+    else:
+        model = suite.model
+        base, tokenizer = load_base(model.name, classifier, model.dtype, labels, model.trust_remote_code)
+    task = load_task(config, tokenizer, model_window(base))
+    sets = {"validation": task.encode("validation"), "test": task.encode("test")}
+    if suite.train_rows:
+        sets["train"] = task.encode_rows(subset(task.dataset.rows("train"), suite.train_rows), "train rows")
+    for kind, names in (("shift", options.shift), ("ood", options.ood)):
+        for other in names:
+            rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
+            short = f"{kind}:{other.rstrip('*_')}"
+            sets[short] = task.encode_rows(rows, short, labelled=kind == "shift")
+    lora = suite.lora.to_peft(suite.model.name, classifier)
+    model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
+    known = {s: labels_of(e) for s, e in sets.items() if not s.startswith("ood:")}
+    missing = next((s for s, y in known.items() if (y < 0).any()), None)
+    if missing:
+        raise UserError(f"{name}, {missing}: expected a label on every row, found some without")
+    return Shared(model_with_curve, task, sets, known)
+
+
+def _place(suite: SuiteConfig, data: str) -> str:
+    """A data set's folder, in the suite's folder if it is there."""
+    if suite.data_folder and (Path(suite.data_folder) / data).is_dir():
+        return str(Path(suite.data_folder) / data)
+    return data
+
+
+def _rows_of(suite: SuiteConfig, entry: str, like: Dataset | None) -> list[Row]:
+    """Rows of a further set: NAME, NAME:SPLIT, or a pattern that joins several; `like` must have the same classes."""
+    name, _, split = entry.partition(":")
+    names = [name]
+    if "*" in name:
+        there = [p.name for p in Path(suite.data_folder).iterdir()] if suite.data_folder else [*HUB]
+        names = sorted(n for n in there if fnmatch(n, name))
+        if not names:
+            raise UserError(f"{entry}: expected data sets of such names, found none; give --data_folder")
+    rows: list[Row] = []
+    for one in names:
+        dataset = open_dataset(_place(suite, one))
+        if like is not None and (dataset.kind, dataset.kind == "classification" and dataset.labels) != (
+            like.kind,
+            like.kind == "classification" and like.labels,
+        ):
+            raise UserError(
+                f"shift: expected the classes of {like.name}, {list(like.labels)}, found {list(dataset.labels)} in "
+                f"{one}; list it under ood"
+            )
+        rows += dataset.rows(split or "test")
+    return rows
+
+
+def anchors_folder(out: Path, name: str, seed: int) -> Path:
+    return out / "anchors" / slug(name) / str(seed)
+
+
+def train_anchors(
+    suite: SuiteConfig, shared: Shared, name: str, seed: int, out: Path, progress: bool = False
+) -> ControlPoints:
+    """The anchors of a task and seed: from the store, or trained side by side and stored.
+
+    Raises:
+        UserError: the stored ones were made with other options; training fails.
+    """
+    folder = anchors_folder(out, name, seed)
+    mark = fingerprint(suite, task=name, seed=seed)
+    if (folder / "anchors.json").is_file():
+        if read_json(folder / "anchors.json")["fingerprint"] != mark:
+            raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
+        return read_tensors(folder / "anchors.safetensors")
+    started = time.perf_counter()
+    shared.model.set_curve(CurveSpec.slots(suite.anchors), shared.model.fresh_points(CurveSpec.slots(suite.anchors)))
+    result = fit_anchors(
+        shared.model, shared.task, suite.training_of(name, seed), folder / f"work-{mark}", progress=progress
+    )
+    points = shared.model.control_points()
+    write_tensors(folder / "anchors.safetensors", points)
+    record = {
+        "fingerprint": mark,
+        "seconds": result.seconds,
+        "wall_seconds": time.perf_counter() - started,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_nll": result.validation_nll,
+        "task": shared.task.describe(),
+    }
+    write_json(folder / "anchors.json", record)
+    for work in folder.glob("work-*"):
+        shutil.rmtree(work, ignore_errors=True)
+    return points

@@ -1,0 +1,105 @@
+"""The store: a folder for each cell with its predictions (Parquet) and its record (JSON), which says that it is done.
+
+predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_probs`, float32, the
+log-probability of each class at each point, points outermost (-inf: no such class). Numbers of points and classes and
+the weights of the points are in the file's metadata. float32 keeps everything that the tables are made from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loracurve.bench.suite import Cell, SuiteConfig, fingerprint
+from loracurve.errors import UserError
+from loracurve.predictive import Predictive
+from loracurve.storage import atomic_write, read_json
+from loracurve.tasks import Encoded
+
+__all__ = ["Predictions", "read_predictions", "record_of", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a cell predicts."""
+
+    sets: dict[str, Predictive]
+    labels: dict[str, Tensor]
+    """[E] of the sets that have labels"""
+    ids: dict[str, list[str]]
+
+
+def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str, Encoded]) -> None:
+    """Write the predictions of a cell, atomically."""
+    found = {name: p.point_log_probs for name, p in sets.items() if p.point_log_probs is not None}
+    classes = max(x.shape[2] for x in found.values())
+    (points,) = {len(x) for x in found.values()}
+    tables = []
+    for name, log_probs in found.items():
+        examples = encoded[name].examples
+        flat = pad(log_probs, (0, classes - log_probs.shape[2]), value=-torch.inf).transpose(0, 1).reshape(-1)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy()), points * classes)
+        labels = None if name.startswith("ood:") else [e.label for e in examples]
+        tables.append(
+            pa.table(
+                {
+                    "set": pa.array([name] * len(examples)).dictionary_encode(),
+                    "id": [e.id for e in examples],
+                    "label": pa.array(labels or [None] * len(examples), pa.int32()),
+                    "log_probs": column,
+                }
+            )
+        )
+    weights = next(iter(sets.values())).weights.tolist()
+    about = {"points": points, "classes": classes, "weights": weights}
+    table = pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata({"loracurve": json.dumps(about)})
+    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd", use_dictionary=["set"]))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read them back, equal to the bit."""
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"loracurve"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable as predictions ({error}); delete its folder and run again") from error
+    names = np.asarray(table["set"].to_pylist())
+    flat = table["log_probs"].combine_chunks().flatten().to_numpy()
+    values = torch.from_numpy(flat.copy()).view(len(names), about["points"], about["classes"])
+    ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
+    weights = torch.tensor(about["weights"], dtype=torch.float64)
+    out = Predictions({}, {}, {})
+    for name in dict.fromkeys(names.tolist()):
+        rows = np.flatnonzero(names == name)
+        log_probs = values[torch.from_numpy(rows)].transpose(0, 1)
+        out.sets[name] = Predictive.from_log_probs(log_probs, weights)
+        out.ids[name] = [ids[i] for i in rows]
+        if labels[rows[0]] is not None:
+            out.labels[name] = torch.tensor([labels[i] for i in rows])
+    return out
+
+
+def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The record of a cell that is done or has failed, None for one that is still to be run.
+
+    Raises:
+        UserError: it was made with other options.
+    """
+    path = cell.folder(out) / "cell.json"
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = read_json(path)
+    if record["fingerprint"] != fingerprint(suite, cell):
+        raise UserError(
+            f"{path.parent}: {cell} was made with other options; give the method another name or choose another --out"
+        )
+    return record

@@ -1,0 +1,124 @@
+"""Data frames of predictions: reliability, accuracy against coverage, and the distribution of the uncertainties.
+
+`predictions` is the table predictions.parquet of a run: one row for each example, set and method, with the columns
+method, set, label, probs and the uncertainties in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from loracurve.errors import UserError
+from loracurve.metrics import risk_coverage_curve
+
+__all__ = ["MEASURES", "compared", "confidence", "reliability_frame", "selective_frame", "uncertainty_frame"]
+
+MEASURES = ("entropy", "expected_entropy", "mutual_information")
+
+
+def compared(predictions: pd.DataFrame) -> list[str]:
+    """The methods that figures show beside each other: one adapter, the ensemble, the curve."""
+    known = set(predictions["method"])
+    return [name for name in ("adapter 0", "ensemble", "curve") if name in known]
+
+
+def confidence(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of the predicted class of each row, and whether that class is the label; both ``[E]``."""
+    probs = [np.asarray(p) for p in predictions["probs"]]
+    right = [int(p.argmax()) == y for p, y in zip(probs, predictions["label"], strict=True)]
+    return np.array([p.max() for p in probs], dtype=float), np.array(right, dtype=bool)
+
+
+def reliability_frame(
+    predictions: pd.DataFrame, methods: Sequence[str] | None = None, split: str = "test", bins: int = 15
+) -> pd.DataFrame:
+    """Accuracy and mean confidence in bins of equal width, those of `metrics.expected_calibration_error`.
+
+    Args:
+        predictions: see above.
+        methods: which; default `compared`.
+        split: a labelled set.
+        bins: number of bins (low, high] on [0, 1], 0 in the first.
+
+    Returns:
+        method, low, high, items, confidence and accuracy (fractions; missing in empty bins).
+
+    Raises:
+        UserError: a method without rows of the split.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    frames = []
+    for method in compared(predictions) if methods is None else methods:
+        top, right = confidence(_rows(predictions, method, split))
+        place = np.clip(np.digitize(top, edges, right=True) - 1, 0, bins - 1)
+        count = np.bincount(place, minlength=bins)
+        with np.errstate(invalid="ignore"):
+            mean = {k: np.bincount(place, v, bins) / count for k, v in (("confidence", top), ("accuracy", right))}
+        frames.append(pd.DataFrame({"method": method, "low": edges[:-1], "high": edges[1:], "items": count, **mean}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def selective_frame(
+    predictions: pd.DataFrame, methods: Sequence[str] | None = None, split: str = "test"
+) -> pd.DataFrame:
+    """Accuracy among the most certain rows, for every number of them (`metrics.risk_coverage_curve`).
+
+    Args:
+        predictions: see above.
+        methods: which; default `compared`. The curve is ranked by its mutual information as well.
+        split: a labelled set.
+
+    Returns:
+        method, measure (which ranks), coverage and accuracy (fractions).
+
+    Raises:
+        UserError: a method without rows of the split.
+    """
+    wanted = list(compared(predictions) if methods is None else methods)
+    ranked = [(name, "entropy") for name in wanted] + [("curve", "mutual_information")] * ("curve" in wanted)
+    frames = []
+    for method, measure in ranked:
+        rows = _rows(predictions, method, split)
+        wrong = torch.from_numpy(~confidence(rows)[1])
+        coverage, risk = risk_coverage_curve(torch.tensor(rows[measure].to_numpy()), wrong)
+        columns = {"coverage": coverage.numpy(), "accuracy": 1 - risk.numpy()}
+        frames.append(pd.DataFrame({"method": method, "measure": measure, **columns}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def uncertainty_frame(predictions: pd.DataFrame, method: str = "curve") -> pd.DataFrame:
+    """Empirical distribution functions of the three uncertainties of one method on every set, test first.
+
+    Distribution functions need no bins, so sets of a few hundred and of many thousand items compare fairly.
+
+    Returns:
+        set, items, measure, nats (ascending) and fraction (of the items at or below).
+
+    Raises:
+        UserError: a method without rows.
+    """
+    rows = predictions[predictions["method"] == method]
+    if rows.empty:
+        raise UserError(f"predictions: expected rows of {method!r}, found none")
+    frames = []
+    for name in sorted(rows["set"].unique(), key=lambda n: n != "test"):  # stable: the others in their order
+        part = rows[rows["set"] == name]
+        for measure in MEASURES:
+            # Rounding may leave an information of -1e-9.
+            nats = np.sort(np.clip(part[measure].to_numpy(dtype=float), 0, None))
+            fraction = np.arange(1, len(nats) + 1) / len(nats)
+            columns = {"measure": measure, "nats": nats, "fraction": fraction}
+            frames.append(pd.DataFrame({"set": name, "items": len(nats), **columns}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _rows(predictions: pd.DataFrame, method: str, split: str) -> pd.DataFrame:
+    rows = predictions[(predictions["method"] == method) & (predictions["set"] == split)]
+    if rows.empty:
+        known = ", ".join(sorted(set(predictions["method"])))
+        raise UserError(f"predictions: expected rows of {method!r} on {split!r}, found none; there are {known}")
+    return rows

@@ -1,0 +1,86 @@
+"""Plots of predictions. Every function draws a data frame of `frames` on an axis and returns the axis."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+from loracurve.report.figures import GREY, styles
+
+__all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
+
+_HEADINGS = {
+    "entropy": "total: entropy",
+    "expected_entropy": "aleatoric: expected entropy",
+    "mutual_information": "epistemic: mutual information",
+}
+
+
+def reliability(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Accuracy against confidence of `reliability_frame`, for each method."""
+    ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
+    for (name, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
+        filled = part[part["items"] > 0]
+        ax.plot(filled["confidence"], filled["accuracy"], label=str(name), **style)
+    ax.set(xlabel="confidence (fraction)", ylabel="accuracy (fraction)", title="Reliability")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    return ax
+
+
+def confidences(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """How many items of `reliability_frame` lie in each bin of confidence, for each method."""
+    for (_, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
+        edges = np.r_[part["low"], part["high"].iloc[-1]]
+        ax.stairs(part["items"], edges, linewidth=1.5, color=style["color"], linestyle=style["linestyle"])
+    # Logarithmic above 1: bins of a handful of items, whose accuracy means little, must be seen to be such.
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set(xlabel=f"confidence (fraction), {frame['low'].nunique()} bins", ylabel="items")
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def uncertainty(frame: pd.DataFrame, ax: Axes, measure: str) -> Axes:
+    """Distribution functions of one measure of `uncertainty_frame`; a line further right means more uncertain items."""
+    part = frame[frame["measure"] == measure]
+    for (name, line), style in zip(part.groupby("set", sort=False), styles(), strict=False):
+        style.pop("marker")
+        x, y = line["nats"].to_numpy(), line["fraction"].to_numpy()
+        ax.step(np.r_[x[0], x], np.r_[0, y], where="post", label=f"{name} ({len(x):,})", **style)
+    ax.set(title=_HEADINGS[measure], xlabel="nats", ylabel="items at or below", ylim=(0, 1.02))
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    return ax
+
+
+def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Accuracy among the items answered when the most uncertain ones are left out, of `selective_frame`."""
+    for (key, part), style in zip(frame.groupby(["method", "measure"], sort=False), styles(), strict=False):
+        method, measure = key
+        style.pop("marker")
+        ax.plot(part["coverage"], part["accuracy"], label=f"{method}, by {MEASURE_LABELS[str(measure)]}", **style)
+    ax.set(xlabel="coverage: items answered (fraction)", ylabel="accuracy among them (fraction)")
+    ax.set(title="Selective prediction", xlim=(0, 1.02))
+    ax.xaxis.set_major_locator(MultipleLocator(0.2))
+    return ax
+
+
+def posterior_over_t(frame: pd.DataFrame, ax: Axes, temperature: float) -> Axes:
+    """The weight that the likelihood, tempered by `temperature`, gives each point of a curve, beside its prior weight.
+
+    Args:
+        frame: t, posterior and prior, one row for each point.
+    """
+    for name, style in zip(("posterior", "prior"), styles(), strict=False):
+        if name == "posterior":
+            ax.vlines(frame["t"], 0, frame[name], color=style["color"], linewidth=1)
+        ax.plot(frame["t"], frame[name], label=name, **style)
+    effective = 1 / frame["posterior"].pow(2).sum()
+    ax.set(xlabel="position on the curve t (fraction)", ylabel="weight in the average (fraction)", xlim=(-0.02, 1.02))
+    ax.set_title(f"T = {temperature:.3g}, {effective:.1f} of {len(frame)} points effective")
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+MEASURE_LABELS = {"entropy": "entropy", "expected_entropy": "expected entropy", "mutual_information": "MI"}

@@ -1,0 +1,360 @@
+"""Suites: parsing, the store, failing cells, a kill in the middle, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from made import write_rows
+
+from loracurve.baselines.curve import Curve
+from loracurve.baselines.ensembles import Ensemble
+from loracurve.baselines.single import Single
+from loracurve.baselines.swag import SWAG
+from loracurve.bench.registry import METHODS, method_class, method_name
+from loracurve.bench.reporting import write_tables
+from loracurve.bench.runner import run_suite
+from loracurve.bench.store import read_predictions, write_predictions
+from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of, fingerprint, plain
+from loracurve.bench.suite_files import load_suite, shipped
+from loracurve.bench.tables import Table
+from loracurve.bench.tiny_model import TINY, tiny_model
+from loracurve.cli import main
+from loracurve.config import LoraOptions, ModelConfig
+from loracurve.errors import UserError
+from loracurve.loop import LoopConfig
+from loracurve.predictive import Predictive
+from loracurve.tasks import Encoded, Example, TaskConfig, load_task
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"train": 40, "validation": 20, "test": 24}
+
+
+def little(folder: Path, **changes: object) -> SuiteConfig:
+    """A suite of seconds on made data."""
+    if not (folder / "made").is_dir():
+        write_rows(folder / "made", SIZES)
+        write_rows(folder / "other", {"train": 2, "validation": 2, "test": 9})
+    options: dict[str, object] = {
+        "model": ModelConfig(TINY),
+        "tasks": {"made": SuiteTask(scoring="label", shift=["other"], ood=["other"])},
+        "methods": {"one": Single(), "ensemble 2": Ensemble(2), "curve": Curve(units=4)},
+        "data_folder": str(folder),
+        "anchors": 3,
+        "samples": 3,
+        "lora": LoraOptions(r=2, lora_alpha=4),
+        "training": LoopConfig(steps=4, batch_size=4, learning_rate=1e-2),
+        "train_rows": 10,
+    }
+    return SuiteConfig(**options | changes)  # type: ignore[arg-type]
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    """Everything that must not depend on when a suite was stopped."""
+    files = [*out.glob("cells/**/predictions.parquet"), out / "metrics.parquet", *out.glob("tables/*")]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if not p.name.startswith("costs")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteConfig, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    suite = little(folder)
+    run_suite(suite, folder / "out", jobs=1)
+    write_tables(suite, folder / "out")
+    return suite, folder / "out"
+
+
+# ---- suites
+
+
+@pytest.mark.parametrize("name", shipped("suites"))
+def test_shipped_suites_parse(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.tasks and suite.methods
+    assert len({fingerprint(suite, c) for c in cells_of(suite)}) == len(cells_of(suite))
+
+
+@pytest.mark.parametrize("name", ["default", "blob", "laplace_lora", "authors"])
+def test_profiles_parse_and_are_all_that_is_shipped(name: str) -> None:
+    assert load_suite("smoke", ["--profile", name]).profile == name
+    assert set(shipped("profiles")) == {"default", "blob", "laplace_lora", "authors"}
+
+
+def test_a_profile_gives_defaults_the_suite_and_the_command_line_change(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "profile: blob\nmodel: {name: m}\ntraining: {steps: 7}\nseeds: [5]\ntasks: {sst2: {ood: [cr]}}\n"
+        "methods: {single: , ensemble 3: {method: ensemble}, c: {method: curve, training: {learning_rate: 1e-3}}}\n"
+    )
+    suite = load_suite(path, ["--training.batch_size=2"])
+    assert suite.training == LoopConfig(steps=7, batch_size=2, learning_rate=1e-4, eps=1e-6, keep="last")
+    assert suite.seeds == [5] and suite.lora.target_modules == ["q_proj", "v_proj", "lm_head"]
+    assert suite.tasks == {"sst2": SuiteTask(ood=["cr"])}
+    assert suite.methods == {
+        "single": Single(),
+        "ensemble 3": Ensemble(3),
+        "c": Curve(training={"learning_rate": 1e-3}),
+    }
+    path.write_text(json.dumps(plain(suite)))
+    assert load_suite(path) == suite
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {"sst2": {"scoring": "label"}}}, "unknown option task.sst2.scoring; did you mean 'tasks'"),
+        ({"tasks": {"sst2": {"scorin": "label"}}}, "tasks.sst2: unknown option scorin; did you mean 'scoring'"),
+        ({"tasks": {"sst2": {"scoring": "lm"}}}, "tasks.sst2: scoring: a suite compares predictions of classes"),
+        ({"tasks": {"sst2": 3}}, "tasks.sst2: expected options"),
+        ({"tasks": {}}, "tasks: expected at least one"),
+        ({"methods": {"ensembl": {}}}, "method: expected one of .* found 'ensembl'; did you mean 'ensemble'"),
+        ({"methods": {"ensemble": {"member": 2}}}, "methods.ensemble: unknown option member; did you mean 'members'"),
+        ({"methods": {"c": {"method": "curve", "training": {"step": 2}}}}, "methods.c.training: unknown option step"),
+        ({"methods": {"t": {"method": "temperature"}}}, "methods.t: expected only of"),
+        ({"methods": {"curve": {"units": 2, "training": {"steps": 3}}}}, "units: expected a positive number and no"),
+        ({"references": ["none"]}, "references: expected methods of this suite, found 'none'"),
+        ({"seeds": [1, 1]}, "seeds: expected different ones"),
+        ({"methods": {"single": {}, "a b": {"method": "single"}, "a_b": {"method": "single"}}}, "too alike"),
+        ({"profile": "defaul"}, "profile: expected a YAML file or one of .*did you mean 'default'"),
+    ],
+)
+def test_faults_in_a_suite_are_told_in_one_line(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    good = {"model": {"name": "m"}, "tasks": {"sst2": {}}, "methods": {"single": {}}}
+    (tmp_path / "s.yaml").write_text(json.dumps(good | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        load_suite(tmp_path / "s.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_methods_have_names_options_with_defaults_and_a_way_to_fit() -> None:
+    for name in METHODS:
+        kind = method_class(name)
+        assert callable(kind.fit) and kind.__doc__
+        if name != "temperature":
+            assert method_name(kind()) == name
+
+
+def test_fingerprints_follow_options_and_not_places(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path), Cell("made", 0, "curve")
+    moved = replace(suite, model=ModelConfig(f"elsewhere/{TINY}"), data_folder="elsewhere")
+    assert fingerprint(moved, cell) == fingerprint(suite, cell)
+    for changed in (
+        replace(suite, samples=4),
+        replace(suite, methods=suite.methods | {"curve": Curve(units=3)}),
+        replace(suite, training=LoopConfig(steps=5)),
+    ):
+        assert fingerprint(changed, cell) != fingerprint(suite, cell)
+    assert fingerprint(replace(suite, methods={"curve": Curve(units=4)}), cell) == fingerprint(suite, cell)
+
+
+def test_the_tiny_model_is_always_the_same_and_answers_with_single_tokens() -> None:
+    (first, tokenizer), (second, _) = tiny_model(), tiny_model()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for word in (" A", " Z", " negative", " positive", " no"):
+        assert len(tokenizer(word)["input_ids"]) == 1
+
+
+# ---- the store
+
+
+def test_predictions_come_back_to_the_bit_and_small(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = {"validation": 500, "test": 1500, "train": 500, "ood:x": 1000}
+    sets = {
+        n: Predictive.from_log_probs(torch.randn(10, e, 2, generator=draw).log_softmax(-1)) for n, e in rows.items()
+    }
+    encoded = {
+        n: Encoded([Example(f"{n}-{i}", (), (), i % 2, 2) for i in range(e)], "answer", (0, 1), ("a", "b"), "sum", 0)
+        for n, e in rows.items()
+    }
+    write_predictions(tmp_path / "p.parquet", sets, encoded)
+    found = read_predictions(tmp_path / "p.parquet")
+    for name, predictive in sets.items():
+        assert torch.equal(found.sets[name].point_log_probs, predictive.point_log_probs)  # type: ignore[arg-type]
+        assert found.ids[name] == [e.id for e in encoded[name].examples]
+    assert set(found.labels) == {"validation", "test", "train"} and found.labels["test"][:3].tolist() == [0, 1, 0]
+    assert (tmp_path / "p.parquet").stat().st_size < 400_000
+
+
+# ---- running
+
+
+def test_a_suite_fills_its_store(finished: tuple[SuiteConfig, Path]) -> None:
+    suite, out = finished
+    frame = pd.read_parquet(out / "metrics.parquet")
+    assert set(frame.method) == {"one", "ensemble 2", "curve", "ensemble 3"}  # all anchors: what others are measured by
+    assert set(frame.set) == {"validation", "test", "train", "shift:other", "ood:other"}
+    cells = {c.method: read_predictions(c.folder(out) / "predictions.parquet") for c in cells_of(suite)}
+    whole, pair, one = (cells[n].sets["test"].point_log_probs for n in ("ensemble 3", "ensemble 2", "one"))
+    assert whole is not None and pair is not None and one is not None
+    torch.testing.assert_close(pair, whole[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one, whole[:1], atol=1e-5, rtol=1e-5)
+    value = frame[(frame.method == "ensemble 2") & (frame.set == "test") & (frame.metric == "nll")].value.item()
+    by_hand = -pair.double().exp().mean(0).log()[torch.arange(24), cells["one"].labels["test"]].mean()
+    assert value == pytest.approx(by_hand.item(), abs=1e-9)
+    record = json.loads((Cell("made", 0, "curve").folder(out) / "cell.json").read_text())
+    assert record["passes"] == 3 and record["cost"] == 7 and record["notes"]["steps"] == 8
+    assert not [p for p in out.glob("**/work-*")]
+    assert (out / "environment.json").is_file() and (out / "tables.md").stat().st_size > 1000
+
+
+def test_done_cells_are_skipped_and_new_ones_added(finished: tuple[SuiteConfig, Path]) -> None:
+    suite, out = finished
+    said: list[str] = []
+    run_suite(suite, out, jobs=1, say=said.append)
+    assert said == []
+    more = replace(suite, methods=suite.methods | {"last": Single(keep="last")})
+    run_suite(more, out, jobs=1, say=said.append)
+    assert [s.partition(":")[0] for s in said] == ["made / seed 0 / last"]
+    with pytest.raises(UserError, match="curve was made with other options"):
+        run_suite(replace(suite, methods={"curve": Curve(units=1)}), out, jobs=1)
+    with pytest.raises(UserError, match="made with other options"):
+        write_tables(replace(suite, samples=2), out)
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    suite = little(tmp_path, methods={"too many": Ensemble(4), "one": Single()})
+    said: list[str] = []
+    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    assert "failed: expected 1 to 3 anchors" in said[0] and "fitted" in said[1]
+    tables = {t.name: t for t in write_tables(suite, tmp_path / "out")}
+    assert [row[2] for row in tables["left_out"].rows] == ["too many"]
+    assert {row[1] for row in tables["summary"].rows} == {"one", "ensemble 3"}
+    said.clear()
+    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    assert said == []
+    run_suite(suite, tmp_path / "out", jobs=1, retry=True, say=said.append)
+    assert len(said) == 1
+
+
+def test_time_that_is_up_leaves_cells_for_later(tmp_path: Path) -> None:
+    suite = little(tmp_path)
+    said: list[str] = []
+    run_suite(suite, tmp_path / "out", jobs=1, seconds=0, say=said.append)
+    assert len(said) == 4 and all("left for later" in s for s in said)
+    assert write_tables(suite, tmp_path / "out")[-1].name == "left_out"
+
+
+def test_shifted_sets_need_the_same_classes(tmp_path: Path) -> None:
+    suite = little(tmp_path)
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta | {"labels": ["yes", "no"]}))
+    said: list[str] = []
+    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    assert len(said) == 4 and all("expected the classes of made" in s for s in said)
+
+
+def start(suite: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "loracurve.cli", "bench", str(suite), "--out", str(out), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None and time.monotonic() < end, "the suite ended before it could be killed"
+        time.sleep(0.005)
+
+
+def test_a_killed_suite_goes_on_to_the_same_bytes(finished: tuple[SuiteConfig, Path], tmp_path: Path) -> None:
+    reference, whole = finished
+    suite, out = tmp_path / "suite.yaml", tmp_path / "out"
+    suite.write_text(json.dumps(plain(reference)))
+    first = start(suite, out)
+    wait_for(lambda: list(out.glob("anchors/made/0/work-*/checkpoint.json")), first)  # amid the anchors' training
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not list(out.glob("cells/*/*/*/cell.json"))
+    second = start(suite, out)
+    wait_for(lambda: list(out.glob("cells/made/0/curve/work-*/training/checkpoint.json")), second)  # amid the curve's
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert list(out.glob("cells/*/*/*/cell.json")) and not (out / "metrics.parquet").exists()
+    run_suite(reference, out, jobs=1)
+    write_tables(reference, out)
+    mine, other = bytes_of(out), bytes_of(whole)
+    assert {n: b for n, b in mine.items()} == {n: other[n] for n in mine}
+
+
+def test_several_processes_do_the_same(finished: tuple[SuiteConfig, Path], tmp_path: Path) -> None:
+    reference, whole = finished
+    suite = replace(reference, data_folder=reference.data_folder)
+    said: list[str] = []
+    run_suite(suite, tmp_path / "out", jobs=2, say=said.append)
+    assert len(said) == 4
+    for cell in cells_of(suite):
+        mine, other = (read_predictions(cell.folder(o) / "predictions.parquet").sets for o in (tmp_path / "out", whole))
+        for name, predictive in mine.items():
+            torch.testing.assert_close(predictive.probs, other[name].probs, atol=1e-5, rtol=1e-4)
+
+
+def test_the_smoke_suite_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("periodictable")
+    assert main(["bench", "smoke", "--out", str(tmp_path / "out"), "--seeds=[3]"]) == 0
+    printed = capsys.readouterr()
+    missing = printed.err.count("failed: Laplace needs laplace-torch") + printed.err.count("failed: IVON needs")
+    assert f"{15 - missing} of 15 cells have results" in printed.out
+    before = bytes_of(tmp_path / "out")
+    for path in [*(tmp_path / "out" / "tables").iterdir(), tmp_path / "out" / "metrics.parquet"]:
+        path.unlink()
+    assert main(["bench", "smoke", "--out", str(tmp_path / "out"), "--seeds=[3]", "--tables-only"]) == 0
+    assert bytes_of(tmp_path / "out") == before
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+
+
+def quick(method: object) -> object:
+    """The method with what two steps allow."""
+    if isinstance(method, Ensemble):
+        return Ensemble(3)
+    if isinstance(method, SWAG):
+        return SWAG(collect=2, rank=2)
+    if isinstance(method, Curve) and (noise := method.training.get("perturbation")):
+        return replace(method, training=method.training | {"perturbation": replace(noise, cycles=1)})
+    return method
+
+
+def test_the_paper_suite_runs_on_the_same_architecture(tmp_path: Path) -> None:
+    suite = load_suite("paper")
+    kinds = {"winogrande_s", "winogrande_m", "arc_challenge", "arc_easy", "openbookqa", "boolq", "mmlu_anatomy"}
+    names = [*suite.tasks, "mmlu_anatomy"]
+    for name in names:
+        write_rows(tmp_path / name, {"train": 12, "validation": 6, "test": 6}, choice=name in kinds)
+    short = {"steps": None, "batch_size": None}
+    suite = replace(
+        suite,
+        model=ModelConfig(TINY),
+        data_folder=str(tmp_path),
+        seeds=[1],
+        anchors=3,
+        samples=2,
+        references=[],
+        lora=LoraOptions(r=2, lora_alpha=4, target_modules=suite.lora.target_modules),
+        training=replace(suite.training, steps=2, batch_size=4, accumulation=2),
+        tasks={n: replace(t, max_length=None, **short) for n, t in suite.tasks.items() if n == "openbookqa"},
+        methods={n: quick(m) for n, m in suite.methods.items()},
+    )
+    run_suite(suite, tmp_path / "out", jobs=1)
+    tables = {t.name: t for t in write_tables(suite, tmp_path / "out")}
+    failed = tables.get("left_out", Table("", "", [])).rows
+    assert all("needs laplace-torch" in str(row[3]) or "needs the package ivon-opt" in str(row[3]) for row in failed)
+    done = {row[1] for row in tables["summary"].rows}
+    assert done | {row[2] for row in failed} == set(suite.methods) and len(suite.methods) == 35
+
+
+def test_local_tasks_of_the_small_suite_have_what_their_prompts_need(shared_data: Path) -> None:
+    _, tokenizer = tiny_model()
+    for name, task in load_suite("small").tasks.items():
+        config = replace(task.to_task(str(shared_data / name)), limit_train=3, limit_validation=3, limit_test=3)
+        assert isinstance(config, TaskConfig)
+        assert len(load_task(config, tokenizer, 4096).encode("test")) == 3
