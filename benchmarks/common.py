@@ -161,7 +161,7 @@ def check() -> dict[str, float]:
         }
         with model.merging() as fold:
             merged = []
-            for x in t.tolist():
+            for x in t:
                 fold(x)
                 merged.append(model.merged_log_probs(batch))
             ways["merged"] = torch.cat(merged)

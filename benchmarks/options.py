@@ -20,6 +20,7 @@ from common import (
     random_adapters,
     report,
     reset_memory,
+    show,
     stacked,
     synthetic,
     timed,
@@ -121,6 +122,7 @@ def main() -> None:
         before = after
         print(f"{name:34}{found['step_ms']:9.1f} ms{found['step_ms'] / plain:7.2f}", flush=True)
     report("options", options, figures)
+    show("options", figures)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from common import (
     random_adapters,
     report,
     reset_memory,
+    rounded,
     show,
     stacked,
     synthetic,
@@ -124,6 +127,8 @@ def summarise(found: dict[str, Any], flop: float, rate: float) -> None:
     found["best"] = best
     found["share_of_matrix_rate"] = flop / ms[best] / 1e9 / rate
     for peft in ("peft", "peft_adapters_bf16"):
+        if peft not in ms:
+            continue
         found[f"time_over_{peft}"] = ms[best] / ms[peft]
         found[f"memory_over_{peft}"] = found[best]["memory_gib"] / found[peft]["memory_gib"]
     for how in ("captured", "compiled"):
@@ -152,29 +157,30 @@ def main() -> None:
         found: dict[str, Any] = {"losses": {}}
         figures[name] = found
 
-        def done(key: str, result: tuple[dict[str, Any], float]) -> None:
-            found[key], found["losses"][key] = result  # noqa: B023
+        def done(key: str, measure: Callable[[], tuple[dict[str, Any], float]]) -> None:
+            try:
+                found[key], found["losses"][key] = measure()  # noqa: B023
+            except RuntimeError as error:  # memory, a compiler: the other figures are worth having
+                found[key] = {"failed": str(error).splitlines()[0][:200]}  # noqa: B023
             summarise(found, flop * rows * tokens, rate)  # noqa: B023
-            note(begin, f"{name} {key}: {result[0]['ms']:.1f} ms, peak {result[0]['peak_gib']:.1f} GiB")  # noqa: B023
+            note(begin, f"{name} {key}: {json.dumps(rounded(found[key]))}")  # noqa: B023
             report("training_step", options, figures)
 
         for key, cast in (("peft", True), ("peft_adapters_bf16", False)):
-            done(key, measure_peft(twins[0], r, adapter, cast, ids, labels, options.repeats))
+            done(key, partial(measure_peft, twins[0], r, adapter, cast, ids, labels, options.repeats))
         first = rows == sizes[0][0]
         runs = [("captured", True, 1), ("captured", True, 4)]
-        runs = [("eager", False, 1), *runs] if first else runs
-        for kind, capture, segments in runs:
-            done(f"curve_s{segments}_{kind}", measure_ours(model, encoded, rows, segments, capture, options.repeats))
+        for kind, capture, segments in [("eager", False, 1), *runs] if first else runs:
+            measure = partial(measure_ours, model, encoded, rows, segments, capture, options.repeats)
+            done(f"curve_s{segments}_{kind}", measure)
         if options.compile:
             torch._dynamo.reset()  # each size as a run of one length would have it
             compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
             compiled.compile_layers()
             for segments in (1, 4) if first else (1,):
-                done(
-                    f"curve_s{segments}_compiled",
-                    measure_ours(compiled, encoded, rows, segments, True, options.repeats),
-                )
-            del compiled
+                measure = partial(measure_ours, compiled, encoded, rows, segments, True, options.repeats)
+                done(f"curve_s{segments}_compiled", measure)
+            del compiled, measure
     show("training_step", figures)
 
 
