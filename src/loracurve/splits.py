@@ -22,7 +22,7 @@ from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
 from loracurve.tasks import Encoded
 
-__all__ = ["Way", "folding_tokens", "predict_splits", "room_for_merged"]
+__all__ = ["Way", "folding_tokens", "keeps_precision", "predict_splits", "room_for_merged"]
 
 Way = Literal["auto", "points", "merged"]
 
@@ -50,6 +50,11 @@ def folding_tokens(model: CurveModel) -> float:
     return folding / sum(layer.in_features + 2 * layer.out_features for layer in maps)
 
 
+def keeps_precision(model: CurveModel) -> bool:
+    """Whether a folded point is what it was: in half precision rounding its weights makes points differ that do not."""
+    return torch.finfo(model.dtype).bits >= 32
+
+
 def room_for_merged(model: CurveModel) -> bool:
     """Whether a copy of the touched weights fits into free memory, with some to spare."""
     weights = [layer.base_layer.weight for layer in model.layers.values() if isinstance(layer, CurveLinear)]
@@ -69,7 +74,7 @@ def predict_splits(
     Args:
         t: points [n], or coefficients [n, K] of points beside the curve.
         weights: of the points [n]; equal if None.
-        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper. Language modelling
+        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps precision. Language modelling
             runs its points together, because what lies between them is summarised at once.
     """
     gpu = model.device.type == "cuda"
@@ -85,7 +90,8 @@ def predict_splits(
         )
     choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
     tokens = sum(b.tokens for batches in choice.values() for b in batches)
-    merged = way == "merged" or (way == "auto" and tokens > folding_tokens(model) and room_for_merged(model))
+    pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)
+    merged = way == "merged" or pays
     done = _merged_log_probs(model, choice, t) if merged and choice else {}
     out = {}
     for name, encoded in splits.items():
