@@ -74,8 +74,8 @@ def predict_splits(
     Args:
         t: points [n], or coefficients [n, K] of points beside the curve.
         weights: of the points [n]; equal if None.
-        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps precision. Language modelling
-            runs its points together, because what lies between them is summarised at once.
+        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
+            precision. Language modelling runs its points together, because what lies between them is summarised at once.
     """
     gpu = model.device.type == "cuda"
     laid_out: dict[str, list[Batch]] = {}
