@@ -234,7 +234,10 @@ SECTIONS = (
     ),
     Section("Around the curve", "Train loss over a plane, slopes and their bound, sharpness.", landscape),
     Section(
-        "Examples", "Where the two kinds of uncertainty rank an example most differently.", examples, evaluation=True
+        "Examples",
+        "Where the two kinds of uncertainty rank an example most differently, among the more uncertain half.",
+        examples,
+        evaluation=True,
     ),
     Section("Settings and environment", "", settings),
 )
