@@ -20,11 +20,12 @@ from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
+from loracurve.bench.options import fingerprint, made_with, options_of, plain
 from loracurve.bench.registry import METHODS, method_class, method_name
 from loracurve.bench.reporting import write_tables
 from loracurve.bench.runner import run_suite
 from loracurve.bench.store import read_predictions, write_predictions
-from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of, fingerprint, plain
+from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of
 from loracurve.bench.suite_files import load_suite, shipped
 from loracurve.bench.tables import Table
 from loracurve.bench.tiny_model import TINY, tiny_model
@@ -153,7 +154,18 @@ def test_fingerprints_follow_options_and_not_places(tmp_path: Path) -> None:
         replace(suite, training=LoopConfig(steps=5)),
     ):
         assert fingerprint(changed, cell) != fingerprint(suite, cell)
+        assert not made_with(options_of(suite, cell), changed, cell)
     assert fingerprint(replace(suite, methods={"curve": Curve(units=4)}), cell) == fingerprint(suite, cell)
+
+
+def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path), Cell("made", 0, "curve")
+    older = options_of(suite, cell)
+    del older["training"]["compile"]  # as recorded before there was such an option
+    assert made_with(older, suite, cell)
+    assert not made_with(older, replace(suite, training=replace(suite.training, compile=True)), cell)
+    older["training"]["steps"] += 1
+    assert not made_with(older, suite, cell)
 
 
 def test_the_tiny_model_is_always_the_same_and_answers_with_single_tokens() -> None:

@@ -113,14 +113,14 @@ def _scores(whole: CellResult, out: Path) -> dict[str, list[float]]:
     path = whole.cell.folder(out) / "ensemble_scores.json"
     if path.is_file():
         kept = read_json(path)
-        if kept["fingerprint"] == whole.record["fingerprint"]:
+        if kept["options"] == whole.record["options"]:
             scores: dict[str, list[float]] = kept["scores"]
             return scores
     labels = whole.predictions.labels
     scores = ensemble_scores(
         whole.points("validation"), labels["validation"], whole.points("test"), labels["test"], seed=whole.cell.seed
     )
-    write_json(path, {"fingerprint": whole.record["fingerprint"], "scores": scores})
+    write_json(path, {"options": whole.record["options"], "scores": scores})
     return scores
 
 

@@ -20,9 +20,10 @@ import yaml
 
 from loracurve.baselines.base import Setting
 from loracurve.bench.memory import PeakMemory
+from loracurve.bench.options import fingerprint, options_of, plain
 from loracurve.bench.setting import Shared, anchors_folder, open_shared, train_anchors
 from loracurve.bench.store import record_of, write_predictions
-from loracurve.bench.suite import Cell, SuiteConfig, cells_of, fingerprint, method_of, plain
+from loracurve.bench.suite import Cell, SuiteConfig, cells_of, method_of
 from loracurve.environment import environment
 from loracurve.errors import UserError
 from loracurve.lora_space import ControlPoints
@@ -77,8 +78,7 @@ class Group:
             "task": cell.task,
             "seed": cell.seed,
             "method": cell.method,
-            "fingerprint": fingerprint(self.suite, cell),
-            "options": plain(method_of(self.suite, cell.method)),
+            "options": options_of(self.suite, cell),
             "environment": environment(),
         }
         try:

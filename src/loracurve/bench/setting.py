@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from loracurve.bases import load_base, model_window
-from loracurve.bench.suite import SuiteConfig, SuiteTask, fingerprint, slug
+from loracurve.bench.options import fingerprint, made_with, options_of
+from loracurve.bench.suite import SuiteConfig, SuiteTask, slug
 from loracurve.bench.tiny_model import TINY, tiny_model
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of
@@ -112,27 +113,31 @@ def train_anchors(
         UserError: the stored ones were made with other options; training fails, or failed before (`failed.json`).
     """
     folder = anchors_folder(out, name, seed)
-    mark = fingerprint(suite, task=name, seed=seed)
+    options = options_of(suite, task=name, seed=seed)
     if (folder / "anchors.json").is_file():
-        if read_json(folder / "anchors.json")["fingerprint"] != mark:
+        if not made_with(read_json(folder / "anchors.json")["options"], suite, task=name, seed=seed):
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
         return read_tensors(folder / "anchors.safetensors")
     failed = folder / "failed.json"
-    if failed.is_file() and (found := read_json(failed))["fingerprint"] == mark:
+    if failed.is_file() and (found := read_json(failed))["options"] == options:
         raise UserError(found["reason"])
     spec = CurveSpec.slots(suite.anchors)
     shared.model.set_curve(spec, shared.model.fresh_points(spec))
     try:
         result = fit_anchors(
-            shared.model, shared.task, suite.training_of(name, seed), folder / f"work-{mark}", progress=progress
+            shared.model,
+            shared.task,
+            suite.training_of(name, seed),
+            folder / f"work-{fingerprint(suite, task=name, seed=seed)}",
+            progress=progress,
         )
     except UserError as error:  # said once for all cells, and not tried again by each of them
-        write_json(failed, {"fingerprint": mark, "reason": f"the anchors: {error}"})
+        write_json(failed, {"options": options, "reason": f"the anchors: {error}"})
         raise UserError(f"the anchors: {error}") from error
     points = shared.model.control_points()
     write_tensors(folder / "anchors.safetensors", points)
     record = {
-        "fingerprint": mark,
+        "options": options,
         "seconds": result.seconds,
         "steps": result.steps,
         "best_step": result.best_step,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loracurve.bench.suite import Cell, SuiteConfig, fingerprint
+from loracurve.bench.options import made_with
+from loracurve.bench.suite import Cell, SuiteConfig
 from loracurve.errors import UserError
 from loracurve.predictive import Predictive
 from loracurve.storage import atomic_write, read_json
@@ -98,7 +99,7 @@ def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path)
-    if record["fingerprint"] != fingerprint(suite, cell):
+    if not made_with(record["options"], suite, cell):
         raise UserError(
             f"{path.parent}: {cell} was made with other options; give the method another name or choose another --out"
         )

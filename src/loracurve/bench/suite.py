@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loracurve.baselines.base import Method
 from loracurve.baselines.ensembles import Ensemble
-from loracurve.bench.registry import method_name
 from loracurve.config import LoraOptions, ModelConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
@@ -24,10 +20,8 @@ __all__ = [
     "SuiteConfig",
     "SuiteTask",
     "cells_of",
-    "fingerprint",
     "full_ensemble",
     "method_of",
-    "plain",
     "slug",
 ]
 
@@ -155,39 +149,3 @@ def method_of(suite: SuiteConfig, name: str) -> Method:
 def slug(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"[^A-Za-z0-9.+=-]+", "_", name)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses as mappings that YAML and JSON can hold; methods keep their names."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = method_name(value)
-        values = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return ({"method": name} if name else {}) | values
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", seed: int = 0) -> str:
-    """Hash of everything that a cell's (or without one, a task's anchors') numbers depend on, folders' places apart."""
-    task, seed = (cell.task, cell.seed) if cell else (task, seed)
-    values = {
-        "model": plain(suite.model) | {"name": Path(suite.model.name).name},
-        "task": plain(suite.tasks[task]) | {"data": Path(suite.tasks[task].data or task).name},
-        "lora": plain(suite.lora),
-        "training": plain(suite.training_of(task, seed)),
-        "anchors": suite.anchors,
-    }
-    if cell:
-        values |= {"method": plain(method_of(suite, cell.method)), "samples": suite.samples}
-        values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
-    return hashlib.sha256(json.dumps(_same_numbers(values), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _same_numbers(value: Any) -> Any:
-    """2 and 2.0 are one option."""
-    if isinstance(value, dict):
-        return {k: _same_numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_same_numbers(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
