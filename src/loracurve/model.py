@@ -273,16 +273,17 @@ class CurveModel(nn.Module):
 
         Args:
             t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
-                first. None: the base model without adapters.
+                first. [n, K]: coefficients of points beside the curve. None: the base model without adapters.
             inputs: as the wrapped model takes them, tensors of leading dimension N.
         """
         if t is None:
             if self.route.kind != "merged":
                 self._set_route(Route("base"))
             return self.model(**inputs)
-        points = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        points = torch.as_tensor(t, dtype=torch.float64)
+        c = points if points.dim() == 2 else self.coefficients(points.reshape(-1))
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
-        self._set_route(self._route_for(self.coefficients(points), Layout("points", len(points)), rows))
+        self._set_route(self._route_for(c, Layout("points", len(c)), rows))
         return self.model(**self.replication.inputs(inputs))
 
     def arrange(self, batch: Batch, coefficients: Tensor | None) -> tuple[Tensor | None, Layout]:
