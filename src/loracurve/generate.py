@@ -35,7 +35,7 @@ class GenerateConfig:
     max_new_tokens: int = 64
     """Most tokens to generate for each prompt."""
     temperature: float = 0.0
-    """0: the most probable token of the average. Above: draws from the average, sharpened below 1, flattened above 1."""
+    """0: the most probable token of the average. Above: draws from the average, sharper below 1, flatter above 1."""
     top_p: float = 1.0
     """Draw from the fewest tokens whose probability together reaches this."""
     weights: Literal["fixed", "sequence"] = "fixed"
@@ -175,18 +175,17 @@ class _Batch:
         for step in range(config.max_new_tokens):
             positions = (visible.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             # Only the last position is read; models that cannot leave out the others compute them all.
-            wanted = {"position_ids": positions, "logits_to_keep": 1}
+            wanted: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
             inputs = {name: value for name, value in wanted.items() if name in accepted}
-            output = model(
-                t, input_ids=ids, attention_mask=visible, past_key_values=cache, use_cache=True, return_dict=True, **inputs
-            )
+            inputs |= {"attention_mask": visible, "past_key_values": cache, "use_cache": True}
+            output = model(t, input_ids=ids, **inputs)
             cache = output.past_key_values
             if cache is None:
                 raise UserError("generate: expected a model that keeps a key-value cache, found one without")
             log_probs = output.logits[:, -1].float().log_softmax(-1).unflatten(0, (len(t), -1))
             average = mixture_log_probs(log_probs, log_weights.exp())
-            total, at_points = entropy(average), entropy(log_probs)
-            expected = torch.minimum((log_weights.exp() * at_points).sum(0), total)  # rounding of equal points
+            total = entropy(average)
+            expected = (log_weights.exp() * entropy(log_probs)).sum(0).minimum(total)  # equal points, up to rounding
             uniform = None
             if config.temperature:
                 draws = (generator(config.seed, "generate", number, step) for number in self.numbers)
@@ -194,7 +193,8 @@ class _Batch:
             chosen = choose_tokens(average, config, uniform)
             log_prob = average.gather(-1, chosen[:, None])[:, 0]
             if config.weights == "sequence":
-                log_weights = (log_weights + log_probs.gather(-1, chosen.expand(len(t), -1)[..., None])[..., 0]).log_softmax(0)
+                of_token = log_probs.gather(-1, chosen.expand(len(t), -1)[..., None])[..., 0]
+                log_weights = (log_weights + of_token).log_softmax(0)
             columns = torch.stack([log_prob, total, expected, total - expected]).tolist()
             for row, (generation, token) in enumerate(zip(self.generations, chosen.tolist(), strict=True)):
                 if generation.finish == "length":
@@ -239,8 +239,8 @@ def _tokenised(
             raise UserError(f"{where}: expected some text, found none, and this tokenizer puts no token in front")
         if window is not None and len(ids) + new_tokens > window:
             raise UserError(
-                f"{where}: expected at most {window} tokens with {new_tokens} new ones, found {len(ids)} + {new_tokens}; "
-                "shorten it or lower max_new_tokens"
+                f"{where}: expected at most {window} tokens with {new_tokens} new ones, found {len(ids)} + "
+                f"{new_tokens}; shorten it or lower max_new_tokens"
             )
     return sequences
 

@@ -73,7 +73,7 @@ def _tokens(generation: Generation, scales: dict[str, float]) -> list[dict[str, 
             {
                 "piece": piece,
                 "log_prob": log_prob,
-                "values": named,
+                "nats": named,
                 "shares": {name: _share(value, scales[name]) for name, value in named.items()},
             }
         )
