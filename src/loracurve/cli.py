@@ -29,6 +29,7 @@ from loracurve.generate import GenerateConfig
 from loracurve.generate_command import generate
 from loracurve.landscape_commands import report, scan, spell_out
 from loracurve.scanning import ScanConfig
+from loracurve.share_command import share
 
 __all__ = ["COMMANDS", "main", "parse_fit_config"]
 
@@ -209,7 +210,7 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, generate, export, calibrate, scan, report, bench)
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, generate, export, calibrate, scan, report, share, bench)
 }
 # Commands whose first argument is a dataclass of options.
 OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig}

@@ -221,15 +221,29 @@ class CurveModel(nn.Module):
         export_adapter(self.config, self.adapter(t), folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base: nn.Module | str | None = None) -> CurveModel:
-        """Read what `save_pretrained` wrote; `base` defaults to the model named in the file."""
+    def from_pretrained(
+        cls, folder: str | Path, base: nn.Module | str | None = None, revision: str | None = None
+    ) -> CurveModel:
+        """Read what `save_pretrained` wrote, from a folder or from OWNER/NAME on the hub, where only its two files are
+        fetched; `base` defaults to the model named in the file. `revision`: branch, tag or commit on the hub."""
+        from loracurve.sharing import curve_folder
         from loracurve.storage import load_curve
 
-        config, spec, points = load_curve(folder)
+        config, spec, points = load_curve(curve_folder(folder, revision))
         base = base if base is not None else config.base_model_name_or_path
         if base is None:
             raise UserError(f"{folder} does not name its base model; pass base=")
         return cls(_load_base(base, config), config, spec, points)
+
+    def push_to_hub(
+        self, repo: str, base: str | None = None, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the curve to OWNER/NAME on the hub, with a short model card if there is none; returns the commit's
+        address. `base`: the base model's name on the hub, where it was loaded from a folder. `loracurve share` writes
+        the card of a whole run. Raises UserError as `loracurve.sharing.push_curve`."""
+        from loracurve.sharing import push_model
+
+        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token)
 
     # ---- running
 
