@@ -51,15 +51,12 @@ def model_card(
             "task": task,
             "sizes": ", ".join(f"{split} {size:,}" for split, size in task["sizes"].items()),
             "training": _training(run),
-            "block": (block := summary(run)),
+            "block": summary(run),
             "seed": run.config["curve_training"]["seed"],
             "average": run.metrics["average"],
             "examples": f"{run.metrics['methods']['curve']['sets']['test']['examples']:,}",
         }
-        # A cell must not end the table's column.
-        for sheet in block.sheets:
-            sheet.rows[:] = [[str(cell).replace("|", "\\|") for cell in row] for row in sheet.rows]
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment: Any = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     source = files("loracurve.report").joinpath("card.md").read_text(encoding="utf-8")
     return environment.from_string(source).render(values)
 
