@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class CurveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.route = Route()
-        self.config = config
+        self.config = copy.copy(config)
+        if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
+            self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         self.layers = inject(base, config, self.route)
         self.model = base
         self.is_classifier = "SequenceClassification" in type(base).__name__
@@ -203,6 +206,14 @@ class CurveModel(nn.Module):
             for name, layer in self.layers.items()
             for suffix, p in layer.factors().items()
         }
+
+    @torch.no_grad()
+    def copy_points(self, points: ControlPoints) -> None:
+        """Give the control points of the present curve the values of others, [K, ...] by PEFT name, in their place."""
+        for name, layer in self.layers.items():
+            for suffix, p in layer.factors().items():
+                values = points[f"{PREFIX}{name}.{suffix}"]
+                p.copy_(values.mT if suffix == "lora_B.weight" else values)
 
     def adapter(self, t: float) -> dict[str, Tensor]:
         """The adapter at t as a PEFT state (`lora_A.weight` [r, n_in], `lora_B.weight` [n_out, r], dense heads)."""
