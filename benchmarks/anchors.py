@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +14,14 @@ from common import (
     DEVICE,
     arguments,
     build,
+    check,
     curve_model,
     lora,
+    note,
     peft_model,
     random_adapters,
     report,
+    show,
     synthetic,
     timed,
 )
@@ -30,6 +36,7 @@ from loracurve.training import _Anchors
 
 def main() -> None:
     options = arguments(__doc__)
+    begin = time.perf_counter()
     if options.shape == "7b":
         options.shape = "smollm2"
     r, rows, tokens = 8, 32, 48
@@ -37,7 +44,7 @@ def main() -> None:
     twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     encoded = synthetic(256, tokens, base.config.vocab_size)
     model = curve_model(base, r, CurveSpec.slots(3))
-    figures: dict[str, Any] = {"rows": rows, "tokens": tokens}
+    figures: dict[str, Any] = {"relative_errors": check(), "rows": rows, "tokens": tokens}
     adapter = random_adapters(model, 1)
     other = peft_model(twin, lora(r), adapter, cast=True).to(DEVICE).train()
     params = [p for p in other.parameters() if p.requires_grad]
@@ -54,6 +61,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     figures["peft_step_ms"] = timed(peft_step, options.repeats)
+    note(begin, f"PEFT step {figures['peft_step_ms']:.1f} ms")
     for anchors in (3, 10):
         model.set_curve(CurveSpec.slots(anchors), _stack(model, anchors))
         for capture in (False, True):
@@ -64,11 +72,24 @@ def main() -> None:
             parts = program.parts(0)
             key = f"{anchors}_anchors_{'captured' if capture else 'eager'}"
             figures[f"{key}_ms"] = timed(lambda: stepper(parts, 1.0), options.repeats)  # noqa: B023
+            figures["batches_ms"] = host_time(lambda: program.parts(0), options.repeats)  # noqa: B023
             figures[f"{key}_with_batches_ms"] = timed(lambda: stepper(program.parts(0), 1.0), options.repeats)  # noqa: B023
         figures[f"{anchors}_fine_tunes_over_ours"] = (
             anchors * figures["peft_step_ms"] / figures[f"{key}_with_batches_ms"]
         )
-    report("anchors", options, figures)
+        note(begin, f"{anchors} anchors {figures[f'{key}_with_batches_ms']:.1f} ms")
+        report("anchors", options, figures)
+    show("anchors", figures)
+
+
+def host_time(function: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds of work on the host: laying out batches should not be slower than the step."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
 
 
 def _stack(model: Any, count: int) -> dict[str, torch.Tensor]:

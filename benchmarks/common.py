@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from loracurve.batching import collate
 from loracurve.model import CurveModel
 from loracurve.run import environment
 from loracurve.spec import CurveSpec
@@ -25,13 +28,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ANSWERS = (11, 12, 13, 14)
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--shape", choices=["7b", "smollm2", "small"], default="7b" if DEVICE.type == "cuda" else "small"
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled layers")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
     return parser.parse_args()
 
 
@@ -120,6 +126,51 @@ def curve_model(base: nn.Module, r: int, spec: CurveSpec) -> CurveModel:
     return CurveModel(base, lora(r), spec).to(DEVICE)
 
 
+CHECKED = "LORACURVE_BENCHMARKS_CHECKED"
+
+
+def check() -> dict[str, float]:
+    """Before any time is taken: every way to run against a loop over PEFT adapters, in float32 on this device.
+
+    Returns:
+        Relative errors of the log-probabilities; a wrong result ends the benchmark.
+    """
+    if CHECKED in os.environ:  # by all.py, on this device with this code
+        return dict(json.loads(os.environ[CHECKED]))
+    base = build("small", torch.float32)
+    twin = copy.deepcopy(base)
+    model = curve_model(base, 4, CurveSpec(1, 2)).eval()
+    model.set_curve(model.spec, stacked(random_adapters(model, 3)))
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    adapters = [model.adapter(float(x)) for x in t]
+    other = peft_model(twin, lora(4), adapters, cast=False).to(DEVICE).eval()
+    encoded = synthetic(4, 24, base.config.vocab_size)
+    batch = collate(encoded, range(4), 1)
+    ids = batch.input_ids.to(DEVICE)
+    answers = torch.tensor(ANSWERS, device=DEVICE)
+    with torch.inference_mode():
+        found = []
+        for i in range(3):
+            other.set_adapter(f"p{i}")
+            found.append(other(input_ids=ids, use_cache=False).logits[:, -1].index_select(-1, answers).log_softmax(-1))
+        expected = torch.stack(found)
+        rows = model.coefficients(t[:, None].expand(3, 4))
+        ways = {
+            "points": model.point_log_probs(batch, t),
+            "rows": model.scores(batch.to(DEVICE), rows.to(DEVICE)).log_softmax(-1),
+        }
+        with model.merging() as fold:
+            merged = []
+            for x in t:
+                fold(x)
+                merged.append(model.merged_log_probs(batch))
+            ways["merged"] = torch.cat(merged)
+    errors = {name: float((x - expected).norm() / expected.norm()) for name, x in ways.items()}
+    if max(errors.values()) > 1e-5:
+        raise SystemExit(f"the results differ from PEFT's: {errors}")
+    return errors
+
+
 def timed(function: Callable[[], Any], repeats: int, warm_up: int = 4) -> float:
     """Median milliseconds of a call, by device events on a GPU."""
     for _ in range(warm_up):
@@ -153,23 +204,45 @@ def layer_weights(base: nn.Module) -> int:
     return sum(m.weight.numel() for n, m in layers.named_modules() if type(m) is nn.Linear)
 
 
-def peak_memory() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+def peak_memory() -> float:
+    """GiB, 0 on the CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
+
+
+def allocated() -> float:
+    return torch.cuda.memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
 
 
 def reset_memory() -> None:
     if DEVICE.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def report(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Print the figures and write them with versions and device."""
+    """Write the figures with versions and device; called as often as there are new ones."""
     options.out.mkdir(parents=True, exist_ok=True)
     env = environment()
     env["command"] = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
+    env["command"] += "" if options.compile else " --no-compile"
     path = options.out / f"{name}-{options.shape}-{DEVICE.type}.json"
     path.write_text(
         json.dumps({"benchmark": name, "shape": options.shape, **figures, "environment": env}, indent=2) + "\n"
     )
-    print(json.dumps({name: figures}), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Figures short enough for the end of a log."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
+    print(f"{name}: {json.dumps(rounded(figures))}", flush=True)
+
+
+def note(started: float, text: str) -> None:
+    """A line on progress, so that a run that was cut off says how far it came."""
+    print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)

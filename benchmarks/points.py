@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from common import (
     DEVICE,
     arguments,
     build,
+    check,
     curve_model,
     layer_weights,
     lora,
     matrix_rate,
+    note,
     peft_model,
     random_adapters,
     report,
+    show,
     stacked,
     synthetic,
     timed,
@@ -30,17 +34,26 @@ from loracurve.training import slot_times
 
 def main() -> None:
     options = arguments(__doc__)
+    begin = time.perf_counter()
+    figures: dict[str, Any] = {"relative_errors": check()}
     r, n = (16 if options.shape == "7b" else 8), 8
     base = build(options.shape)
     dtype = next(base.parameters()).dtype
-    twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    twin, third = (copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(2))
     rate, flop = matrix_rate(dtype), 2 * layer_weights(base)
-    model = curve_model(base, r, CurveSpec.slots(n)).eval()
+    # Eight independent adapters: as many control points as points.
+    spec = CurveSpec.slots(n)
+    model = curve_model(base, r, spec).eval()
     adapters = random_adapters(model, n)
-    model.set_curve(CurveSpec.slots(n), stacked(adapters))
+    model.set_curve(spec, stacked(adapters))
+    models = {"curve": model}
+    if options.compile:
+        models["curve_compiled"] = curve_model(third, r, spec).eval()
+        models["curve_compiled"].set_curve(spec, stacked(adapters))
+        models["curve_compiled"].compile_layers()
     other = peft_model(twin, lora(r), adapters, cast=False).to(DEVICE).eval()
     answers = torch.tensor(ANSWERS, device=DEVICE)
-    figures: dict[str, Any] = {"matrix_rate_tflops": rate, "points": n}
+    figures |= {"matrix_rate_tflops": rate, "points": n}
     for rows, tokens in [(1, 128), (16, 256)] if options.shape == "7b" else [(1, 64), (8, 64)]:
         encoded = synthetic(rows, tokens, base.config.vocab_size)
         batch = collate(encoded, range(rows), 1)
@@ -60,34 +73,30 @@ def main() -> None:
             out = other(input_ids=ids.repeat(n, 1), adapter_names=names, logits_to_keep=1, use_cache=False)  # noqa: B023
             return out.logits[:, -1].index_select(-1, answers).view(n, rows, -1)  # noqa: B023
 
-        def curve() -> torch.Tensor:
-            return model.point_log_probs(batch, t, tokens_per_pass=10**9)  # noqa: B023
-
         def eager() -> torch.Tensor:
             moved = batch.to(DEVICE)  # noqa: B023
             return model.scores(moved, model.coefficients(t)).log_softmax(-1)  # noqa: B023
 
+        runs = {"peft_loop": loop, "peft_mixed": mixed, "curve_eager": eager}
+        if options.compile:
+            torch._dynamo.reset()
+        for name, which in models.items():
+            runs[name] = lambda which=which: which.point_log_probs(batch, t, tokens_per_pass=10**9)  # noqa: B023
+        found: dict[str, Any] = {"floor_ms": flop * n * rows * tokens / rate / 1e9}
+        figures[f"{rows}x{tokens}"] = found
         with torch.inference_mode():
             expected = loop().float().log_softmax(-1)
-            found: dict[str, Any] = {
-                "relative_error": float((curve() - expected).norm() / expected.norm()),
-                "relative_error_of_peft_mixed": float(
-                    (mixed().float().log_softmax(-1) - expected).norm() / expected.norm()
-                ),
-                "floor_ms": flop * n * rows * tokens / rate / 1e9,
-            }
-            for name, function in (
-                ("peft_loop", loop),
-                ("peft_mixed", mixed),
-                ("curve_eager", eager),
-                ("curve", curve),
-            ):
+            for name, function in runs.items():
+                error = (function().float().log_softmax(-1) - expected).norm() / expected.norm()
+                found[f"relative_error_of_{name}"] = float(error)
                 found[f"{name}_ms"] = timed(function, options.repeats)
-        found["mixed_over_curve"] = found["peft_mixed_ms"] / found["curve_ms"]
-        found["loop_over_curve"] = found["peft_loop_ms"] / found["curve_ms"]
-        found["curve_over_floor"] = found["curve_ms"] / found["floor_ms"]
-        figures[f"{rows}x{tokens}"] = found
+                note(begin, f"{rows}x{tokens} {name}: {found[f'{name}_ms']:.1f} ms, error {float(error):.3g}")
+                report("points", options, figures)
+        best = min(found[f"{name}_ms"] for name in models)
+        found["mixed_over_curve"], found["loop_over_curve"] = (found[f"peft_{x}_ms"] / best for x in ("mixed", "loop"))
+        found["curve_over_floor"] = best / found["floor_ms"]
         report("points", options, figures)
+    show("points", figures)
 
 
 if __name__ == "__main__":

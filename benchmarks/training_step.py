@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from common import (
     ANSWERS,
     DEVICE,
+    allocated,
     arguments,
     build,
+    check,
     curve_model,
     layer_weights,
     lora,
     matrix_rate,
+    note,
     peak_memory,
     peft_model,
     random_adapters,
     report,
     reset_memory,
+    rounded,
+    show,
     stacked,
     synthetic,
     timed,
@@ -60,62 +69,119 @@ def peft_step(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> Any:
     return step
 
 
+def r_and_sizes(shape: str) -> tuple[int, list[tuple[int, int]]]:
+    """Rank, and rows x tokens of the steps."""
+    return {"7b": (16, [(8, 256), (16, 256)]), "smollm2": (8, [(32, 64)]), "small": (8, [(4, 32)])}[shape]
+
+
+def gib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(p.numel() * p.element_size() for p in tensors) / 2**30
+
+
+def measure_ours(
+    model: Any, encoded: Any, rows: int, segments: int, capture: bool, repeats: int
+) -> tuple[dict[str, Any], float]:
+    """Time and memory of a step, and the first loss.
+
+    `memory_gib` is the base model and what a step takes on top, without control points and their moments.
+    """
+    spec = CurveSpec(segments, 2)
+    model.set_curve(spec, stacked(random_adapters(model, 1) * spec.size))
+    reset_memory()
+    before, begin = allocated(), time.perf_counter()
+    step, stepper = ours(model, encoded, rows, capture)
+    loss = float(step()[0])
+    found = {"first_step_s": time.perf_counter() - begin, "ms": timed(step, repeats), "peak_gib": peak_memory()}
+    found["captured"] = bool(stepper.captured.graphs)
+    found["control_points_gib"] = points = gib(model.factors)
+    found["memory_gib"] = gib(p for p in model.model.parameters() if not p.requires_grad) + (
+        found["peak_gib"] - before - 2 * points
+    )
+    return found, loss
+
+
+def measure_peft(twin: Any, r: int, adapter: Any, cast: bool, ids: Any, labels: Any, repeats: int) -> Any:
+    """The same for PEFT; its memory holds everything."""
+    other = peft_model(copy.deepcopy(twin, shared(twin)), lora(r), [adapter], cast).to(DEVICE)
+    reset_memory()
+    before = allocated()
+    step = peft_step(other, ids, labels)
+    loss = float(step().detach())
+    found = {"ms": timed(step, repeats), "peak_gib": peak_memory()}
+    found["memory_gib"] = gib(other.parameters()) + found["peak_gib"] - before
+    return found, loss
+
+
+def shared(base: Any) -> dict[int, Any]:
+    """For deepcopy: modules of one's own around the same weights."""
+    return {id(p): p for p in base.parameters()}
+
+
+def summarise(found: dict[str, Any], flop: float, rate: float) -> None:
+    """The ratios, as far as what they are made of is there."""
+    ms = {name: value["ms"] for name, value in found.items() if isinstance(value, dict) and "ms" in value}
+    ours_ms = {name: ms[name] for name in ("curve_s1_captured", "curve_s1_compiled") if name in ms}
+    if not ours_ms:
+        return
+    best = min(ours_ms, key=lambda name: ours_ms[name])
+    found["best"] = best
+    found["share_of_matrix_rate"] = flop / ms[best] / 1e9 / rate
+    for peft in ("peft", "peft_adapters_bf16"):
+        if peft not in ms:
+            continue
+        found[f"time_over_{peft}"] = ms[best] / ms[peft]
+        found[f"memory_over_{peft}"] = found[best]["memory_gib"] / found[peft]["memory_gib"]
+    for how in ("captured", "compiled"):
+        if f"curve_s4_{how}" in ms and f"curve_s1_{how}" in ms:
+            found[f"s4_over_s1_{how}"] = ms[f"curve_s4_{how}"] / ms[f"curve_s1_{how}"]
+
+
 def main() -> None:
     options = arguments(__doc__)
-    r = 16 if options.shape == "7b" else 8
-    sizes = [(8, 256), (16, 256)] if options.shape == "7b" else [(32, 64)]
+    begin = time.perf_counter()
+    figures: dict[str, Any] = {"relative_errors": check()}
+    r, sizes = r_and_sizes(options.shape)
     base = build(options.shape)
-    vocabulary = base.config.vocab_size
     flop = 4 * layer_weights(base)
     rate = matrix_rate(next(base.parameters()).dtype)
-    figures: dict[str, Any] = {"matrix_rate_tflops": rate, "r": r}
-    # The curve's base is wrapped in place; PEFT gets the same weights in modules of its own.
-    memo = {id(p): p for p in base.parameters()}
-    twin = copy.deepcopy(base, memo)
+    figures |= {"matrix_rate_tflops": rate, "r": r}
+    # Curve models wrap their base in place; each gets modules of its own around the same weights.
+    twins = [copy.deepcopy(base, shared(base)) for _ in range(2)]
     model = curve_model(base, r, CurveSpec(1, 2))
     adapter = random_adapters(model, 1)[0]
     for rows, tokens in sizes:
         name = f"{rows}x{tokens}"
-        encoded = synthetic(rows, tokens, vocabulary)
+        encoded = synthetic(rows, tokens, base.config.vocab_size)
         ids = torch.tensor([e.prompt for e in encoded.examples], device=DEVICE)
         labels = torch.tensor([e.label for e in encoded.examples], device=DEVICE)
-        found: dict[str, Any] = {}
-        losses = {}
-        for segments in (1, 4):
-            spec = CurveSpec(segments, 2)
-            model.set_curve(spec, stacked([adapter] * spec.size))
-            for capture in (False, True):
-                reset_memory()
-                step, stepper = ours(model, encoded, rows, capture)
-                if segments == 1 and not capture:
-                    losses["curve"] = float(step()[0])
-                before = torch.cuda.memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
-                key = f"curve_s{segments}_{'captured' if capture else 'eager'}"
-                found[f"{key}_ms"] = timed(step, options.repeats)
-                found[f"{key}_peak_gib"] = peak_memory()
-                found[f"{key}_allocated_before_gib"] = before
-                if capture:
-                    found[f"{key}_works"] = bool(stepper.captured.enabled)
-                del step, stepper
-        found["control_points_gib"] = sum(p.numel() for p in model.factors) * 4 / 2**30
-        model.set_curve(CurveSpec(1, 2), stacked([adapter] * 3))
-        found["share_of_matrix_rate"] = flop * rows * tokens / found["curve_s1_captured_ms"] / 1e9 / rate
-        for cast in (True, False):
-            reset_memory()
-            other = peft_model(copy.deepcopy(twin, {id(p): p for p in twin.parameters()}), lora(r), [adapter], cast)
-            other.to(DEVICE)
-            step = peft_step(other, ids, labels)
-            losses[f"peft_cast_{cast}"] = float(step())
-            key = "peft" if cast else "peft_adapters_bf16"
-            found[f"{key}_ms"] = timed(step, options.repeats)
-            found[f"{key}_peak_gib"] = peak_memory()
-            del other, step
-        found["losses"] = losses
-        found["ratio_to_peft"] = found["curve_s1_captured_ms"] / found["peft_ms"]
-        found["ratio_to_peft_adapters_bf16"] = found["curve_s1_captured_ms"] / found["peft_adapters_bf16_ms"]
-        found["s4_over_s1"] = found["curve_s4_captured_ms"] / found["curve_s1_captured_ms"]
+        found: dict[str, Any] = {"losses": {}}
         figures[name] = found
-        report("training_step", options, figures)
+
+        def done(key: str, measure: Callable[[], tuple[dict[str, Any], float]]) -> None:
+            try:
+                found[key], found["losses"][key] = measure()  # noqa: B023
+            except RuntimeError as error:  # memory, a compiler: the other figures are worth having
+                found[key] = {"failed": str(error).splitlines()[0][:200]}  # noqa: B023
+            summarise(found, flop * rows * tokens, rate)  # noqa: B023
+            note(begin, f"{name} {key}: {json.dumps(rounded(found[key]))}")  # noqa: B023
+            report("training_step", options, figures)
+
+        for key, cast in (("peft", True), ("peft_adapters_bf16", False)):
+            done(key, partial(measure_peft, twins[0], r, adapter, cast, ids, labels, options.repeats))
+        first = rows == sizes[0][0]
+        runs = [("captured", True, 1), ("captured", True, 4)]
+        for kind, capture, segments in [("eager", False, 1), *runs] if first else runs:
+            measure = partial(measure_ours, model, encoded, rows, segments, capture, options.repeats)
+            done(f"curve_s{segments}_{kind}", measure)
+        if options.compile:
+            torch._dynamo.reset()  # each size as a run of one length would have it
+            compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
+            compiled.compile_layers()
+            for segments in (1, 4) if first else (1,):
+                measure = partial(measure_ours, compiled, encoded, rows, segments, True, options.repeats)
+                done(f"curve_s{segments}_compiled", measure)
+            del compiled, measure
+    show("training_step", figures)
 
 
 if __name__ == "__main__":

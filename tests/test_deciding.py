@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from loracurve.bench.deciding import (
     paired_p_value,
     subsets_of,
 )
+from loracurve.bench.detecting import verdicts
 from loracurve.bench.tables import Table
 from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.metrics import Interval
@@ -144,6 +146,25 @@ def test_intervals_of_an_auroc_cover_its_true_value() -> None:
 
 
 # ---- tables
+
+
+def test_verdicts_count_intervals_on_the_sets_that_count() -> None:
+    class Judged:
+        suite = SimpleNamespace(tasks={"a": 0, "b": 0})
+
+        def singles(self, task: str) -> tuple[float, bool]:
+            return 0.9, task == "a"
+
+    up, down, none, unknown = Interval(1, 0.5, 2), Interval(-1, -2, -0.5), Interval(1, -1, 2), Interval(1, math.nan, 1)
+    differences = Table("d", "", [])
+    differences.rows = [
+        ["ref", "a", "curve", "errors", "MI", up, down],
+        ["ref", "a", "curve", "errors", "entropy", down, none],
+        ["ref", "a", "curve", "ood:x", "MI", unknown, None],
+        ["ref", "b", "curve", "errors", "MI", up, up],
+    ]
+    found = verdicts(Judged(), differences)  # type: ignore[arg-type]
+    assert found.rows == [["ref", "curve", "AUROC", 1, 1, 1], ["ref", "curve", "AURC", 1, 0, 1]]
 
 
 def test_a_table_in_three_forms() -> None:

@@ -106,7 +106,7 @@ def test_path_is_drawn_in_order_and_marks_its_anchors() -> None:
     axes = plots.paths(frame, Figure().subplots(), anchors=[0.0, 0.5, 1.0])
     t = np.linspace(0, 1, 11)
     np.testing.assert_array_equal(lines(axes)["curve"], np.stack([t, -t], 1))
-    np.testing.assert_array_equal(lines(axes)["straight in (A, B)"], np.stack([t, t * (1 - t)], 1))
+    np.testing.assert_array_equal(lines(axes)["straight (A, B)"], np.stack([t, t * (1 - t)], 1))
     vertical = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]  # type: ignore[index, arg-type]
     assert vertical == [0.0, 0.5, 1.0]
     assert axes.get_ylabel() == "test NLL (nats)"
@@ -171,7 +171,9 @@ def test_panels_share_one_legend() -> None:
     draws = [lambda ax: plots.paths(frame, ax), lambda ax: plots.paths(frame, ax, split="train")]
     figure = figures.panels(draws, (6, 6), sharex=True)
     assert len(figure.axes) == 2 and len(figure.legends) == 1
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["straight in (A, B)", "curve"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "position on the path t (fraction)"]
+    assert all(ax.get_xlabel() for ax in figures.panels(draws, (6, 6)).axes), "axes of their own keep their labels"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["straight (A, B)", "curve"]
 
 
 @pytest.mark.parametrize(

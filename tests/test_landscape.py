@@ -105,6 +105,24 @@ def test_velocity_is_the_derivative(name: str, tmp_path: FilePath) -> None:
     assert path.speed(t) == pytest.approx(float(path.distances([t - h, t + h])[0, 1]) / (2 * h), rel=1e-4)
 
 
+def test_speed_in_delta_w_obeys_the_bound_of_the_theory_page(tmp_path: FilePath) -> None:
+    """docs/theory.md, statement 2: ||Delta W_m'||_F <= s_m R_m Lambda_m for every map, at every t."""
+    model, _ = setting(tmp_path)
+    path, scalings = curve_path(model), scalings_of(model)
+    for name_a, a in path.points.items():
+        if "lora_A" not in name_a:
+            continue
+        b = path.points[name_a.replace("lora_A", "lora_B")]
+        steps = (a.diff(dim=0).square().sum((1, 2)) + b.diff(dim=0).square().sum((1, 2))).sqrt()
+        largest = max(
+            float(torch.linalg.matrix_norm(x, 2) + torch.linalg.matrix_norm(y, 2)) for x, y in zip(a, b, strict=True)
+        )
+        bound = scalings[name_a] * largest * 2 * 2 * float(steps.max())
+        one = {name_a: a, name_a.replace("lora_A", "lora_B"): b}
+        speeds = [Path("", one, 2, 2, scalings).speed(t) for t in (0.0, 0.2, 0.5, 0.9, 1.0)]
+        assert 0.01 * bound < max(speeds) <= bound
+
+
 def test_lengths_agree_with_polygons_and_gram_matrices(tmp_path: FilePath) -> None:
     model, _ = setting(tmp_path)
     path = curve_path(model)
@@ -175,16 +193,19 @@ def test_a_scan_of_61_points_costs_61_merged_evaluations(tmp_path: FilePath) -> 
 
 def test_barrier_arithmetic_by_hand() -> None:
     u = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    losses = torch.tensor([[1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [2.0, 2.0]])
-    torch.testing.assert_close(excess(losses.mean(1), u), torch.tensor([0.0, 1.0, -1.0, 0.0]))
+    losses = torch.tensor([[1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [4.0, 4.0]])
+    # The line between the ends is 2, 2.5, 3, 4.
+    torch.testing.assert_close(excess(losses.mean(1), u), torch.tensor([0.0, 0.5, -2.0, 0.0]))
     found = barrier(losses, losses + 1, u, seed=0)
-    assert found.place == 1 and found.chosen == 1.0
-    assert found.excess.estimate == pytest.approx(1.0) and found.above_ends == pytest.approx(1.0)
+    assert found.place == 1 and found.chosen == 0.5
+    assert found.excess.estimate == pytest.approx(0.5) and found.above_ends == pytest.approx(-1.0)
+    # Both examples exceed their own line: 2 - 1.75 and 4 - 3.25.
+    assert found.excess.low == pytest.approx(0.25) and found.excess.high == pytest.approx(0.75)
     # The selection data alone choose the place; on the test data the path may lie lower there.
-    other = torch.tensor([[1.0, 3.0], [0.0, 2.0], [9.0, 9.0], [2.0, 2.0]])
+    other = torch.tensor([[1.0, 3.0], [0.0, 2.0], [9.0, 9.0], [4.0, 4.0]])
     found = barrier(losses, other, u, seed=0)
-    assert found.place == 1 and found.excess.estimate == pytest.approx(-1.0) and found.excess.high < 0
-    assert found.above_ends == pytest.approx(-1.0)
+    assert found.place == 1 and found.excess.estimate == pytest.approx(-1.5) and found.excess.high < 0
+    assert found.above_ends == pytest.approx(-3.0)
     with pytest.raises(ValueError, match="same n >= 3"):
         barrier(losses, losses[:2], u, seed=0)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from made_runs import base_folder, config_file, data_folder
 from test_training import QUIET, build
 from tiny import random_points
 
 from loracurve import curve
 from loracurve.batching import collate
 from loracurve.bootstrap import BootstrapConfig, BootstrapWeights
+from loracurve.cli import main
 from loracurve.corruption import CorruptionConfig, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
@@ -29,6 +32,7 @@ from loracurve.training import FitConfig, _Anchors, _Curve, fit, fit_anchors
     ("values", "message"),
     [
         ({"perturbation": PerturbationConfig("flat_lora"), "share_points": False}, "share_points: expected true"),
+        ({"perturbation": PerturbationConfig("lora_space"), "compile": True}, "compile: expected false"),
         ({"perturbation": PerturbationConfig("sam")}, "points: expected 1 with perturbation.kind sam"),
         (
             {"perturbation": PerturbationConfig("sam"), "points": 1, "objective": ObjectiveConfig("bonus", 0.5)},
@@ -71,6 +75,119 @@ def test_options_that_a_curve_cannot_have_are_named(spec: CurveSpec, values: dic
     with pytest.raises(UserError, match=message):
         FitConfig(**values).check_curve(spec)
     FitConfig(**values).check_curve(CurveSpec.anchored(3))
+
+
+# ---- all together
+
+CURVES = ["free", "anchored"]
+JSD = ["none", "bonus", "hinge"]
+NOISE = ["none", "flat_lora", "lora_space"]
+# Rows of (curve, segments, jsd, noise, architecture).
+CASES = [
+    ("anchored", 1, "none", "lora_space", "qwen2"),
+    ("anchored", 2, "hinge", "flat_lora", "qwen2"),
+    ("free", 1, "bonus", "none", "qwen2"),
+    ("anchored", 2, "hinge", "none", "llama"),
+    ("anchored", 2, "bonus", "lora_space", "llama"),
+    ("free", 1, "none", "flat_lora", "llama"),
+    ("anchored", 2, "none", "none", "encoder"),
+    ("free", 2, "bonus", "flat_lora", "encoder"),
+    ("free", 1, "hinge", "lora_space", "encoder"),
+]
+
+
+def test_the_cases_cover_all_pairs() -> None:
+    levels = [CURVES, [1, 2], JSD, NOISE, ["qwen2", "llama", "encoder"]]
+    for a, b in combinations(range(5), 2):
+        assert {(c[a], c[b]) for c in CASES} == set(product(levels[a], levels[b]))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One tiny model and task for each architecture; a case only exchanges the curve."""
+    made = {}
+    for architecture in ("qwen2", "llama", "encoder"):
+        folder = tmp_path_factory.mktemp(architecture)
+        model, _, task = build(architecture, folder, CurveSpec(1, 2), r=2)
+        made[architecture] = model, task
+    return made
+
+
+@pytest.mark.parametrize(("kind", "segments", "jsd", "noise", "architecture"), CASES)
+def test_options_train_together_resume_to_the_bit_and_keep_anchors(
+    kind: str, segments: int, jsd: str, noise: str, architecture: str, models: dict[str, Any], tmp_path: Path
+) -> None:
+    """9 of the 108 combinations, in which every pair of options occurs: all of them would take minutes."""
+    model, task = models[architecture]
+    spec = CurveSpec(segments, 2) if kind == "free" else CurveSpec.anchored(segments + 1, 2)
+    model.set_curve(spec, model.fresh_points(spec))
+    start = random_points(model)
+    model.set_curve(spec, start)
+    forms = {"none": (0.0, 0.0), "bonus": (0.5, 0.0), "hinge": (5.0, 0.05 if kind == "free" else 0.0)}
+    config = FitConfig(
+        steps=4,
+        batch_size=4,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        checkpoint_every=2,
+        evaluate_every=2,
+        evaluation_points=2,
+        objective=ObjectiveConfig(jsd, *forms[jsd]),  # type: ignore[arg-type]
+        perturbation=PerturbationConfig(noise, 0.1, "ramp"),  # type: ignore[arg-type]
+    )
+    before = {n: p.clone() for n, p in model.model.state_dict().items() if "base_layer" in n}
+    result = fit(model, task, config, tmp_path / "whole", **QUIET)
+    whole = model.control_points()
+    assert result.steps == 4 and all(h["loss"] < float("inf") for h in result.history)
+    assert (result.settled["tau"] > 0) if jsd == "hinge" else result.settled == {}
+    for name, p in whole.items():
+        assert torch.equal(p[~spec.mask], start[name][~spec.mask]), "anchors are bit-equal"
+        assert not torch.equal(p[spec.mask], start[name][spec.mask])
+    assert all(torch.equal(p, before[n]) for n, p in model.model.state_dict().items() if n in before)
+    model.set_curve(spec, start)
+    fit(model, task, config, tmp_path / "cut", stop_after=2, **QUIET)
+    again = fit(model, task, config, tmp_path / "cut", **QUIET)
+    assert all(torch.equal(p, whole[n]) for n, p in model.control_points().items())
+    assert [h["loss"] for h in again.history] == [h["loss"] for h in result.history]
+
+
+def test_sam_trains_and_resumes_to_the_bit(models: dict[str, Any], tmp_path: Path) -> None:
+    model, task = models["llama"]
+    spec = CurveSpec(2, 2)
+    model.set_curve(spec, start := model.fresh_points(spec))
+    found = []
+    for rho in (0.2, 0.0):
+        config = FitConfig(
+            steps=3, batch_size=4, points=1, perturbation=PerturbationConfig("sam", rho), checkpoint_every=1
+        )
+        model.set_curve(spec, start)
+        fit(model, task, config, tmp_path / f"{rho}", **QUIET)
+        found.append(model.control_points())
+        model.set_curve(spec, start)
+        fit(model, task, config, tmp_path / f"cut {rho}", stop_after=1, **QUIET)
+        fit(model, task, config, tmp_path / f"cut {rho}", **QUIET)
+        assert all(torch.equal(p, found[-1][n]) for n, p in model.control_points().items())
+    model.set_curve(spec, start)
+    fit(model, task, replace(config, perturbation=PerturbationConfig()), **QUIET)
+    assert all(torch.equal(p, found[1][n]) for n, p in model.control_points().items()), "no ascent, no change"
+    assert not any(torch.equal(p, found[1][n]) for n, p in found[0].items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("noise", ["none", "flat_lora", "lora_space", "sam"])
+def test_captured_steps_are_those_that_are_not(noise: str, models: dict[str, Any]) -> None:
+    model, task = models["qwen2"]
+    spec = CurveSpec(2, 2, closed=True)
+    model.set_curve(spec, start := model.fresh_points(spec))
+    found = []
+    for capture in (False, True):
+        model.set_curve(spec, start)
+        config = FitConfig(
+            steps=12, batch_size=4, points=1, capture=capture, keep="last", perturbation=PerturbationConfig(noise, 0.1)
+        )
+        result = fit(model, task, config, **QUIET)
+        found.append([h["loss"] for h in result.history])
+    assert found[0] == pytest.approx(found[1], rel=1e-3), "replayed graphs follow the seeds of their step"
 
 
 # ---- weights of the examples
@@ -170,6 +287,15 @@ def test_the_diversity_term_is_taken_on_unlabelled_text(architecture: str, tmp_p
     other = model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
     torch.testing.assert_close(program.loss(part)[0], nll - 0.5 * jensen_shannon(other).mean())
     fit(model, task, replace(config, steps=2), **QUIET)
+
+
+def test_a_file_of_other_inputs_is_looked_at_before_anchors_are_trained(tmp_path: Path, capsys: Any) -> None:
+    base, data = base_folder(tmp_path / "base", "qwen2"), data_folder(tmp_path / "data", "letter")
+    config = config_file(tmp_path / "c.yaml", base, data, "letter")
+    options = ["objective.jsd=bonus", "objective.weight=0.5", "corruption.kind=text", "corruption.file=none.jsonl"]
+    arguments = ["fit", str(config), "--out", str(tmp_path / "out"), *(f"--curve_training.{o}" for o in options)]
+    assert main(arguments) == 2
+    assert "found no file none.jsonl" in capsys.readouterr().err and not (tmp_path / "out" / "anchors").exists()
 
 
 @pytest.mark.parametrize("packing", [True, False])

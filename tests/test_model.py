@@ -11,6 +11,7 @@ import torch
 from tiny import ARCHITECTURES, adapters_on, lora_config, peft_twin, random_points, tiny
 
 from loracurve.errors import UserError
+from loracurve.layers import CurveLinear, Route
 from loracurve.model import CurveModel, CurveSpec
 
 T = torch.tensor([0.0, 0.2, 0.5, 0.85, 1.0], dtype=torch.float64)
@@ -70,8 +71,6 @@ def test_three_ways_to_run_equal_a_loop_over_peft_adapters(
 
 
 def rows_route(model: CurveModel, t: torch.Tensor) -> object:
-    from loracurve.layers import Route
-
     flat = model.coefficients(t).flatten(0, 1).to(model.dtype)
     return Route("rows", flat, replicas=t.shape[0], rows=t.shape[1])
 
@@ -124,6 +123,76 @@ def test_gradient_to_a_control_point_is_its_coefficient_times_the_gradient_at_th
     for g, g0 in zip(on_curve, at_theta, strict=True):
         expected = c.view(-1, *[1] * (g.dim() - 1)) * g0
         torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-12)
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of layers that each down-projection serves."""
+    served: list[int] = []
+    project = CurveLinear._project
+    monkeypatch.setattr(
+        CurveLinear, "_project", lambda self, x, layers: served.append(len(layers)) or project(self, x, layers)
+    )
+    return served
+
+
+@pytest.mark.parametrize("way", ["points", "rows"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_siblings_share_one_product_and_nothing_changes(
+    segments: int, checkpointing: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = build("qwen2", segments, torch.float64)
+    model.train()
+    if checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    t = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    windows = segments if way == "rows" else 1
+
+    def run() -> list[torch.Tensor]:
+        if way == "points":
+            out = model(t[:2], input_ids=inputs(8)).logits
+        else:
+            route = Route("rows", model.coefficients(t), windows=windows, degree=2, rows=8)
+            model._set_route(route)
+            out = model.model(input_ids=inputs(8), use_cache=False).logits
+        return [out, *torch.autograd.grad(out.square().mean(), model.factors)]
+
+    served = count_products(monkeypatch)
+    together = run()
+    # q/k/v, o, gate/up, down in each of three layers; once more where activations are made again.
+    assert sorted(served[:12]) == [1] * 6 + [2] * 3 + [3] * 3 and len(served) == 12 * (1 + checkpointing)
+    assert model.route.shared is None or checkpointing
+    for layer in model.layers.values():
+        layer.siblings, layer.place = (layer,), 0
+    served.clear()
+    windows = 1
+    for found, expected in zip(together, run(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert set(served) == {1}
+
+
+def test_dropout_gives_each_sibling_an_input_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build("llama", 1, torch.float32, lora_dropout=0.5)
+    served = count_products(monkeypatch)
+    model.train()(0.3, input_ids=inputs())
+    assert set(served) == {1}
+    served.clear()
+    model.eval()(0.3, input_ids=inputs())
+    assert max(served) == 3
+
+
+def test_layers_that_see_other_inputs_leave_their_group() -> None:
+    model, base = build("llama", 1, torch.float32)
+    attention = model.model.model.layers[1].self_attn
+    attention.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    expected_twin = peft_twin(base, model.config, adapters_on(model, T[:1]))
+    hooked = expected_twin.base_model.model.model.layers[1].self_attn.k_proj
+    hooked.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    with torch.no_grad():
+        expected = expected_twin(input_ids=inputs()).logits
+        for _ in range(2):
+            assert relative_error(model(T[:1], input_ids=inputs()).logits, expected) < 1e-5
+    assert len(attention.q_proj.siblings) == 1 and len(model.model.model.layers[0].self_attn.q_proj.siblings) == 3
 
 
 def test_base_weights_are_never_modified() -> None:

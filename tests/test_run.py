@@ -209,7 +209,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
         if phase == "evaluation":
             patch.setattr("loracurve.run.write_predictions", write_predictions)
         assert main(arguments) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
     assert not (out / "metrics.json").exists()
     command(*arguments, "--resume")
     assert figures(read(out / "metrics.json")) == figures(read(whole / "metrics.json"))

@@ -18,6 +18,8 @@ from made_runs import QUICK, base_folder, command, config_file, data_folder, tre
 from loracurve.cli import main
 from loracurve.landscape_commands import spell_out
 from loracurve.paths import PATHS
+from loracurve.report.page import about
+from loracurve.report.run_data import read_run
 
 SCAN = ["--points", "5", "--plane", "3", "--slopes", "2", "--speeds", "2", "--sharpness", "2", "--resamples", "50"]
 SCORINGS = {"letter": "qwen2", "head": "encoder", "lm": "llama"}
@@ -106,6 +108,9 @@ def test_scan_of_adapters(runs: dict[str, Path], tmp_path: Path) -> None:
         assert scan["paths"][name]["nll"]["test"]["mean"] == pytest.approx(
             again["paths"][name]["nll"]["test"]["mean"], abs=1e-6
         )
+    for folder, end in (("scan", "; nothing was trained"), ("again", ", and a curve through them")):
+        line = about(read_run(tmp_path / folder, folder))
+        assert line == f"data-letter between 2 adapters of base-letter{end}"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +229,23 @@ def test_report_of_a_scan_of_adapters(runs: dict[str, Path], tmp_path: Path) -> 
     assert {"scan_paths", "scan_accuracy", "diversity_map", "speed"} <= {
         p.stem for p in (out / "figures").glob("*.pdf")
     }
+
+
+def test_the_notebook_example_runs(reported: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "landscape.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    source = "\n".join(blocks).replace('"runs/sst2"', repr(str(reported))).replace("61)", "5)")
+    names: dict[str, Any] = {}
+    try:
+        exec(source, names)
+    finally:
+        names["plt"].close("all")
+    assert {"straight (A, B)", "curve"} <= {line.get_label() for line in names["axes"][0].lines}
+    kept = pd.read_parquet(reported / "scan" / "paths.parquet").query("split == 'test'")
+    found = names["scan"].frame().query("split == 'test'")
+    nll = [dict(iter(frame.groupby("path")["nll"])) for frame in (found, kept)]
+    for name in ("straight", "delta_w", "curve"):
+        assert nll[0][name].tolist() == pytest.approx(nll[1][name].tolist())
 
 
 def test_report_without_a_scan_says_so(run: Path) -> None:

@@ -149,7 +149,7 @@ def gauge_verdicts(barriers: pd.DataFrame) -> pd.DataFrame:
             verdict, words = "undecided", "has a barrier; these rows are too few to tell whether it is gauge"
         sentence = (
             f"Between anchors {segment} and {int(str(segment)) + 1} the straight line in (A, B) {words}: excess "
-            f"{_interval(straight)} nats at its t*, against {_interval(control)} on the line {control.name}."
+            f"{_interval(straight)} nats at its t*, against {_interval(control)} on the path {control.name}."
         )
         rows.append((segment, verdict, control.name, sentence))
     return pd.DataFrame(rows, columns=["segment", "verdict", "control", "sentence"])

@@ -295,11 +295,11 @@ def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor,
 
 
 def evaluation_batches(
-    encoded: Encoded, tokens_per_batch: int = 4096, row_tokens: int = 256, packing: bool = True
+    encoded: Encoded, tokens_per_batch: int = 4096, row_tokens: int = 256, packing: bool = True, pad_to: int = 1
 ) -> Iterator[Batch]:
     """All examples of a split, sorted by length, in batches of at most `tokens_per_batch` padded tokens.
 
-    No example is dropped; one longer than the budget is a batch of its own.
+    No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
     sizes = [_own_tokens(encoded.examples[i]) for i in order]
@@ -313,5 +313,5 @@ def evaluation_batches(
             if stop > start and needed > tokens_per_batch:
                 break
             stop += 1
-        yield collate(encoded, order[start:stop], row_tokens, packing)
+        yield collate(encoded, order[start:stop], row_tokens, packing, pad_to=pad_to)
         start = stop

@@ -25,8 +25,6 @@ VARIANTS = 64
 class _Fallback:
     """Calls compiled layers, and the layers themselves from the first failure to compile on."""
 
-    failed = False
-
     def __init__(self, layer: nn.Module, compiled: Any, shared: dict[str, bool]) -> None:
         self.layer, self.compiled, self.shared = layer, compiled, shared
 
@@ -36,7 +34,7 @@ class _Fallback:
                 return self.compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.shared["failed"] = True
-                logger.warning("running without compiled layers: %s", str(error).strip().splitlines()[0])
+                logger.warning("running without compiled layers: %s", " ".join(str(error).split())[:300])
         plain: Any = self.layer._call_impl
         return plain(*args, **kwargs)
 
@@ -56,4 +54,4 @@ def compile_layers(layers: Iterable[nn.Module], **options: Any) -> None:
     shared = {"failed": False}
     for layer in layers:
         call: Any = layer._call_impl
-        layer._compiled_call_impl = _Fallback(layer, torch.compile(call, **options), shared)  # type: ignore[assignment]
+        layer._compiled_call_impl = _Fallback(layer, torch.compile(call, **options), shared)

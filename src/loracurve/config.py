@@ -173,7 +173,7 @@ class RunConfig:
         if self.adapters and self.curve.kind == "free":
             raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")
         if len(self.adapters) == 1:
-            raise UserError("adapters: expected at least 2 folders, found 1; give another")
+            raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
         if self.adapters and self.curve_training.bootstrap.kind == "everywhere":
             raise UserError(
                 "curve_training.bootstrap.kind: expected tied with adapters that were trained without these weights, "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,11 +47,17 @@ def parse(parser: Parser, arguments: Sequence[str]) -> Any:
 
 def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
-    parser = Parser()
-    parser.add_class_arguments(kind)
+    parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
     with _in_one_line(parser, f"{where}: "):
         found = parser.instantiate(parser.parse_object(dict(values)))
-    return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+        return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+
+
+@cache
+def _parser_of(kind: type[Any]) -> Parser:
+    parser = Parser()
+    parser.add_class_arguments(kind)
+    return parser
 
 
 @contextmanager
@@ -120,6 +127,10 @@ def _one_line(error: BaseException, parser: Parser) -> str:
 
 def _closest(word: str, names: Sequence[str]) -> str:
     """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    headings = {name.partition(".")[0] for name in names}
+    heading = word.partition(".")[0]
+    if "." in word and heading not in headings and (found := nearest(heading, headings)):
+        return found
     if found := nearest(word, names):
         return found
     last = {name.rsplit(".", 1)[-1]: name for name in names}

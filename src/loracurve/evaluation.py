@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from loracurve import metrics
-from loracurve.batching import evaluation_batches
 from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.config import EvaluationConfig
 from loracurve.curve import gram
@@ -19,12 +18,12 @@ from loracurve.inference import (
     arc_length_weights,
     effective_points,
     likelihood_weights,
-    predict,
     quadrature,
 )
 from loracurve.model import CurveModel
 from loracurve.objective import mixture_log_probs, negative_log_likelihood
 from loracurve.randomness import generator, stream_seed
+from loracurve.splits import predict_splits
 from loracurve.tasks import Encoded
 
 __all__ = [
@@ -76,11 +75,8 @@ def labels_of(encoded: Encoded) -> Tensor:
 
 
 def predict_split(model: CurveModel, encoded: Encoded, t: Tensor, weights: Tensor | None = None) -> Predictive:
-    """Predict a whole split at the points t, packed and sorted by length; language modelling is summarised."""
-    lm = encoded.scoring == "lm"
-    batches = evaluation_batches(encoded, packing=model.supports_trees)
-    examples = encoded.token_offsets[-1] if lm else len(encoded)
-    return predict(model, batches, t, weights, summarise=lm, examples=examples)
+    """Predict a whole split at the points t; see `splits.predict_splits`."""
+    return predict_splits(model, {"": encoded}, t, weights)[""]
 
 
 def choose_average(model: CurveModel, config: EvaluationConfig, validation: Encoded) -> Average:

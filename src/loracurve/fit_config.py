@@ -110,4 +110,9 @@ class FitConfig(LoopConfig):
                 f"points: expected 1 with perturbation.kind {noise.kind}, whose ascent step belongs to one t in each "
                 f"micro-batch, found {self.points}; set points to 1"
             )
+        if self.compile and noise.kind in ("flat_lora", "lora_space"):
+            raise UserError(
+                f"compile: expected false with perturbation.kind {noise.kind}, whose draws compiled layers could not "
+                "follow, found true; set compile to false"
+            )
         strength(noise, 0, self.steps)

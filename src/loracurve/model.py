@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from loracurve import curve
 from loracurve.batching import Batch, tree_mask
 from loracurve.capture import Captured, map_tensors
+from loracurve.compiling import compile_layers
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment, align
 from loracurve.inference import evaluation_mode
@@ -35,6 +37,8 @@ from loracurve.scoring import class_scores, takes_tree_masks
 from loracurve.spec import CurveSpec
 
 __all__ = ["CurveModel", "CurveSpec"]
+
+logger = logging.getLogger("loracurve")
 
 
 class CurveModel(nn.Module):
@@ -79,6 +83,7 @@ class CurveModel(nn.Module):
         self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
         self._trees: bool | None = None
         self._graphs: Captured | None = None
+        self._merged_graphs: Captured | None = None
         spec = spec or CurveSpec()
         self.set_curve(spec, self.fresh_points(spec, seed) if points is None else points)
 
@@ -407,16 +412,43 @@ class CurveModel(nn.Module):
     @contextmanager
     def merged(self, t: float) -> Iterator[None]:
         """Fold the point t into copies of the touched weights: a whole data set then costs what the base costs."""
-        c = self.coefficients(torch.tensor(float(t), dtype=torch.float64))
-        for layer in self.layers.values():
-            layer.merge(c)
-        self._set_route(Route("merged"))
-        try:
+        with self.merging() as fold:
+            fold(t)
             yield
+
+    @contextmanager
+    def merging(self) -> Iterator[Callable[[Tensor | float], None]]:
+        """For points one after the other: yields a function that folds t, or a point beside the curve with
+        coefficients [K], into one copy of the touched weights."""
+
+        def fold(where: Tensor | float) -> None:
+            point = torch.as_tensor(where, dtype=torch.float64, device="cpu")
+            c = point if point.dim() else self.coefficients(point)
+            for layer in self.layers.values():
+                layer.merge(c)
+            self._set_route(Route("merged"))
+
+        self._merged_graphs = Captured(self._request_log_probs, self.device)
+        try:
+            yield fold
         finally:
             for layer in self.layers.values():
                 layer.unmerge()
+            self._merged_graphs = None
             self._set_route(Route("base"))
+
+    def merged_log_probs(self, batch: Batch) -> Tensor:
+        """Inside `merging`, without gradients: log p(y | x) at the point folded in last, [1, E, C]."""
+        assert self._merged_graphs is not None, "merged_log_probs belongs inside merging"
+        mode = (self.training, torch.is_inference_mode_enabled())
+        return self._merged_graphs(_Request(batch, None, Layout("merged"), mode))
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers of the stack that holds the curve (`loracurve.compiling`); options of torch.compile."""
+        if self.replication.stack is None:
+            logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
+            return
+        compile_layers(self.model.get_submodule(self.replication.stack).children(), **options)
 
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.

@@ -31,12 +31,15 @@ class Replication:
         self.route = route
         self.shared = 0
         """number of lower layers that run once"""
+        self.stack: str | None = None
+        """name of the layer stack, where one holds all curve layers but the head"""
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = head.inner if isinstance(head, OutputHead) else None
         names = [n for n, layer in layers.items() if layer is not inner and not isinstance(layer, CurveDense)]
-        if share and (found := _stack_of(names)) is not None:
-            stack, self.shared = found
-            children = dict(model.get_submodule(stack).named_children())
+        if (found := _stack_of(names)) is not None:
+            self.stack, first = found
+            self.shared = first if share else 0
+            children = dict(model.get_submodule(self.stack).named_children())
             for index, layer in children.items():
                 if self.shared and int(index) >= self.shared:
                     layer.register_forward_pre_hook(self._multiply_rows, with_kwargs=True)

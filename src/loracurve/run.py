@@ -17,6 +17,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from loracurve.bases import load_base, model_window
 from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
+from loracurve.corruption import unlabelled
 from loracurve.curve import chord_length
 from loracurve.environment import environment
 from loracurve.errors import UserError
@@ -33,9 +34,11 @@ from loracurve.evaluation import (
 from loracurve.gauge import align, delta_w_gram
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
 from loracurve.training import fit, fit_anchors, slot_times
@@ -113,6 +116,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("train")
+    if config.curve_training.corruption.file is not None:
+        unlabelled(task, config.curve_training.corruption.file)
     save_config(config, out / "config.yaml")
     write_json(out / "environment.json", environment())
     classifier = config.task.scoring == "head"
@@ -131,6 +136,9 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
             anchors = stack_adapters([tensors for _, tensors in loaded])
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            if config.curve_training.perturbation.kind == "flat_lora":
+                # Says before anchors are trained that a quantised base cannot have it.
+                Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
             everywhere = config.curve_training.bootstrap.kind == "everywhere"
             weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
             result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
@@ -161,6 +169,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,
         "steps": result.steps,
+        "stopped_early": result.stopped_early,
     } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
@@ -262,6 +271,9 @@ def evaluate_methods(
     return report
 
 
+_HELD_OUT = "validation rows"  # no name of a split has a blank
+
+
 def _along(
     name: str,
     model: CurveModel,
@@ -270,11 +282,9 @@ def _along(
     sets: dict[str, Encoded],
     held_out: Encoded | None = None,
 ) -> Method:
-    predicted = {split: predict_split(model, encoded, t, weights) for split, encoded in sets.items()}
-    method = Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [])
-    if held_out is not None:
-        method.validation = predict_split(model, held_out, t, weights), labels_of(held_out)
-    return method
+    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    return Method(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
 
 
 def _single(ensemble: Method, m: int) -> Method:

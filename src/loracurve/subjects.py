@@ -56,7 +56,13 @@ def run_to_scan(folder: str | Path, dtype: Dtype) -> Subject:
         anchors = stack_adapters([load_adapter(p)[1] for p in folders])
     else:
         anchors = joints(run.model.control_points(), spec.degree)
-    record = {"curve": asdict(spec), "anchors_from": "anchors" if folders else "joints of the free curve"}
+    record = {
+        "curve": asdict(spec),
+        "anchors_from": "anchors" if folders else "joints of the free curve",
+        "base": known.model.name,
+        "task": known.task.data,
+        "scoring": known.task.scoring,
+    }
     return Subject(run.model, anchors, run.task, True, record)
 
 

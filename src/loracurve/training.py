@@ -146,9 +146,8 @@ class _Curve:
         for i, batch in enumerate(batches):
             t, share = self._points(batch, step, i), torch.tensor(len(batch.labels) / total)
             if self.config.layerwise:
-                each = [self._points(batch, step, i, name) for name in self.model.layers]
-                own = torch.stack([self.model.coefficients(t) for t in each])
-                part = Part(batch, own, Layout("points", len(t)), share)
+                each = torch.stack([self._points(batch, step, i, name) for name in self.model.layers])
+                part = Part(batch, self.model.coefficients(each), Layout("points", len(t)), share)
             else:
                 part = _part(self.model, batch, self.model.coefficients(t), share)
             if self.bootstrap is not None:

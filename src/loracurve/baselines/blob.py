@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, from_adapters
-from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, cost_units, fresh_adapter, train
+from loracurve.baselines.base import Fitted, Setting, fit_notes, from_adapters
+from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, fresh_adapter, train
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
 from loracurve.randomness import generator
@@ -72,13 +72,15 @@ class BLoB:
         config = setting.training
         one = OneAdapter(setting.model, fresh_adapter(setting))
         batches = max(round(len(setting.task.encode("train")) / config.batch_size), 1)
-        learner = GaussianAdapter(one, self, config, batches, setting.seed)
-        steps = train(setting, one, learner, config, "BLoB")
+        learner = GaussianAdapter(one, self, config, batches, config.seed)
+        result = train(setting, one, learner, config, "BLoB")
         if self.predict == "mean":
             drawn = [learner.adapter()]
         else:
             drawn = [learner.sample(generator(setting.seed, "blob test", s)) for s in range(setting.samples)]
-        return from_adapters(setting, one.stack(drawn), cost=cost_units(setting, steps, config))
+        return from_adapters(
+            setting, one.stack(drawn), result.steps * config.batch_size / setting.unit, notes=fit_notes(result)
+        )
 
 
 class GaussianAdapter:

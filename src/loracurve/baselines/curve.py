@@ -12,9 +12,11 @@ from loracurve.errors import UserError, nearest
 from loracurve.evaluation import choose_average
 from loracurve.inference import Rule
 from loracurve.model import CurveSpec
-from loracurve.training import FitConfig, fit
+from loracurve.training import FitConfig, fit, fit_anchors
+from loracurve.tunnel import TunnelConfig
+from loracurve.tunnel_inference import tunnel_average
 
-__all__ = ["Curve", "with_changes"]
+__all__ = ["Curve", "passes_of", "with_changes"]
 
 T = TypeVar("T")
 
@@ -34,32 +36,55 @@ class Curve:
     """Weights of the points."""
     temperature: float = 0.0
     """T of the likelihood weights; 0: fitted to the validation NLL of the average."""
+    inference: Literal["curve", "tunnel"] = "curve"
+    """curve: average points of the curve. tunnel: as many posterior samples in a tube around it."""
+    tunnel: TunnelConfig = field(default_factory=TunnelConfig)
+    """The tube and its sampler."""
 
     def __post_init__(self) -> None:
-        with_changes(FitConfig(), self.training, "training")
+        with_changes(FitConfig(steps=10**6), self.training, "training")  # a suite's own steps are not known yet
         if self.units is not None and (self.units <= 0 or "steps" in self.training):
             raise UserError("units: expected a positive number and no training.steps, which it sets; leave one out")
 
     def fit(self, setting: Setting) -> Fitted:
-        model, shape = setting.model, self.curve
-        training = self.training_of(setting)
-        anchors = 0
-        if shape.kind == "free":
-            spec = CurveSpec(shape.segments, shape.degree)
-            model.set_curve(spec, model.fresh_points(spec, setting.seed))
-        else:
-            anchors = shape.anchors
-            model.set_curve(CurveSpec.slots(anchors), setting.first(anchors))
-            model.anchor(shape.degree, shape.alignment, shape.inner, setting.seed)
+        """Train the curve; raises UserError for options that do not go together or suit the curve."""
+        model, task, training = setting.model, setting.task, self.training_of(setting)
+        cost = self._start(setting, training)
         folder = setting.folder / "training" if setting.folder else None
-        result = fit(model, setting.task, training, folder, progress=setting.progress)
+        result = fit(model, task, training, folder, progress=setting.progress)
+        cost += result.steps * training.batch_size * passes_of(training) / setting.unit
         evaluation = EvaluationConfig(
-            setting.samples, self.quadrature, self.weights, self.temperature, seed=setting.seed
+            points=setting.samples,
+            quadrature=self.quadrature,
+            weights=self.weights,
+            temperature=self.temperature,
+            tunnel=self.tunnel,
+            seed=setting.seed,
         )
-        average = choose_average(model, evaluation, setting.task.encode("validation"))
-        cost = anchors + result.steps * training.batch_size * training.points / setting.unit
-        notes = fit_notes(result) | {"average": average.record}
-        return along_curve(setting, model.spec, model.control_points(), average.t, cost, average.weights, notes)
+        if self.inference == "tunnel":
+            average = tunnel_average(model, evaluation, task)
+        else:
+            average = choose_average(model, evaluation, task.encode("validation"))
+        notes = fit_notes(result) | result.settled | {"average": average.record}
+        return along_curve(setting, model.spec, model.control_points(), average.where, cost, average.weights, notes)
+
+    def _start(self, setting: Setting, training: FitConfig) -> float:
+        """Put the curve into the model as it is before training; returns what its anchors cost."""
+        model, shape = setting.model, self.curve
+        spec = shape.spec(shape.anchors)
+        training.check_curve(spec)  # before anchors of its own are trained
+        if shape.kind == "free":
+            model.set_curve(spec, model.fresh_points(spec, setting.seed))
+            return 0.0
+        cost = float(shape.anchors)
+        model.set_curve(CurveSpec.slots(shape.anchors), setting.first(shape.anchors))
+        if training.bootstrap.kind == "everywhere":  # anchors are trained with the weights at their t
+            weights = training.bootstrap.weights(setting.seed, ())
+            folder = setting.folder / "anchors" if setting.folder else None
+            result = fit_anchors(model, setting.task, setting.training, folder, weights, progress=setting.progress)
+            cost = shape.anchors * result.steps * setting.training.batch_size / setting.unit
+        model.anchor(shape.degree, shape.alignment, shape.inner, setting.seed, shape.pieces, shape.closed, shape.smooth)
+        return cost
 
     def training_of(self, setting: Setting) -> FitConfig:
         """One fine-tune's options with this curve's changes, and as many steps as `units` pays for."""
@@ -67,8 +92,14 @@ class Curve:
         training = replace(training, seed=setting.seed)
         if self.units is None:
             return training
-        steps = round(self.units * setting.unit / (training.batch_size * training.points))
+        steps = round(self.units * setting.unit / (training.batch_size * passes_of(training)))
         return replace(training, steps=max(steps, 1))
+
+
+def passes_of(training: FitConfig) -> int:
+    """Forward and backward passes of each example in a step: its points, on corrupted inputs too, twice for `sam`."""
+    other_inputs = training.corruption.kind != "none"
+    return training.points * (1 + other_inputs + (training.perturbation.kind == "sam"))
 
 
 def with_changes(options: T, changes: Mapping[str, Any], where: str) -> T:

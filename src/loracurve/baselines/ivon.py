@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, from_adapters
-from loracurve.baselines.own_loop import NllAt, OneAdapter, cost_units, fresh_adapter, train
+from loracurve.baselines.base import Fitted, Setting, fit_notes, from_adapters
+from loracurve.baselines.own_loop import NllAt, OneAdapter, fresh_adapter, train
 from loracurve.errors import UserError
 from loracurve.randomness import stream_seed
 
@@ -52,9 +52,10 @@ class IVON:
         one = OneAdapter(setting.model, fresh_adapter(setting))
         rate = self.learning_rate or config.learning_rate / self.clip_radius
         learner = _Variational(one.values(), replace(self, learning_rate=rate))
-        steps = train(setting, one, learner, config, "IVON")
+        result = train(setting, one, learner, config, "IVON")
         drawn = [learner.sample(stream_seed(setting.seed, "ivon test", s)) for s in range(setting.samples)]
-        return from_adapters(setting, one.stack(drawn), cost=cost_units(setting, steps, config, self.passes))
+        cost = self.passes * result.steps * config.batch_size / setting.unit
+        return from_adapters(setting, one.stack(drawn), cost, notes=fit_notes(result))
 
 
 def _library() -> Any:

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loracurve.baselines.base import Fitted, Setting
-from loracurve.baselines.plain_peft import ClassLogits
+from loracurve.baselines.plain_peft import AnswerHead, ClassLogits
 from loracurve.errors import UserError
 from loracurve.predictive import Predictive
-from loracurve.randomness import stream_seed
+from loracurve.randomness import generator
 from loracurve.tasks import Encoded
 
 __all__ = ["INSTALL", "Laplace"]
 
 INSTALL = (
-    "pip install --no-deps laplace-torch==0.3 backpack-for-pytorch curvlinops-for-pytorch asdfghjkl==0.1a4 unfoldNd "
-    "einops einconv linear-operator jaxtyping wadler-lindig opt-einsum scipy"
+    "pip install --no-deps laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv "
+    "einops linear-operator opt-einsum scipy unfoldNd"
 )
 
 
@@ -59,9 +59,9 @@ class Laplace:
         """Compute the curvature; raises UserError where laplace-torch is missing or the scoring has no class logits."""
         library = _library()
         train = setting.task.encode("train")
-        if not 0 <= self.anchor < (count := len(next(iter(setting.anchors.values())))):
-            raise UserError(f"anchor: expected a number from 0 to {count - 1}, found {self.anchor}")
-        adapter = {name: p[self.anchor].to(setting.model.device) for name, p in setting.anchors.items()}
+        if self.weights == "last_layer" and train.scoring == "text":
+            raise UserError("weights: expected all with scoring text, which reads many places, found last_layer")
+        adapter = {n: p[-1].to(setting.model.device) for n, p in setting.first(self.anchor + 1).items()}
         logits = ClassLogits(setting.model, adapter, train)
         network = logits if self.weights == "all" else _LastLayer(logits)
         posterior = library.Laplace(
@@ -73,25 +73,29 @@ class Laplace:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="By default `link_approx`")
                 posterior.optimize_prior_precision("glm", prior_structure="scalar")
-        classes = len(train.answer_ids or train.classes)
 
         def predict(encoded: Encoded) -> Predictive:
+            width = len(encoded.answer_ids or encoded.classes)
             # The other attention kernels have no batching rule for Jacobians.
             with sdpa_kernel(SDPBackend.MATH):
-                rows = [self._log_probs(posterior, x, classes, setting) for x in _Rows(network, encoded)]
+                rows = [self._log_probs(posterior, x, width, setting) for x in _Rows(network, encoded)]
             return Predictive.from_log_probs(torch.cat(rows, dim=1))
 
         # The curvature takes one backward pass for each class, and so do the Jacobians of predictions.
-        each = classes if self.weights == "all" else 1
-        unit = setting.training.steps * setting.training.batch_size
-        return Fitted(predict, 1 + classes if self.weights == "all" else 1, 1 + each * len(train) / unit)
+        each = len(train.answer_ids or train.classes) if self.weights == "all" else 1
+        notes = {"prior_precision": posterior.prior_precision.tolist()}
+        return Fitted(predict, 1 + each if self.weights == "all" else 1, 1 + each * len(train) / setting.unit, notes)
 
-    def _log_probs(self, posterior: Any, x: dict[str, Tensor], classes: int, setting: Setting) -> Tensor:
+    def _log_probs(self, posterior: Any, x: dict[str, Any], classes: int, setting: Setting) -> Tensor:
         """[S, 1, C] log-probabilities of one example; S = 1 for closed forms."""
         if self.predict == "mc":
-            draw = torch.Generator(x["input_ids"].device).manual_seed(stream_seed(setting.seed, "laplace"))
-            samples = posterior.functional_samples(x, "glm", setting.samples, generator=draw)
-            log_probs = samples.log_softmax(-1)
+            # The library's own samples need a Cholesky factor, which logits of similar texts may not have, and share
+            # their draws between rows, which does not average out.
+            mean, covariance = (m[0].double().cpu() for m in posterior._glm_predictive_distribution(x))
+            values, vectors = torch.linalg.eigh(covariance)
+            draw = generator(setting.seed, "laplace", int(x["batch"].index[0]))
+            z = torch.randn(setting.samples, len(mean), generator=draw, dtype=torch.float64)
+            log_probs = (mean + z @ (vectors * values.clamp_min(0).sqrt()).mT).log_softmax(-1)[:, None]
         else:
             log_probs = posterior(x, "glm", link_approx=self.predict).log().log_softmax(-1)[None]
         return nn.functional.pad(log_probs.detach().cpu(), (0, classes - log_probs.shape[-1]), value=-math.inf)
@@ -105,12 +109,15 @@ class _LastLayer(nn.Module):
         self.linear = logits.last_linear()
         self.body = [logits]  # in a list, so that its weights are not this module's
 
-    def inputs(self, example: Any) -> dict[str, Tensor]:
-        values = self.body[0].inputs(example)
+    def inputs(self, encoded: Encoded, number: int) -> dict[str, Any]:
+        values = self.body[0].inputs(encoded, number)
         return {**values, "input_ids": self.body[0].features(values)}
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.linear(inputs["input_ids"])[:, : int(inputs["choices"]) or None]
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        logits, body = self.linear(inputs["input_ids"]), self.body[0]
+        if isinstance(body.last, AnswerHead) and len(further := body.further(inputs["batch"])):
+            logits = torch.cat([logits, body.last.merged(further)(inputs["input_ids"]).detach()], -1)
+        return logits[:, : inputs["choices"]]
 
 
 class _Rows:
@@ -119,8 +126,8 @@ class _Rows:
     def __init__(self, network: Any, encoded: Encoded) -> None:
         self.network, self.dataset = network, encoded
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.network.inputs(example) for example in self.dataset.examples)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.network.inputs(self.dataset, i) for i in range(len(self.dataset)))
 
 
 def _library() -> Any:

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from loracurve.baselines.base import Fitted, Setting, from_adapters
+from loracurve.baselines.base import Fitted, Setting, fine_tune, from_adapters
 from loracurve.errors import UserError
 from loracurve.layers import CurveLinear
 from loracurve.lora_space import ControlPoints
 from loracurve.model import CurveModel
 from loracurve.randomness import generator
-from loracurve.spec import CurveSpec
-from loracurve.training import fit_anchors
 
 __all__ = ["MCDropout", "masked_adapters"]
 
@@ -41,11 +39,10 @@ class MCDropout:
     def fit(self, setting: Setting) -> Fitted:
         """Train one adapter with dropout from scratch."""
         model = setting.model
-        model.set_curve(CurveSpec.slots(1), {n: p[:1] for n, p in setting.anchors.items()})
         with _dropout(model, self.dropout):
-            fit_anchors(model, setting.task, replace(setting.training, seed=setting.seed), label="MC dropout")
+            trained = fine_tune(setting, setting.training)
         adapters = masked_adapters(model.control_points(), self.dropout, setting.samples, setting.seed)
-        return from_adapters(setting, adapters, cost=1.0)
+        return from_adapters(setting, adapters, trained.cost, notes=trained.notes)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ best validation NLL remains, and training ends after `patience` validations with
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from loracurve.baselines.base import Setting
 from loracurve.batching import Batch, collate
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll, predict_split
-from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
+from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor
 from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood
@@ -26,7 +27,7 @@ from loracurve.randomness import stream_seed
 from loracurve.spec import CurveSpec
 from loracurve.training import slot_seeds, slot_times
 
-__all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "cost_units", "fresh_adapter", "train"]
+__all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
 
 NllAt = Callable[[Sequence[Tensor]], tuple[float, list[Tensor]]]
 """mean NLL of a step's batch in nats and its gradients, at an adapter"""
@@ -113,30 +114,27 @@ class AdamW:
 def fresh_adapter(setting: Setting) -> ControlPoints:
     """The draw [1, ...] that anchor 0 of this seed starts from."""
     model = setting.model
-    return initial_control_points(model.layers, slot_seeds(setting.seed, 1), model.config.init_lora_weights)
+    return initial_control_points(model.layers, slot_seeds(setting.training.seed, 1), model.config.init_lora_weights)
 
 
-def cost_units(setting: Setting, steps: int, config: LoopConfig, passes: int = 1) -> float:
-    """Cost of `steps` steps with `passes` forward-backward passes each, in fine-tunes of `setting.training`."""
-    return passes * steps * config.batch_size / (setting.training.steps * setting.training.batch_size)
+def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> FitResult:
+    """Train, and leave `learner` at its best state (or the last, by `config.keep`).
 
-
-def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> int:
-    """Train, and leave `learner` at its best state (or the last, by `config.keep`); returns the steps taken.
-
-    The batches of `setting.seed` are those that anchor 0 sees.
+    Returns:
+        Number of steps taken and of the best one, its validation NLL in nats. The batches are those of anchor 0.
 
     Raises:
         UserError: the loss is not finite.
     """
     model, train_rows, validation = one.model, setting.task.encode("train"), setting.task.encode("validation")
-    labels, seed = labels_of(validation), slot_seeds(setting.seed, 1)[0]
+    labels, seed = labels_of(validation), slot_seeds(config.seed, 1)[0]
     every = config.evaluate_every or max(config.steps // 10, 1)
-    best, best_nll, stale, done = [v.detach().clone() for v in learner.state()], math.inf, 0, 0
+    best, best_nll, best_step, stale, done = [v.detach().clone() for v in learner.state()], math.inf, 0, 0, 0
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    started = time.perf_counter()
     model.train()
-    for step in track(range(config.steps), label, transient=True):
+    for step in track(range(config.steps), label, transient=True, disable=not setting.progress):
         # Dropout is drawn from the global generator.
         torch.manual_seed(stream_seed(seed, "forward", step))
         numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
@@ -154,7 +152,7 @@ def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfi
         validated = float(point_nll(predict_split(model, validation, slot_times(1)), labels).mean())
         stale = 0 if validated < best_nll else stale + 1
         if validated < best_nll:
-            best, best_nll = [v.detach().clone() for v in learner.state()], validated
+            best, best_nll, best_step = [v.detach().clone() for v in learner.state()], validated, done
         if config.patience and stale >= config.patience:
             break
     if config.gradient_checkpointing:
@@ -163,4 +161,4 @@ def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfi
         with torch.no_grad():
             for value, kept in zip(learner.state(), best, strict=True):
                 value.copy_(kept)
-    return done
+    return FitResult(done, time.perf_counter() - started, [best_step], [best_nll])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from loracurve.batching import Batch, collate, tree_mask
 from loracurve.errors import UserError
 from loracurve.layers import CurveLayer, OutputHead
 from loracurve.model import CurveModel
 from loracurve.replication import Replication
-from loracurve.tasks import Encoded, Example
+from loracurve.scoring import class_scores
+from loracurve.tasks import Encoded
 
 __all__ = ["AnswerHead", "ClassLogits", "peft_model"]
 
@@ -34,74 +38,104 @@ def peft_model(model: CurveModel, adapter: Mapping[str, Tensor]) -> peft.PeftMod
         del plain.peft_config  # left by PEFT's target matching
     config = copy.deepcopy(model.config)
     config.inference_mode = False
-    wrapped = peft.get_peft_model(plain, config)  # type: ignore[arg-type]
+    config.base_model_name_or_path = None  # PEFT would warn of the shared model, which has no name of its own
+    wrapped: Any = peft.get_peft_model(plain, config)
     peft.set_peft_model_state_dict(wrapped, dict(adapter))
-    return wrapped.eval()
+    wrapped.eval()
+    return wrapped
 
 
 class AnswerHead(nn.Module):
-    """A language-model head for a prompt's last token and the answer tokens only: [1, T, n_in] -> [1, C].
+    """A language-model head at chosen positions and for the answer tokens only: [1, T, n_in] -> [1, P, C].
 
-    The other rows of an adapted head change no probability of an answer.
+    The other rows of an adapted head change no probability of an answer and are frozen.
 
     Args:
         head: the head, adapted by PEFT or not.
-        ids: the answer tokens.
+        ids: the answer tokens; None: all tokens.
     """
 
-    def __init__(self, head: nn.Module, ids: list[int]) -> None:
+    positions: Tensor
+    """[P], set before each call"""
+    further: Tensor
+    """answer tokens of this call beyond `ids`, set before each call: rows may have more choices than any in training"""
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    frozen: Tensor
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+
+    def __init__(self, head: Any, ids: list[int] | None) -> None:
         super().__init__()
-        base = head.get_base_layer() if isinstance(head, peft.tuners.lora.Linear) else head
-        self.register_buffer("rows", base.weight.detach()[ids])
-        self.register_buffer("bias", None if base.bias is None else base.bias.detach()[ids])
+        chosen = slice(None) if ids is None else ids
+        adapted: bool = isinstance(head, LoraLayer)
+        base = head.get_base_layer() if adapted else head
+        self.register_buffer("weight", base.weight.detach())
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach())
+        size = len(base.weight)
+        self.register_buffer("ids", torch.arange(size, device=base.weight.device)[chosen])
+        self.further = self.ids[:0]
         self.scaling = 0.0
-        if isinstance(head, peft.tuners.lora.Linear):
+        if adapted:
             (name,) = head.lora_A
             self.scaling, self.lora_A = head.scaling[name], head.lora_A[name]
-            up = head.lora_B[name].weight.detach()[ids]
-            self.lora_B = nn.Linear(up.shape[1], len(ids), bias=False, device=up.device, dtype=up.dtype)
+            self.register_buffer("frozen", head.lora_B[name].weight.detach())
+            up = self.frozen[chosen]
+            self.lora_B = nn.Linear(up.shape[1], len(up), bias=False, device=up.device, dtype=up.dtype)
             self.lora_B.weight.data.copy_(up)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        last = hidden[:, -1]
-        y = nn.functional.linear(last, self.rows, self.bias)
-        return y + self.scaling * self.lora_B(self.lora_A(last.to(self.lora_A.weight.dtype))) if self.scaling else y
+        x = hidden[:, self.positions]
+        ids = torch.cat([self.ids, self.further])
+        # All rows in order are the weight itself: no copy of the vocabulary.
+        rows = self.weight if len(ids) == len(self.weight) else self.weight[ids]
+        y = nn.functional.linear(x, rows, None if self.bias is None else self.bias[ids])
+        if not self.scaling:
+            return y
+        low = self.lora_A(x.to(self.lora_A.weight.dtype))
+        return y + self.scaling * torch.cat([self.lora_B(low), low @ self.frozen[self.further].mT], -1)
 
-    def merged(self) -> nn.Linear:
-        """The same as one linear map of the last hidden state, float32."""
-        weight = self.rows.float()
+    def merged(self, ids: Tensor) -> nn.Linear:
+        """The head at tokens `ids` as one linear map of the last hidden state, float32."""
+        weight = self.weight[ids].float()
         if self.scaling:
-            weight = weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight).detach().float()
-        return _linear(weight, self.bias)
+            weight = weight + self.scaling * (self.frozen[ids] @ self.lora_A.weight).detach().float()
+        return _linear(weight, None if self.bias is None else self.bias[ids])
 
 
 class ClassLogits(nn.Module):
-    """Class logits of single examples: a dict with `input_ids` [1, T] in, [1, C] float32 out.
+    """Class scores of single examples: a dict with `input_ids` [1, T] in, [1, C] float32 out.
 
-    An example with fewer choices than classes gives fewer logits.
+    An example with fewer choices than classes gives fewer. The texts of choices lie in one row behind their prompt.
 
     Args:
         model, adapter: see `peft_model`.
         encoded: a split of the task, for its scoring and answer tokens.
 
     Raises:
-        UserError: a way of scoring that has no logits of classes.
+        UserError: language modelling; texts of choices with an adapted head, whose curvature would be of the size of
+            the vocabulary squared, or with a model that takes no 4-D masks.
     """
 
     def __init__(self, model: CurveModel, adapter: Mapping[str, Tensor], encoded: Encoded) -> None:
         super().__init__()
-        if encoded.scoring not in ("answer", "head"):
-            raise UserError("expected scoring letter, label or head, which have class logits, found another; change it")
+        if encoded.scoring == "lm":
+            raise UserError("expected a task with classes, found language modelling; choose another")
+        if encoded.scoring == "text" and not model.supports_trees:
+            raise UserError("expected a model that takes 4-D masks for scoring text, found none; score letters")
         # Libraries take dtype and device from a module's first parameter, which may be a bfloat16 base weight.
         self.first = nn.Parameter(torch.zeros(0, device=model.device), requires_grad=False)
+        self.dtype = model.dtype
         self.peft = peft_model(model, adapter)
-        base = self.peft.get_base_model()
+        base: Any = self.peft.get_base_model()
         self.last: nn.Module
-        if encoded.scoring == "answer":
-            assert encoded.answer_ids is not None
+        if encoded.scoring != "head":
             head = base.get_output_embeddings()
+            if encoded.scoring == "text" and isinstance(head, LoraLayer):
+                raise UserError("expected no adapter on lm_head with scoring text, found one; take it from the targets")
             name = next(n for n, m in base.named_modules() if m is head)
-            self.last = AnswerHead(head, list(encoded.answer_ids))
+            self.last = AnswerHead(head, None if encoded.answer_ids is None else list(encoded.answer_ids))
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, self.last)
         else:
@@ -113,34 +147,49 @@ class ClassLogits(nn.Module):
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._seen = args[0]
 
-    def inputs(self, example: Example) -> dict[str, Tensor]:
-        """An example as this module takes it; `labels` [1] is there where the example has one."""
-        device = self.first.device
-        out = {"input_ids": torch.tensor([example.prompt], device=device)}
-        if example.token_types is not None:
-            out["token_type_ids"] = torch.tensor([example.token_types], device=device)
-        if example.label is not None:
-            out["labels"] = torch.tensor([example.label], device=device)
-        out["choices"] = torch.tensor(example.n_choices)
-        return out
+    def inputs(self, encoded: Encoded, number: int) -> dict[str, Any]:
+        """An example of a split as this module takes it."""
+        batch = collate(encoded, [number]).to(self.first.device)
+        choices = encoded.examples[number].n_choices or len(encoded.classes)
+        return {"input_ids": batch.input_ids, "labels": batch.labels, "batch": batch, "choices": choices}
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        given = {k: v for k, v in inputs.items() if k in ("input_ids", "token_type_ids")}
-        logits = self.peft(**given, **({"use_cache": False} if isinstance(self.last, AnswerHead) else {})).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))[:, : int(inputs["choices"]) or None]
+    def forward(self, inputs: Mapping[str, Any]) -> Tensor:
+        batch: Batch = inputs["batch"]
+        given: dict[str, Any] = {"input_ids": batch.input_ids}
+        if batch.token_type_ids is not None:
+            given["token_type_ids"] = batch.token_type_ids
+        if isinstance(self.last, AnswerHead):
+            assert batch.positions is not None
+            self.last.positions, given["use_cache"] = batch.positions, False
+            self.last.further = self.further(batch)
+        if batch.ends is not None:
+            given |= {"attention_mask": tree_mask(batch.ends, self.dtype), "position_ids": batch.position_ids}
+        logits = self.peft(**given).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return class_scores(batch, logits.view(1, -1, logits.shape[-1]))[0, :, : inputs["choices"]]
 
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the last linear map sees, [1, n_in] float32."""
+    def further(self, batch: Batch) -> Tensor:
+        """The answer tokens of a batch beyond those of training, which come first in both."""
+        assert isinstance(self.last, AnswerHead)
+        if batch.answer_ids is None:
+            return self.last.ids[:0]
+        known = len(self.last.ids)
+        if not torch.equal(batch.answer_ids[:known], self.last.ids):
+            raise UserError("expected the answer tokens of training, found others; put the rows into the task's prompt")
+        return batch.answer_ids[known:]
+
+    def features(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the last linear map sees, [1, n_in] float32; not for texts of choices, which are read at many places."""
         with torch.no_grad():
             self(inputs)
         assert self._seen is not None
-        seen = self._seen[:, -1] if isinstance(self.last, AnswerHead) else self._seen
+        seen = self._seen[:, self.last.positions[0]] if isinstance(self.last, AnswerHead) else self._seen
         return seen.detach().float()
 
     def last_linear(self) -> nn.Linear:
         """A float32 copy of the last linear map, of the answer tokens' rows for a language model."""
         if isinstance(self.last, AnswerHead):
-            return self.last.merged()
+            return self.last.merged(self.last.ids)
         assert isinstance(self.last, nn.Linear)
         return _linear(self.last.weight.detach().float(), self.last.bias)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loracurve.baselines.base import Fitted, Setting, from_adapters
-from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, cost_units, train
+from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, train
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
 from loracurve.randomness import generator
@@ -122,9 +122,7 @@ class SWAG:
 
     def fit(self, setting: Setting) -> Fitted:
         """Go on training from an anchor; raises UserError for an anchor that is not there or too few steps."""
-        count = len(next(iter(setting.anchors.values())))
-        if not 0 <= self.anchor < count:
-            raise UserError(f"anchor: expected a number from 0 to {count - 1}, found {self.anchor}")
+        start = {name: p[-1:] for name, p in setting.first(self.anchor + 1).items()}
         steps = self.steps or setting.training.steps
         if steps < self.collect:
             raise UserError(f"collect: expected at most one iterate a step, found {self.collect} in {steps} steps")
@@ -138,9 +136,9 @@ class SWAG:
             evaluate_every=steps,
             patience=0,
         )
-        one = OneAdapter(setting.model, {n: p[self.anchor : self.anchor + 1] for n, p in setting.anchors.items()})
+        one = OneAdapter(setting.model, start)
         learner = _Collecting(one.values(), config, self)
         train(setting, one, learner, config, "SWAG")
         draws = (generator(setting.seed, "swag", s) for s in range(setting.samples))
         adapters = one.stack([learner.iterates.sample(draw, self.scale) for draw in draws])
-        return from_adapters(setting, adapters, cost=1 + cost_units(setting, steps, config))
+        return from_adapters(setting, adapters, cost=1 + steps * config.batch_size / setting.unit)

@@ -6,10 +6,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loracurve.bench.deciding import (
-    counts_above_chance,
     deep_ensemble_equivalent,
     ensemble_scores,
     holm,
@@ -20,7 +18,6 @@ from loracurve.bench.results import CellResult, Results, references_of, seed_of,
 from loracurve.bench.suite import full_ensemble
 from loracurve.bench.tables import Table, Value
 from loracurve.metrics import bootstrap_interval
-from loracurve.predictive import Predictive
 from loracurve.storage import read_json, write_json
 
 __all__ = ["comparisons", "deciding"]
@@ -75,13 +72,11 @@ def deciding(results: Results, out: Path) -> list[Table]:
     )
     found: dict[str, list[tuple[int | None, int | None]]] = {}
     for task in results.suite.tasks:
-        members = results.seeds(task, whole)
-        if not members:
+        members, judged = results.seeds(task, whole), results.singles(task)
+        if judged is None:
             continue
+        accuracy, counts = judged
         labels = members[0].predictions.labels["test"]
-        correct = torch.stack([_points(m.test).argmax(-1) == labels for m in members])
-        accuracy = correct.double().mean().item()
-        counts = counts_above_chance(accuracy, labels)
         majority = torch.bincount(labels).max().item() / len(labels)
         data.rows.append([task, len(labels), majority, accuracy, "yes" if counts else "no"])
         scores = {m.cell.seed: _scores(m, out) for m in members}
@@ -100,7 +95,7 @@ def deciding(results: Results, out: Path) -> list[Table]:
             if counts:
                 found.setdefault(method, []).append((pair[0], pair[1]))
             novel = [
-                novel_share(_points(r.test), _points(w.test)[:_CURVE_ANCHORS])
+                novel_share(r.points("test"), w.points("test")[:_CURVE_ANCHORS])
                 for r, w in zip(mine, whole_too, strict=True)
             ]
             jsd = results.figure(task, method, "test", "pairwise_jsd")
@@ -121,17 +116,12 @@ def _scores(whole: CellResult, out: Path) -> dict[str, list[float]]:
         if kept["fingerprint"] == whole.record["fingerprint"]:
             scores: dict[str, list[float]] = kept["scores"]
             return scores
-    sets, labels = whole.predictions.sets, whole.predictions.labels
+    labels = whole.predictions.labels
     scores = ensemble_scores(
-        _points(sets["validation"]), labels["validation"], _points(sets["test"]), labels["test"], seed=whole.cell.seed
+        whole.points("validation"), labels["validation"], whole.points("test"), labels["test"], seed=whole.cell.seed
     )
     write_json(path, {"fingerprint": whole.record["fingerprint"], "scores": scores})
     return scores
-
-
-def _points(predictive: Predictive) -> Tensor:
-    assert predictive.point_log_probs is not None
-    return predictive.point_log_probs
 
 
 def _size(equivalent: int | None, most: int) -> str:

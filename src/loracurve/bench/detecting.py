@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ from loracurve.bench.tables import Table, Value
 from loracurve.metrics import Interval
 from loracurve.resampling import interval_of, resample_counts, resampled_aurc, resampled_auroc
 
-__all__ = ["detection", "detection_differences"]
+__all__ = ["detection", "detection_differences", "verdicts"]
 
 _SCORES = {"MI": "mutual_information", "entropy": "entropy"}
 _KEYS = {"MI": "mi", "entropy": "entropy"}
@@ -61,6 +62,27 @@ def detection_differences(results: Results) -> Table:
                     values.append(_mean(*found))
                 values += [None] * (2 - len(values))
                 table.rows.append([reference, task, method, where, score, *values])
+    return table
+
+
+def verdicts(results: Results, differences: Table) -> Table:
+    """How often a method detects better or worse than a reference, from the rows of `detection_differences`."""
+    table = Table(
+        "detection_verdicts",
+        "Detection: intervals that exclude zero, on the data sets that count",
+        ["reference", "method", "measure", "better", "worse", "undecided"],
+        notes="Errors and out-of-distribution sets of every task, by MI and by entropy, each counted once.",
+    )
+    counting = {task for task in results.suite.tasks if (judged := results.singles(task)) and judged[1]}
+    tallies: dict[tuple[Value, Value, str], list[int]] = {}
+    for reference, task, method, _, _, *found in differences.rows:
+        for measure, value in zip(("AUROC", "AURC"), found, strict=True):
+            if task in counting and isinstance(value, Interval):
+                tally = tallies.setdefault((reference, method, measure), [0, 0, 0])
+                better = (value.estimate > 0) == (measure == "AUROC")
+                told_apart = value.distinguishable and not math.isnan(value.low)
+                tally[(0 if better else 1) if told_apart else 2] += 1
+    table.rows = [[*key, *tally] for key, tally in tallies.items()]
     return table
 
 

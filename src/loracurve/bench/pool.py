@@ -82,6 +82,8 @@ def _run(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
     from loracurve.bench.runner import Group, run_one
 
     if _group is None or (_group.task, _group.seed) != (cell.task, cell.seed):
+        if _group is not None:
+            _group.close()
         _group = Group(suite, cell.task, cell.seed, out)
     lines: list[str] = []
     return run_one(_group, cell, lines.append), lines

@@ -16,6 +16,12 @@ METHODS: dict[str, str] = {
     "convex_mix": "loracurve.baselines.ensembles:ConvexMix",
     "temperature": "loracurve.baselines.temperature:TemperatureScaled",
     "line": "loracurve.baselines.lines:Line",
+    "mc_dropout": "loracurve.baselines.mc_dropout:MCDropout",
+    "swag": "loracurve.baselines.swag:SWAG",
+    "laplace": "loracurve.baselines.laplace:Laplace",
+    "ivon": "loracurve.baselines.ivon:IVON",
+    "blob": "loracurve.baselines.blob:BLoB",
+    "flat_lora": "loracurve.baselines.flat_lora:FlatLoRA",
     "curve": "loracurve.baselines.curve:Curve",
 }
 

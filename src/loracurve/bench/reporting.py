@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loracurve.bench.deciding_tables import comparisons, deciding
-from loracurve.bench.detecting import detection, detection_differences
+from loracurve.bench.detecting import detection, detection_differences, verdicts
 from loracurve.bench.results import CellResult, Results, read_results, seed_of, stacked, write_metrics
 from loracurve.bench.setting import anchors_folder
 from loracurve.bench.suite import SuiteConfig
@@ -24,15 +24,10 @@ def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
     out = Path(out)
     results = read_results(suite, out)
     write_metrics(results, out / "metrics.parquet")
-    tables = [summary(results), *deciding(results, out), uncertainty(results), detection(results)]
-    tables += [
-        detection_differences(results),
-        shift(results),
-        comparisons(results),
-        seeds(results),
-        costs(results, out),
-    ]
-    tables = [t for t in [*tables, left_out(results)] if t.rows]
+    differences = detection_differences(results)
+    tables = [summary(results), *deciding(results, out), verdicts(results, differences), uncertainty(results)]
+    tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]
+    tables = [t for t in [*tables, costs(results, out), left_out(results)] if t.rows]
     for table in tables:
         write_table(table, out / "tables")
     text = "\n".join(t.markdown() for t in tables)
@@ -115,7 +110,7 @@ def costs(results: Results, out: Path) -> Table:
         peak = None if None in peaks else round(max(peaks) / 2**20)
         first = done[0].record
         row: list[Value] = [task, method, first["passes"], mean_of(done, "cost"), mean_of(done, "fit_seconds")]
-        table.rows.append([*row, seconds, peak, first["device"]])
+        table.rows.append([*row, seconds, peak, first["environment"]["device"]])
     return table
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loracurve import metrics
 from loracurve.baselines.ensembles import Ensemble
-from loracurve.bench.deciding import tempered_scores
+from loracurve.bench.deciding import counts_above_chance, tempered_scores
 from loracurve.bench.store import Predictions, read_predictions, record_of
 from loracurve.bench.suite import Cell, SuiteConfig, cells_of, full_ensemble
 from loracurve.calibration import apply_temperature
@@ -51,6 +51,12 @@ class CellResult:
     @property
     def test(self) -> Predictive:
         return self.predictions.sets["test"]
+
+    def points(self, name: str) -> Tensor:
+        """``[n, E, C]`` log-probabilities at each point."""
+        found = self.predictions.sets[name].point_log_probs
+        assert found is not None
+        return found
 
     @cached_property
     def temperature(self) -> float:
@@ -127,6 +133,16 @@ class Results:
         methods = list(dict.fromkeys([*self.suite.methods, full_ensemble(self.suite)]))
         pairs = [(t, m, self.seeds(t, m)) for t in self.suite.tasks for m in methods]
         return [p for p in pairs if p[2]]
+
+    def singles(self, task: str) -> tuple[float, bool] | None:
+        """Mean test accuracy of single anchors, and whether the data set counts by it; None without anchors."""
+        whole = self.seeds(task, full_ensemble(self.suite))
+        if not whole:
+            return None
+        labels = whole[0].predictions.labels["test"]
+        correct = torch.stack([r.points("test").argmax(-1) == labels for r in whole])
+        accuracy = correct.double().mean().item()
+        return accuracy, counts_above_chance(accuracy, labels)
 
     def figure(self, task: str, method: str, where: str, name: str) -> float | None:
         """Mean over seeds of a figure; None where it is undefined for all."""

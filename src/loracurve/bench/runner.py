@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 
 from loracurve.baselines.base import Setting
 from loracurve.bench.memory import PeakMemory
-from loracurve.bench.setting import Shared, open_shared, train_anchors
+from loracurve.bench.setting import Shared, anchors_folder, open_shared, train_anchors
 from loracurve.bench.store import record_of, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, cells_of, fingerprint, method_of, plain
 from loracurve.environment import environment
@@ -42,13 +42,19 @@ class Group:
 
     def __init__(self, suite: SuiteConfig, task: str, seed: int, out: Path, progress: bool = False) -> None:
         self.suite, self.task, self.seed, self.out, self.progress = suite, task, seed, out, progress
-        self._shared: Shared | None = None
+        self._shared: Shared | UserError | None = None
         self._anchors: ControlPoints | None = None
 
     @property
     def shared(self) -> Shared:
+        """Model and sets; raises the UserError of the first try again instead of loading a model for every cell."""
         if self._shared is None:
-            self._shared = open_shared(self.suite, self.task, self.seed)
+            try:
+                self._shared = open_shared(self.suite, self.task, self.seed)
+            except UserError as error:
+                self._shared = error
+        if isinstance(self._shared, UserError):
+            raise self._shared
         return self._shared
 
     def anchors(self) -> ControlPoints:
@@ -56,6 +62,13 @@ class Group:
         if self._anchors is None:
             self._anchors = train_anchors(self.suite, self.shared, self.task, self.seed, self.out, self.progress)
         return self._anchors
+
+    def close(self) -> None:
+        """Let go of the model, before the next one is loaded."""
+        self._shared = self._anchors = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fit, predict and store one cell; a UserError or a lack of memory is recorded as the reason why it failed."""
@@ -66,6 +79,7 @@ class Group:
             "method": cell.method,
             "fingerprint": fingerprint(self.suite, cell),
             "options": plain(method_of(self.suite, cell.method)),
+            "environment": environment(),
         }
         try:
             record |= {"status": "done"} | self._fit_and_predict(cell, folder)
@@ -97,7 +111,6 @@ class Group:
             "predict_seconds": predict_seconds,
             "predicted_rows": sum(len(e) for e in self.shared.sets.values()),
             "peak_memory_bytes": memory.bytes,
-            "device": str(self.shared.model.device),
         }
 
 
@@ -147,6 +160,8 @@ def run_suite(
     """
     out = Path(out)
     todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
+    for task, seed in {(c.task, c.seed) for c in todo if retry}:
+        (anchors_folder(out, task, seed) / "failed.json").unlink(missing_ok=True)
     end = None if seconds is None else time.perf_counter() + seconds
     jobs = jobs or max(torch.cuda.device_count(), 1)
     if jobs > 1 and len(todo) > 1:
@@ -154,9 +169,11 @@ def run_suite(
 
         broken = run_in_pool(suite, todo, out, jobs, end, say)
     else:
-        broken = [
-            c for group, cells in _grouped(suite, todo, out, progress) for c in _run_group(group, cells, end, say)
-        ]
+        broken = []
+        for task, seed in dict.fromkeys((c.task, c.seed) for c in todo):
+            group = Group(suite, task, seed, out, progress)
+            broken += _run_group(group, [c for c in todo if (c.task, c.seed) == (task, seed)], end, say)
+            group.close()
     if broken:
         raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
 
@@ -164,14 +181,6 @@ def run_suite(
 def _is_open(suite: SuiteConfig, cell: Cell, out: Path, retry: bool) -> bool:
     record = record_of(suite, cell, out)
     return record is None or (retry and record["status"] == "failed")
-
-
-def _grouped(suite: SuiteConfig, cells: list[Cell], out: Path, progress: bool) -> Iterator[tuple[Group, list[Cell]]]:
-    for task, seed in dict.fromkeys((c.task, c.seed) for c in cells):
-        yield Group(suite, task, seed, out, progress), [c for c in cells if (c.task, c.seed) == (task, seed)]
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _run_group(group: Group, cells: list[Cell], end: float | None, say: Say) -> list[Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -110,7 +109,7 @@ def train_anchors(
     """The anchors of a task and seed: from the store, or trained side by side and stored.
 
     Raises:
-        UserError: the stored ones were made with other options; training fails.
+        UserError: the stored ones were made with other options; training fails, or failed before (`failed.json`).
     """
     folder = anchors_folder(out, name, seed)
     mark = fingerprint(suite, task=name, seed=seed)
@@ -118,17 +117,23 @@ def train_anchors(
         if read_json(folder / "anchors.json")["fingerprint"] != mark:
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
         return read_tensors(folder / "anchors.safetensors")
-    started = time.perf_counter()
-    shared.model.set_curve(CurveSpec.slots(suite.anchors), shared.model.fresh_points(CurveSpec.slots(suite.anchors)))
-    result = fit_anchors(
-        shared.model, shared.task, suite.training_of(name, seed), folder / f"work-{mark}", progress=progress
-    )
+    failed = folder / "failed.json"
+    if failed.is_file() and (found := read_json(failed))["fingerprint"] == mark:
+        raise UserError(found["reason"])
+    spec = CurveSpec.slots(suite.anchors)
+    shared.model.set_curve(spec, shared.model.fresh_points(spec))
+    try:
+        result = fit_anchors(
+            shared.model, shared.task, suite.training_of(name, seed), folder / f"work-{mark}", progress=progress
+        )
+    except UserError as error:  # said once for all cells, and not tried again by each of them
+        write_json(failed, {"fingerprint": mark, "reason": f"the anchors: {error}"})
+        raise UserError(f"the anchors: {error}") from error
     points = shared.model.control_points()
     write_tensors(folder / "anchors.safetensors", points)
     record = {
         "fingerprint": mark,
         "seconds": result.seconds,
-        "wall_seconds": time.perf_counter() - started,
         "steps": result.steps,
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,

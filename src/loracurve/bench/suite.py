@@ -181,4 +181,13 @@ def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", se
     if cell:
         values |= {"method": plain(method_of(suite, cell.method)), "samples": suite.samples}
         values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_same_numbers(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _same_numbers(value: Any) -> Any:
+    """2 and 2.0 are one option."""
+    if isinstance(value, dict):
+        return {k: _same_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_same_numbers(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

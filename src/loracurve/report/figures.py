@@ -29,12 +29,12 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
-# Sizes in points for figures of 6 inches, so that they can be read at a width of 600 pixels.
+# Sizes in points for figures of 5.2 inches, so that they can be read at the width of a phone, 360 pixels.
 _STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.labelsize": 10.5,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "legend.handlelength": 2.8,
     "axes.spines.top": False,
@@ -50,7 +50,7 @@ _STYLE = {
 
 
 def figure_of(
-    draw: Callable[..., Axes], *data: Any, size: tuple[float, float] = (6.0, 3.9), legend: bool = True, **options: Any
+    draw: Callable[..., Axes], *data: Any, size: tuple[float, float] = (5.2, 3.6), legend: bool = True, **options: Any
 ) -> Figure:
     """A figure in the package's style with one axis that `draw(*data, ax, **options)` fills, the legend above it."""
     return panels([lambda ax: draw(*data, ax, **options)], size, legend=legend)
@@ -77,7 +77,8 @@ def panels(
         places = figure.subplots(-(-len(draws) // columns), columns, squeeze=False, **layout).ravel()
         for draw, place in zip(draws, places, strict=True):
             draw(place)
-            place.label_outer()
+            if layout.get("sharex") or layout.get("sharey"):
+                place.label_outer()
         if legend:
             _legend_above(figure, places)
     return figure
@@ -127,7 +128,7 @@ def _legend_above(figure: Figure, axes: Sequence[Axes] | np.ndarray) -> None:
     if not named:
         return
     labels = list(named)
-    room = 11 * figure.get_figwidth()  # characters; a handle is as wide as 6
+    room = 12 * figure.get_figwidth()  # characters; a handle is as wide as 6
 
     def width(columns: int) -> int:
         # matplotlib fills column by column; the first ones have a row more where it does not come out even.

@@ -21,7 +21,7 @@ def loss_paths(run: RunData) -> Block:
     if run.scan is None or "paths" not in run.tables:
         return _points_of_averages(run)
     scan, frame = run.scan, run.tables["paths"]
-    block = Block(findings=[row["sentence"] for row in scan["gauge"]])
+    block = Block(findings=[row["sentence"] for row in scan.get("gauge", [])])
     splits = [name for name in ("test", "train") if name in set(frame["split"])]
     drawings: tuple[tuple[str, Literal["nll", "acc"], str], ...] = (
         ("scan_paths", "nll", "NLL"),
@@ -29,12 +29,12 @@ def loss_paths(run: RunData) -> Block:
     )
     for name, measure, words in drawings:
         draws = [partial(plots.paths, frame, split=s, anchors=scan["anchors"], measure=measure) for s in splits]
-        drawn = figures.panels(draws, (6.4, 6.4), sharex=True)
+        drawn = figures.panels(draws, (5.2, 6.0), sharex=True)
         shown = " and ".join(splits)
         block.figures.append((name, f"{words} on {shown} rows along the paths; dotted lines are anchors", drawn))
     rows = [
         [
-            f"{plots.PATH_LABELS.get(b['path'], b['path'])}, {b['segment']}–{b['segment'] + 1}",
+            f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
             interval({**b, "estimate": b["excess"]}),
             number(b["above_ends"], 4, sign=True),
@@ -52,7 +52,7 @@ def loss_paths(run: RunData) -> Block:
     )
     lengths = [
         [
-            plots.PATH_LABELS.get(name, name),
+            _label(name),
             *(number(p[k], 3) for k in ("arc_length", "through_anchors")),
             *(number(p["nll"][s][k]) for s in ("test", "train") for k in ("mean", "highest")),
         ]
@@ -93,7 +93,7 @@ def diversity(run: RunData) -> Block:
         (
             "diversity_map",
             f"Divergence for every pair of points, {path}",
-            figures.figure_of(plots.diversity_map, frame, size=(5.2, 4.2)),
+            figures.figure_of(plots.diversity_map, frame),
         ),
         (
             "diversity_distance",
@@ -116,7 +116,7 @@ def diversity(run: RunData) -> Block:
     most = max(r["n"] for r in run.scan["information"])
     averages = [
         [
-            f"{plots.PATH_LABELS.get(r['path'], r['path'])}, {r['split']}",
+            f"{_label(r['path'])}, {r['split']}",
             *(number(r[k], 5) for k in ("mutual_information", "pairwise_jsd")),
             number(r["nll"]),
         ]
@@ -135,7 +135,7 @@ def landscape(run: RunData) -> Block:
     plane, rows = run.scan["plane"], run.scan["rows"]["local"]
     if plane and "grid" in plane:
         frames = pd.DataFrame(plane["grid"]), pd.DataFrame(plane["projected"])
-        drawn = figures.figure_of(plots.plane, *frames, size=(6.0, 4.6))
+        drawn = figures.figure_of(plots.plane, *frames, size=(5.2, 4.2))
         block.figures.append(("plane", "Loss over the plane through three control points", drawn))
         block.notes.append(
             f"The curve leaves the plane: of its distance to the first corner at most "
@@ -161,3 +161,7 @@ def landscape(run: RunData) -> Block:
             "unit of t, at a grid of points; the bound says nothing about the height of the path."
         )
     return block
+
+
+def _label(path: str) -> str:
+    return plots.PATH_LABELS.get(path, path)

@@ -19,7 +19,7 @@ from loracurve.report.run_data import RunData, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.storage import atomic_write, write_json
 
-__all__ = ["write_figures", "write_page"]
+__all__ = ["about", "write_figures", "write_page"]
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
@@ -60,7 +60,7 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
         title=", ".join(run.name for run in runs),
-        runs=[{"name": run.name, "line": _about(run)} for run in runs],
+        runs=[{"name": run.name, "line": about(run)} for run in runs],
         together=side_by_side(runs),
         sections=sections,
         made=time.strftime("%Y-%m-%d"),
@@ -98,13 +98,14 @@ def _images(run: RunData, block: Block) -> list[dict[str, str]]:
     return images
 
 
-def _about(run: RunData) -> str:
+def about(run: RunData) -> str:
     """What was fitted to what, in a line."""
     if run.scan is not None and not run.metrics:
         subject = run.scan["subject"]
-        base = Path(str(subject["base"])).name
-        count = len(subject["adapters"])
-        return f"{Path(subject['task']).name} between {count} adapters of {base}; nothing was trained"
+        between = (
+            f"{Path(subject['task']).name} between {len(run.scan['anchors'])} adapters of {Path(subject['base']).name}"
+        )
+        return f"{between}; nothing was trained" if "adapters" in subject else f"{between}, and a curve through them"
     config, task = run.config, run.metrics["task"]
     curve, lora = config.get("curve", {}), config.get("lora", {})
     base = Path(str(config["model"]["name"])).name

@@ -31,8 +31,10 @@ __all__ = [
 
 # The names of `paths.PATHS` as readers see them.
 PATH_LABELS = {
-    "straight": "straight in (A, B)",
-    "delta_w": "straight in ΔW",
+    "straight": "straight (A, B)",
+    "delta_w": "straight ΔW",
+    "procrustes": "Procrustes",
+    "balanced+procrustes": "both alignments",
     "norm_matched": "norm-matched",
 }
 
@@ -78,7 +80,9 @@ def diversity_map(frame: pd.DataFrame, ax: Axes, split: str = "test") -> Axes:
     values = np.zeros((len(t), len(t)))
     for a, b, jsd in zip(part["t_i"], part["t_j"], part["jsd"], strict=True):
         values[place[a], place[b]] = values[place[b], place[a]] = jsd
-    image = ax.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap="cividis", interpolation="nearest")
+    # The outer cells reach beyond 0 and 1, so that every point lies in the middle of its cell.
+    low, high = t[0] - (t[1] - t[0]) / 2, t[-1] + (t[-1] - t[-2]) / 2
+    image = ax.imshow(values, origin="lower", extent=(low, high, low, high), cmap="cividis", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="mean JSD (nats)", shrink=0.85)
     ax.set(xlabel="t of one point", ylabel="t of the other", title=f"Divergence between points ({split})")
     ax.grid(False)

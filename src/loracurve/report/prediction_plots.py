@@ -12,9 +12,9 @@ from loracurve.report.figures import GREY, styles
 __all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
 _HEADINGS = {
-    "entropy": "total:\nentropy",
-    "expected_entropy": "aleatoric:\nexpected entropy",
-    "mutual_information": "epistemic:\nmutual information",
+    "entropy": "total: entropy",
+    "expected_entropy": "aleatoric: expected entropy",
+    "mutual_information": "epistemic: mutual information",
 }
 
 
@@ -48,7 +48,7 @@ def uncertainty(frame: pd.DataFrame, ax: Axes, measure: str) -> Axes:
         style.pop("marker")
         x, y = line["nats"].to_numpy(), line["fraction"].to_numpy()
         ax.step(np.r_[x[0], x], np.r_[0, y], where="post", label=f"{name} ({len(x):,})", **style)
-    ax.set(title=_HEADINGS[measure], xlabel="nats", ylabel="items at or below (fraction)", ylim=(0, 1.02))
+    ax.set(title=_HEADINGS[measure], xlabel="nats", ylabel="items at or below", ylim=(0, 1.02))
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     return ax

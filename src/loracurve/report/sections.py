@@ -82,7 +82,7 @@ def reliability(run: RunData) -> Block:
     frame = frames.reliability_frame(run.predictions)
     drawn = figures.panels(
         [partial(prediction_plots.reliability, frame), partial(prediction_plots.confidences, frame)],
-        (6.0, 5.2),
+        (5.2, 4.8),
         sharex=True,
         height_ratios=(3, 1),
     )
@@ -97,7 +97,7 @@ def uncertainty(run: RunData) -> Block:
     if run.predictions is not None:
         frame = frames.uncertainty_frame(run.predictions)
         draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in frames.MEASURES]
-        drawn = figures.panels(draws, (7.2, 3.6), columns=3, sharey=True)
+        drawn = figures.panels(draws, (5.2, 7.2))
         block.figures.append(("uncertainty", "Uncertainty of the curve by set", drawn))
         block.numbers["items"] = frame.groupby("set", sort=False)["items"].first().to_dict()
     measures = {"entropy": "entropy", "expected_entropy": "expected", "mutual_information": "MI"}
@@ -210,8 +210,8 @@ SECTIONS = (
     ),
     Section(
         "Loss along the paths",
-        "Dotted lines are anchors. A barrier on the straight line in (A, B) that the aligned lines and the line in "
-        "ΔW do not have is a matter of gauge, not of the loss.",
+        "A barrier on the straight line in (A, B) that the line in ΔW and the aligned lines (balanced, Procrustes, "
+        "both alignments) do not have is a matter of gauge, not of the loss.",
         loss_paths,
     ),
     Section("Reliability", "On the diagonal, confidence is right on average.", reliability, evaluation=True),

@@ -1,0 +1,93 @@
+"""Where the time of a step goes: the CUDA kernels of a captured step, longest first, by kind and by name."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from common import DEVICE, arguments, build, curve_model, note, report, synthetic
+from torch.profiler import ProfilerActivity, profile
+from training_step import ours, r_and_sizes
+
+from loracurve.batching import collate
+from loracurve.spec import CurveSpec
+from loracurve.training import slot_times
+
+# First match wins.
+KINDS = {
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
+    "attention": r"flash|fmha|attention|softmax",
+    "optimiser": r"adam|multi_tensor|lpnorm",
+    "compiled": r"^triton_",
+    "copies and casts": r"copy|memcpy|memset|cat",
+    "element by element": r"elementwise|reduce",
+}
+
+
+def kernels(function: Any, repeats: int) -> list[tuple[str, float, float]]:
+    """Name, milliseconds and launches of each kernel for one call."""
+    for _ in range(4):
+        function()
+    activities = [ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        for _ in range(repeats):
+            function()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+    rows = []
+    for event in found.key_averages():
+        micro = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+        rows.append((event.key, micro / 1e3 / repeats, event.count / repeats))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def kind(name: str) -> str:
+    return next((k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "others")
+
+
+def main() -> None:
+    options = arguments(__doc__, top={"type": int, "default": 25})
+    begin = time.perf_counter()
+    r, sizes = r_and_sizes(options.shape)
+    rows, tokens = sizes[0]
+    base = build(options.shape)
+    encoded = synthetic(rows, tokens, base.config.vocab_size)
+    prompt = collate(encoded, [0], 1)
+    model = curve_model(base, r, CurveSpec(1, 2))
+    figures: dict[str, Any] = {}
+    for compiled in (False, True) if options.compile else (False,):
+        if compiled:
+            model.compile_layers()
+        model.set_curve(CurveSpec(1, 2), model.fresh_points(CurveSpec(1, 2)))
+        step, _ = ours(model, encoded, rows, True)
+
+        def points() -> torch.Tensor:
+            return model.point_log_probs(prompt, slot_times(8))
+
+        for name, function in (("step", step), ("points", points)):
+            model.train(name == "step")
+            with torch.set_grad_enabled(name == "step"):
+                found = kernels(function, min(options.repeats, 5))
+            by_kind: Counter[str] = Counter()
+            for key, ms, _ in found:
+                by_kind[kind(key)] += ms
+            key = f"{name}{'_compiled' if compiled else ''}"
+            figures[key] = {
+                "total_ms": sum(ms for _, ms, _ in found),
+                "launches": sum(count for *_, count in found),
+                "by_kind_ms": dict(by_kind.most_common()),
+                "kernels": [{"name": k[:120], "ms": ms, "launches": count} for k, ms, count in found[: options.top]],
+            }
+            note(begin, f"{key}: {figures[key]['total_ms']:.1f} ms in {figures[key]['launches']:.0f} launches")
+            print("   " + ", ".join(f"{k} {ms:.1f} ms" for k, ms in by_kind.most_common()))
+            for k, ms, count in found[: options.top]:
+                print(f"   {ms:8.2f} ms {count:6.0f} x {k[:100]}")
+            report("profile_step", options, figures)
+        del step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Predicting whole data sets: which way to run pays, and running it.
+
+Points run together repeat every row at each point and add low-rank products to every map. Merged, one point at a time
+is folded into a copy of the weights, which then cost what the base costs. Both read and write memory for their extras:
+the products x [tokens, n_in] and y [tokens, n_out] of every map, folding its weight [n_out, n_in]. So the number of
+tokens decides, whatever the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from loracurve.batching import Batch, evaluation_batches
+from loracurve.inference import evaluation_mode, predict
+from loracurve.layers import CurveLinear
+from loracurve.model import CurveModel
+from loracurve.predictive import Predictive
+from loracurve.tasks import Encoded
+
+__all__ = ["Way", "folding_tokens", "keeps_precision", "predict_splits", "room_for_merged"]
+
+Way = Literal["auto", "points", "merged"]
+
+# Padded tokens of a batch: a GPU wants large products.
+CPU_TOKENS, GPU_TOKENS = 4096, 16_384
+# Row lengths on a GPU are multiples of this, so that shapes come back and graphs are used again.
+GPU_LENGTHS = 8
+# Left free when a copy of the weights is made, as a part of its size.
+SPARE = 0.25
+
+
+def folding_tokens(model: CurveModel) -> float:
+    """Tokens at each point from which on folding is cheaper than low-rank products; infinite where it cannot be done.
+
+    Elements moved: folding reads the weight, writes its copy, reads and writes that once more to add the update, 4 n_in
+    n_out; the products read x, read and write y, (n_in + 2 n_out) a token.
+    """
+    maps = [layer for layer in model.layers.values() if isinstance(layer, CurveLinear)]
+    weights = [getattr(layer.base_layer, "weight", None) for layer in maps]
+    if not maps or any(w is None or not w.is_floating_point() for w in weights):
+        return float("inf")
+    if model.replication.shared:
+        return float("inf")  # points share the frozen lower layers, which merged weights would run at every point
+    folding = sum(4 * layer.in_features * layer.out_features for layer in maps)
+    return folding / sum(layer.in_features + 2 * layer.out_features for layer in maps)
+
+
+def keeps_precision(model: CurveModel) -> bool:
+    """Whether a folded point is what it was: in half precision rounding its weights makes points differ that do not."""
+    return torch.finfo(model.dtype).bits >= 32
+
+
+def room_for_merged(model: CurveModel) -> bool:
+    """Whether a copy of the touched weights fits into free memory, with some to spare."""
+    weights = [layer.base_layer.weight for layer in model.layers.values() if isinstance(layer, CurveLinear)]
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused
+    else:
+        free = psutil.virtual_memory().available
+    return free > (1 + SPARE) * sum(w.numel() * w.element_size() for w in weights)
+
+
+def predict_splits(
+    model: CurveModel, splits: Mapping[str, Encoded], t: Tensor, weights: Tensor | None = None, way: Way = "auto"
+) -> dict[str, Predictive]:
+    """Predict whole splits at the points t, sorted by length and packed; language modelling is summarised.
+
+    Args:
+        t: points [n], or coefficients [n, K] of points beside the curve.
+        weights: of the points [n]; equal if None.
+        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
+            precision. Language modelling runs its points together, because what lies between them is summarised at once.
+    """
+    gpu = model.device.type == "cuda"
+    laid_out: dict[str, list[Batch]] = {}
+    for name, encoded in splits.items():
+        laid_out[name] = list(
+            evaluation_batches(
+                encoded,
+                GPU_TOKENS if gpu else CPU_TOKENS,
+                packing=model.supports_trees,
+                pad_to=GPU_LENGTHS if gpu else 1,
+            )
+        )
+    choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
+    tokens = sum(b.tokens for batches in choice.values() for b in batches)
+    pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)
+    merged = way == "merged" or pays
+    done = _merged_log_probs(model, choice, t) if merged and choice else {}
+    out = {}
+    for name, encoded in splits.items():
+        lm = encoded.scoring == "lm"
+        examples = encoded.token_offsets[-1] if lm else len(encoded)
+        source: Any = _Given(model, done[name]) if name in done else model
+        out[name] = predict(source, laid_out[name], t, weights, summarise=lm, examples=examples)
+    return out
+
+
+def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], t: Tensor) -> dict[str, list[Tensor]]:
+    """[n, E, C] of every batch of every split, one point after the other."""
+    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in batches] for name, batches in splits.items()}
+    with torch.inference_mode(), evaluation_mode(model), model.merging() as fold:
+        for point in t:
+            fold(point)
+            for name, batches in splits.items():
+                for rows, batch in zip(found[name], batches, strict=True):
+                    rows.append(model.merged_log_probs(batch))
+        return {name: [torch.cat(rows) for rows in of_split] for name, of_split in found.items()}
+
+
+class _Given:
+    """Log-probabilities computed before, batch by batch, as something that `inference.predict` takes."""
+
+    def __init__(self, model: CurveModel, log_probs: list[Tensor]) -> None:
+        self.model, self.left = model, iter(log_probs)
+
+    def point_log_probs(self, batch: Any, t: Tensor) -> Tensor:
+        return next(self.left)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self.model.modules()
+
+    def eval(self) -> Any:
+        return self.model.eval()
