@@ -109,7 +109,7 @@ def test_colours_follow_the_measure_that_was_asked_for(
     monkeypatch.setenv("COLORTERM", "truecolor")
     print_generation(generation)
     said = capsys.readouterr().out
-    assert "48;2;235;85;60m<" in said and "48;2;255;255;255mb" in said
+    assert "[30;48;2;235;85;60m<" in said and "48;2;255;255;255mb" in said
     assert "mutual information 0.167" in said and "up to 0.500 nats" in said
 
 

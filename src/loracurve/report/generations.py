@@ -38,7 +38,7 @@ def _share(value: float, highest: float) -> float:
 def print_generation(generation: Generation, measure: Measure = "mutual_information") -> None:
     """Print prompt and text, the background of each token the redder the higher its `measure`, and a summary."""
     highest = _highest([generation], measure)
-    text = Text(generation.prompt, style="dim")
+    text = Text().append(generation.prompt, style="dim")
     for piece, value in zip(generation.tokens, getattr(generation, measure), strict=True):
         share = _share(value, highest)
         colour = [round(a + share * (b - a)) for a, b in zip(_LIGHT, _DARK, strict=True)]
