@@ -16,6 +16,7 @@ from matplotlib.image import imread
 
 from loracurve.errors import UserError
 from loracurve.metrics import expected_calibration_error
+from loracurve.paths import PATHS
 from loracurve.report import figures, frames, plots, prediction_plots
 
 SETS = {"test": (300, 0), "elements": (40, 1)}
@@ -110,6 +111,14 @@ def test_path_is_drawn_in_order_and_marks_its_anchors() -> None:
     vertical = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]  # type: ignore[index, arg-type]
     assert vertical == [0.0, 0.5, 1.0]
     assert axes.get_ylabel() == "test NLL (nats)"
+
+
+def test_a_path_looks_the_same_whatever_else_is_drawn() -> None:
+    frame = path_frame()
+    both, alone = (plots.paths(f, Figure().subplots()) for f in (frame, frame[frame["path"] == "curve"]))
+    assert both.lines[1].get_label() == alone.lines[0].get_label() == "curve"
+    assert len({str(style["linestyle"]) for style in plots._STYLED.values()}) == len(PATHS)
+    assert both.lines[1].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
 
 
 def test_reliability_bins_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import peft
@@ -217,6 +218,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
 
     kept = read_tensors(run / read_json(run / "checkpoint.json")["tensors"])
     assert all(torch.isfinite(v).all() for k, v in kept.items() if k.endswith("best"))
+
+
+def test_a_step_after_which_nothing_can_be_predicted_is_told_in_one_line(tmp_path: Path) -> None:
+    model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
+    with pytest.raises(UserError, match=r"not finite after step 1.*lower learning_rate"):
+        fit(model, task, FitConfig(steps=1, batch_size=4, learning_rate=1e30, max_grad_norm=0), **QUIET)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
+    model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
+    before = [p.detach().clone() for p in model.factors]
+    spoilt = model.factors[0].register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(UserError, match="at step 1"):
+        fit(model, task, FitConfig(steps=2, batch_size=4), **QUIET)
+    spoilt.remove()
+    assert all(torch.equal(p, b) for p, b in zip(model.factors, before, strict=True))
 
 
 def test_every_example_is_seen_in_each_epoch() -> None:

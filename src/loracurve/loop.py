@@ -197,7 +197,7 @@ def run_loop(
                     where = f"; the last good state is in {folder}"
                 raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
             if validate or state.step == config.steps:
-                nll = program.validate()
+                nll = _validate(program, state.step, folder)
                 state.history[-1]["validation_nll"] = nll
                 _keep_best(state, nll, factors)
                 finished = bool(config.patience and state.stale >= config.patience)
@@ -220,12 +220,22 @@ def run_loop(
     return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
 
 
+def _validate(program: Program, step: int, folder: Path | None) -> list[float]:
+    try:
+        return program.validate()
+    except UserError:
+        raise
+    except ValueError as error:  # predictions that are no probabilities: the step itself went too far
+        where = "" if folder is None else f"; an earlier state is in {folder} if a checkpoint was written"
+        raise UserError(f"the predictions are not finite after step {step}{where}; lower learning_rate") from error
+
+
 def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> int | None:
     """Move figures of finished steps into the history; returns the first step whose loss is not finite, if any."""
     if not rows:
         return None
     for entry, values in zip(waiting, torch.stack(rows).tolist(), strict=True):
-        if not math.isfinite(values[0]):
+        if not all(map(math.isfinite, values[:2])):
             return int(entry["step"])
         state.history.append(entry | dict(zip(("loss", "grad_norm", *names), values, strict=True)))
     waiting.clear()

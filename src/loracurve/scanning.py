@@ -155,7 +155,7 @@ def _splits(model: CurveModel, task: Task, config: ScanConfig) -> list[LaidOut]:
 
 
 def _even(count: int) -> list[float]:
-    """`count` positions between the joints' neighbourhoods: mid-points of equal cells, where a derivative exists."""
+    """`count` positions, the mid-points of equal cells."""
     return [(i + 0.5) / count for i in range(count)]
 
 

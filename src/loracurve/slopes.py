@@ -66,7 +66,8 @@ def loss_slopes(
     Args:
         split: few rows are enough: loss, slope and bound are of the same rows.
         t: positions.
-        step: half width of the difference quotient, cut at the ends of the path.
+        step: half width of the difference quotient, cut at the ends of the segment: at a joint the slope jumps, and
+            as for the derivative the right-hand one is meant.
         progress: called after every position.
 
     Returns:
@@ -82,12 +83,17 @@ def loss_slopes(
         for name, gradient in gradients.items():
             slope += _inner(gradient, velocity, name, path.scalings)
             bound += float(gradient.double().norm()) * norms[name]
-        low, high = max(position - step, 0.0), min(position + step, 1.0)
+        low, high = _around(position, step, path.segments)
         ends = [mean_loss(model, path.adapter(x), split) for x in (low, high)]
         rows.append((position, loss, slope, (ends[1] - ends[0]) / (high - low), bound, path.speed(position)))
         if progress is not None:
             progress("slopes")
     return pd.DataFrame(rows, columns=["t", "loss", "slope", "measured", "bound", "speed"])
+
+
+def _around(t: float, step: float, segments: int) -> tuple[float, float]:
+    segment = min(int(t * segments), segments - 1)
+    return max(t - step, segment / segments), min(t + step, (segment + 1) / segments)
 
 
 def _inner(gradient: Tensor, velocity: Mapping[str, Tensor], name: str, scalings: Mapping[str, float]) -> float:

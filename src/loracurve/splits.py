@@ -75,7 +75,7 @@ def predict_splits(
         t: points [n], or coefficients [n, K] of points beside the curve.
         weights: of the points [n]; equal if None.
         way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
-            precision. Language modelling runs its points together, because what lies between them is summarised at once.
+            precision. Language modelling runs its points together: what lies between them is summarised at once.
     """
     gpu = model.device.type == "cuda"
     laid_out: dict[str, list[Batch]] = {}

@@ -68,8 +68,8 @@ class StepConfig:
 class Stepper:
     """Takes optimiser steps on stacked control points.
 
-    A loss that is not finite leaves control points and moments as they are, from then on: the loop, which may look only
-    now and then, finds the last good state.
+    A loss or gradient that is not finite leaves control points and moments as they are, from then on: the loop, which
+    may look only now and then, finds the last good state.
 
     Args:
         program: gives the loss.
@@ -141,6 +141,7 @@ class Stepper:
                 if not self.all_trained:
                     p.grad.mul_(_column(self.mask, p))
             norm = self._clip()
+            self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(norm)).float()))
             self.optimizer.step()
             if self.config.weight_decay:
                 decay = self.rate * self.config.weight_decay * (1 - self.bad)

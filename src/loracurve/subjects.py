@@ -52,13 +52,14 @@ def run_to_scan(folder: str | Path, dtype: Dtype) -> Subject:
         run.model.set_curve(run.model.spec, run.model.control_points())  # in the dtype that goes with the base's
     folders = sorted((p for p in (folder / "anchors").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     spec = run.model.spec
-    if folders and len(folders) == spec.segments + 1:
+    from_anchors = len(folders) == spec.segments + 1  # fewer where several pieces lie between two of them
+    if from_anchors:
         anchors = stack_adapters([load_adapter(p)[1] for p in folders])
     else:
         anchors = joints(run.model.control_points(), spec.degree)
     record = {
         "curve": asdict(spec),
-        "anchors_from": "anchors" if folders else "joints of the free curve",
+        "anchors_from": "anchors" if from_anchors else "joints of the curve",
         "base": known.model.name,
         "task": known.task.data,
         "scoring": known.task.scoring,

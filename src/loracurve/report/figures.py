@@ -25,7 +25,16 @@ __all__ = ["GREY", "drawing", "figure_of", "panels", "save", "styles"]
 
 # Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (5, 2, 1, 2, 1, 2)))
+_DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.3)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1)),
+    (0, (5, 2, 1, 2, 1, 2)),
+    (0, (1, 3)),
+    (0, (9, 2)),
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from loracurve.paths import PATHS
 from loracurve.report.figures import GREY, styles
 
 __all__ = [
@@ -62,8 +63,14 @@ def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
+# A path looks the same in every figure, whichever others are drawn; these are names of `evaluation` for the same lines.
+_STYLED = dict(zip(("curve", *(p for p in PATHS if p != "curve")), styles(), strict=False))
+_STYLED |= {"straight line": _STYLED["straight"], "aligned line": _STYLED["balanced+procrustes"]}
+
+
 def _lines(frame: pd.DataFrame, column: str, ax: Axes) -> None:
-    for (name, line), style in zip(frame.groupby("path", sort=False), styles(), strict=False):
+    for name, line in frame.groupby("path", sort=False):
+        style = dict(_STYLED.get(str(name), {"color": GREY, "linestyle": "-", "marker": "."}))
         line = line.sort_values("t")
         marker = style.pop("marker") if len(line) <= 25 else ""
         width = 2.6 if name == "curve" else 1.6

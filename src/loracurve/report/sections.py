@@ -140,13 +140,15 @@ def selective(run: RunData) -> Block:
 
 
 def examples(run: RunData, count: int = 6) -> Block:
-    """Where total uncertainty and the disagreement of the points rank an example most differently."""
+    """Where ambiguity and disagreement of the points rank examples most differently, in the more uncertain half."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
     table = run.predictions[run.predictions["method"] == "curve"].reset_index(drop=True)
     texts = texts_of(run)
-    # The data's ambiguity, not the total: MI is part of the total and would hide in it.
-    gap = table["mutual_information"].rank(pct=True) - table["expected_entropy"].rank(pct=True)
+    # The data's ambiguity, not the total: MI is part of the total and would hide in it. Ranks of rows of which every
+    # point is certain say nothing.
+    uncertain = table[table["entropy"] >= table["entropy"].median()]
+    gap = uncertain["mutual_information"].rank(pct=True) - uncertain["expected_entropy"].rank(pct=True)
     block = Block(notes=[] if texts else ["The data set cannot be opened here, so ids stand for texts."])
     kept = block.numbers["examples"] = {}
     for caption, order in (
@@ -232,7 +234,10 @@ SECTIONS = (
     ),
     Section("Around the curve", "Train loss over a plane, slopes and their bound, sharpness.", landscape),
     Section(
-        "Examples", "Where the two kinds of uncertainty rank an example most differently.", examples, evaluation=True
+        "Examples",
+        "Where the two kinds of uncertainty rank an example most differently, among the more uncertain half.",
+        examples,
+        evaluation=True,
     ),
     Section("Settings and environment", "", settings),
 )

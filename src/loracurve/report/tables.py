@@ -89,8 +89,8 @@ def print_barriers(scan: Mapping[str, Any]) -> None:
     """Print the barrier of every path between neighbouring anchors, from what `scanning.scan_to_folder` returns."""
     chosen = scan["settings"]["choose"]
     table = _table(
-        f"barriers: test NLL above the line between two anchors, at the t* of most\n{chosen} NLL, 95 % interval; "
-        "* excludes 0",
+        "barriers: test NLL above the line between two anchors,\n"
+        f"at the t* of most {chosen} NLL; 95 % interval, * excludes 0",
         ["path", "", "t*", "excess", "above ends"],
     )
     for b in scan["barriers"]:
