@@ -96,7 +96,10 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fti"], "unknown command 'fti'; did you mean 'fit'.*quickstart, fit, evaluate, predict, export, calibrate"),
+        (
+            ["fti"],
+            "unknown command 'fti'; did you mean 'fit'.*quickstart, fit, evaluate, predict, generate, export, ",
+        ),
         (["--points=3"], "unknown command '--points=3'"),
         (["fit"], "config|out"),
         (["fit", "CONFIG"], "out"),

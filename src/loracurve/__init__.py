@@ -20,6 +20,7 @@ from loracurve.config import CurveConfig, EvaluationConfig, LoraOptions, ModelCo
 from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
 from loracurve.gauge import align
+from loracurve.generate import GenerateConfig, Generation, generate
 from loracurve.inference import predict, quadrature
 from loracurve.loop import FitResult, LoopConfig
 from loracurve.model import CurveModel, CurveSpec
@@ -41,6 +42,8 @@ __all__ = [
     "EvaluationConfig",
     "FitConfig",
     "FitResult",
+    "GenerateConfig",
+    "Generation",
     "LoopConfig",
     "LoraOptions",
     "ModelConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "fit_anchors",
     "fit_run",
     "fit_temperature",
+    "generate",
     "load_base",
     "load_task",
     "open_run",

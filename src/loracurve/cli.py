@@ -25,8 +25,11 @@ from loracurve.bench.command import bench
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
 from loracurve.errors import UserError, nearest
+from loracurve.generate import GenerateConfig
+from loracurve.generate_command import generate
 from loracurve.landscape_commands import report, scan, spell_out
 from loracurve.scanning import ScanConfig
+from loracurve.share_command import share
 
 __all__ = ["COMMANDS", "main", "parse_fit_config"]
 
@@ -207,8 +210,10 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, export, calibrate, scan, report, bench)
+    f.__name__: f for f in (quickstart, fit, evaluate, predict, generate, export, calibrate, scan, report, share, bench)
 }
+# Commands whose first argument is a dataclass of options.
+OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig}
 
 
 def parse_fit_config(path: str | Path) -> RunConfig:
@@ -228,8 +233,8 @@ def _command_parser(name: str) -> Parser:
         return parser
     if name != "fit":
         parser = Parser(**options)
-        if name == "scan":
-            parser.add_class_arguments(ScanConfig)
+        if name in OPTIONS:
+            parser.add_class_arguments(OPTIONS[name])
         # Lists are options: a positional list would have to be given as JSON.
         parser.add_function_arguments(command, as_positional=name != "report", skip={"options"})
         return parser
@@ -278,9 +283,10 @@ def _run(arguments: Sequence[str]) -> None:
     if name == "fit":
         config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
         fit(config, values.out, values.resume)
-    elif name == "scan":
-        options = ScanConfig(**{f.name: values[f.name] for f in fields(ScanConfig)})
-        scan(options, **{p: values[p] for p in inspect.signature(scan).parameters if p != "options"})
+    elif name in OPTIONS:
+        options = OPTIONS[name](**{f.name: values[f.name] for f in fields(OPTIONS[name])})
+        names = [p for p in inspect.signature(COMMANDS[name]).parameters if p != "options"]
+        COMMANDS[name](options, **{p: values[p] for p in names})
     elif name == "bench":
         from loracurve.bench.suite_files import suite_of
 

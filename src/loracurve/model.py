@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ class CurveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.route = Route()
-        self.config = config
+        self.config = copy.copy(config)
+        if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
+            self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         self.layers = inject(base, config, self.route)
         self.model = base
         self.is_classifier = "SequenceClassification" in type(base).__name__
@@ -209,6 +212,14 @@ class CurveModel(nn.Module):
             for suffix, p in layer.factors().items()
         }
 
+    @torch.no_grad()
+    def copy_points(self, points: ControlPoints) -> None:
+        """Give the control points of the present curve the values of others, [K, ...] by PEFT name, in their place."""
+        for name, layer in self.layers.items():
+            for suffix, p in layer.factors().items():
+                values = points[f"{PREFIX}{name}.{suffix}"]
+                p.copy_(values.mT if suffix == "lora_B.weight" else values)
+
     def adapter(self, t: float) -> dict[str, Tensor]:
         """The adapter at t as a PEFT state (`lora_A.weight` [r, n_in], `lora_B.weight` [n_out, r], dense heads)."""
         return adapter_at(self.control_points(), self.coefficients(torch.tensor(float(t), dtype=torch.float64)))
@@ -226,15 +237,29 @@ class CurveModel(nn.Module):
         export_adapter(self.config, self.adapter(t), folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base: nn.Module | str | None = None) -> CurveModel:
-        """Read what `save_pretrained` wrote; `base` defaults to the model named in the file."""
+    def from_pretrained(
+        cls, folder: str | Path, base: nn.Module | str | None = None, revision: str | None = None
+    ) -> CurveModel:
+        """Read what `save_pretrained` wrote, from a folder or from OWNER/NAME on the hub, where only its two files are
+        fetched; `base` defaults to the model named in the file. `revision`: branch, tag or commit on the hub."""
+        from loracurve.sharing import curve_folder
         from loracurve.storage import load_curve
 
-        config, spec, points = load_curve(folder)
+        config, spec, points = load_curve(curve_folder(folder, revision))
         base = base if base is not None else config.base_model_name_or_path
         if base is None:
             raise UserError(f"{folder} does not name its base model; pass base=")
         return cls(_load_base(base, config), config, spec, points)
+
+    def push_to_hub(
+        self, repo: str, base: str | None = None, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the curve to OWNER/NAME on the hub, with a short model card if there is none; returns the commit's
+        address. `base`: the base model's name on the hub, where it was loaded from a folder. `loracurve share` writes
+        the card of a whole run. Raises UserError as `loracurve.sharing.push_curve`."""
+        from loracurve.sharing import push_model
+
+        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token)
 
     # ---- running
 
@@ -278,16 +303,17 @@ class CurveModel(nn.Module):
 
         Args:
             t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
-                first. None: the base model without adapters.
+                first. [n, K]: coefficients of points beside the curve. None: the base model without adapters.
             inputs: as the wrapped model takes them, tensors of leading dimension N.
         """
         if t is None:
             if self.route.kind != "merged":
                 self._set_route(Route("base"))
             return self.model(**inputs)
-        points = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        points = torch.as_tensor(t, dtype=torch.float64)
+        c = points if points.dim() == 2 else self.coefficients(points.reshape(-1))
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
-        self._set_route(self._route_for(self.coefficients(points), Layout("points", len(points)), rows))
+        self._set_route(self._route_for(c, Layout("points", len(c)), rows))
         return self.model(**self.replication.inputs(inputs))
 
     def arrange(self, batch: Batch, coefficients: Tensor | None) -> tuple[Tensor | None, Layout]:

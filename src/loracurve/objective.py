@@ -125,7 +125,8 @@ def mixture_log_probs(log_probs: Tensor, weights: Tensor | None = None) -> Tenso
 
     Args:
         log_probs: ``[n, ...]``.
-        weights: ``[n]``, non-negative, summing to 1; equal weights if None.
+        weights: ``[n]``, or ``[n, E]`` where each example has its own; non-negative, summing to 1 over the points.
+            Equal weights if None.
 
     Returns:
         ``[...]``; -inf where every point gives probability 0.
@@ -133,7 +134,8 @@ def mixture_log_probs(log_probs: Tensor, weights: Tensor | None = None) -> Tenso
     if weights is None:
         terms = log_probs - math.log(len(log_probs))
     else:
-        terms = log_probs + weights.to(log_probs).log().reshape(-1, *[1] * (log_probs.dim() - 1))
+        each = weights.to(log_probs).log()
+        terms = log_probs + each.reshape(*each.shape, *[1] * (log_probs.dim() - each.dim()))
     absent = terms.isneginf().all(0)  # logsumexp of nothing but -inf has a NaN gradient
     return terms.masked_fill(absent, 0).logsumexp(0).masked_fill(absent, -math.inf)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loracurve.model import CurveModel, CurveSpec
 
 __all__ = [
+    "FILES",
     "atomic_write",
     "export_adapter",
     "load_curve",
@@ -35,11 +36,14 @@ __all__ = [
     "read_tensors",
     "records",
     "save_curve",
+    "write_curve",
     "write_json",
     "write_tensors",
 ]
 
 FORMAT = 1
+# The files of a curve folder.
+FILES = ("curve_config.json", "control_points.safetensors")
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -110,12 +114,18 @@ def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
 
 def save_curve(model: CurveModel, folder: str | Path) -> None:
     """Write the curve of `model` into `folder`; the tensors first, so that a config never lacks them."""
-    folder = Path(folder)
-    write_tensors(folder / "control_points.safetensors", model.control_points())
-    write_json(
-        folder / "curve_config.json",
-        {"format": FORMAT, "curve": dataclasses.asdict(model.spec), "lora": _config_dict(model.config)},
-    )
+    write_curve(model.config, model.spec, model.control_points(), Path(folder))
+
+
+def write_curve(
+    config: peft.LoraConfig, spec: CurveSpec, points: ControlPoints, folder: Path, base: str | None = None
+) -> None:
+    """`save_curve` of its parts; `base` replaces the name of the base model."""
+    write_tensors(folder / "control_points.safetensors", points)
+    lora = _config_dict(config)
+    if base is not None:
+        lora["base_model_name_or_path"] = base
+    write_json(folder / "curve_config.json", {"format": FORMAT, "curve": dataclasses.asdict(spec), "lora": lora})
 
 
 def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlPoints]:

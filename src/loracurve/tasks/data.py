@@ -114,7 +114,7 @@ def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_
     """Read one JSONL file of rows of `kind`.
 
     `labels`: class names (classification) or option names (multiple choice; empty: any number of options). With
-    `require_labels` False a label may be absent or null, as in input to predict.
+    `require_labels` False a label may be absent or null, and a completion absent, as in input to predict and generate.
 
     Raises UserError naming file and line for broken JSON, missing or mistyped fields, labels out of range and
     duplicate ids; and for a missing file or one without rows.
@@ -162,7 +162,9 @@ def parse_row(record: object, kind: Kind, labels: Sequence[str], where: str, req
     if kind == "language_modelling":
         if "text" in record:
             return Row(identity, text=_string(record, "text", where))
-        return Row(identity, prompt=_string(record, "prompt", where), completion=_string(record, "completion", where))
+        wanted = require_label or "completion" in record
+        completion = _string(record, "completion", where) if wanted else None
+        return Row(identity, prompt=_string(record, "prompt", where), completion=completion)
     if kind == "classification":
         label = _label(record, len(labels), where, require_label)
         text2 = _string(record, "text2", where) if record.get("text2") is not None else None

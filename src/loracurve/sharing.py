@@ -1,0 +1,128 @@
+"""Curves to and from the Hugging Face hub: two files and a model card. Nothing that is fetched is code or pickle."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import peft
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
+
+from loracurve.errors import UserError
+from loracurve.lora_space import ControlPoints
+from loracurve.report.card import model_card
+from loracurve.report.run_data import read_run
+from loracurve.run import new_folder
+from loracurve.spec import CurveSpec
+from loracurve.storage import FILES, atomic_write, load_curve, write_curve
+
+__all__ = ["CARD", "curve_folder", "hub_base", "push_curve", "share_run"]
+
+CARD = "README.md"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def curve_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or where the two files of a curve on the hub lie in the local cache once they are fetched.
+
+    Args:
+        name: a folder, or OWNER/NAME on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: there is neither such a folder nor such a repository, or no way to it.
+    """
+    if Path(name).exists() or not _NAME.fullmatch(str(name)) or "/" not in str(name):
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: expected a curve folder or the name of a repository on the hub, found no such folder here and "
+            f"none to fetch ({reason})"
+        ) from error
+
+
+def hub_base(config: peft.LoraConfig, base: str | None = None) -> str:
+    """The name of the base model on the hub; a path on this machine would mean nothing to others, and is refused."""
+    name = base or config.base_model_name_or_path
+    if name is None or Path(name).exists() or not _NAME.fullmatch(name):
+        raise UserError(f"base: expected the base model's name on the hub, found {name!r}; give it by base")
+    return name
+
+
+def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: str | None = None) -> Path:
+    """Write the curve of an evaluated run with a model card into a folder, ready for the hub.
+
+    Args:
+        run: run directory.
+        out: new or empty folder, returned.
+        base: name of the base model on the hub, where the run used a folder.
+        repo: OWNER/NAME that the card names.
+
+    Raises:
+        UserError: no evaluated run, a base model without a name on the hub, or a folder with something in it.
+    """
+    if not (Path(run) / "metrics.json").is_file():
+        raise UserError(f"{run}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
+    config, spec, points = load_curve(Path(run) / "curve")
+    name = hub_base(config, base)
+    card = model_card(config, spec, name, repo, read_run(Path(run), Path(run).resolve().name))
+    return _write(config, spec, points, name, card, new_folder(Path(out)))
+
+
+def push_curve(
+    folder: str | Path, repo: str, private: bool | None = None, token: str | None = None, keep_card: bool = False
+) -> str:
+    """Upload the files of a curve folder and its card to OWNER/NAME, which is made if it isn't there.
+
+    Args:
+        folder: with curve_config.json, control_points.safetensors and README.md.
+        private: of a new repository. None: the owner's default.
+        token: of the hub. None: the one that is logged in.
+        keep_card: a README.md that the repository has already stays.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: the hub refuses or cannot be reached.
+    """
+    try:
+        api = HfApi(token=token)
+        place = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        files = list(FILES)
+        if not (keep_card and api.file_exists(place, CARD)):
+            files.append(CARD)
+        commit = api.upload_folder(
+            repo_id=place, folder_path=Path(folder), allow_patterns=files, commit_message="Upload a curve of adapters"
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(f"{repo}: cannot upload ({reason}); is the name OWNER/NAME, and are you logged in?") from error
+    return str(commit.commit_url)
+
+
+def push_model(
+    config: peft.LoraConfig,
+    spec: CurveSpec,
+    points: ControlPoints,
+    repo: str,
+    base: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """`push_curve` of a curve in memory, with a card that knows no run and replaces none on the hub."""
+    name = hub_base(config, base)
+    with TemporaryDirectory() as folder:
+        _write(config, spec, points, name, model_card(config, spec, name, repo), Path(folder))
+        return push_curve(folder, repo, private, token, keep_card=True)
+
+
+def _write(config: peft.LoraConfig, spec: CurveSpec, points: ControlPoints, base: str, card: str, folder: Path) -> Path:
+    write_curve(config, spec, points, folder, base)
+    atomic_write(folder / CARD, lambda p: p.write_text(card, encoding="utf-8"))
+    return folder
