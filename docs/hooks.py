@@ -16,7 +16,7 @@ PAGES = {
     "../benchmarks/README.md": "evidence/benchmarks.md",
     "../CONTRIBUTING.md": "project/contributing.md",
     "../CHANGELOG.md": "project/changelog.md",
-    "../examples/trainer.py": "trainer.md#the-example",
+    "../examples/trainer.py": "trainer-example.md",
 }
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
