@@ -19,6 +19,7 @@ PAGES = {
     "../examples/trainer.py": "trainer-example.md",
 }
 
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page's text with links to included documents turned into links to the pages that include them."""
     folder = posixpath.dirname(page.file.src_uri)
