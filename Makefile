@@ -70,8 +70,9 @@ wheel: env
 
 # The site is made from sources and texts alone, so its environment is small: the extra `docs` without the library.
 docs: $(DOCS)/.ready
-	@rm -rf build/site
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@rm build/docs.log
 	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
 
 $(DOCS)/.ready: pyproject.toml constraints.txt

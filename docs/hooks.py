@@ -27,6 +27,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def target(match: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, match[1]))
         found = PAGES.get(path)
-        return f"]({posixpath.relpath(found, folder or '.')}{match[2]})" if found else match[0]
+        return f"]({posixpath.relpath(found, folder or '.')}{match[2] or ''})" if found else match[0]
 
     return re.sub(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", target, markdown)

@@ -128,7 +128,8 @@ def predict(
         model: see `PointModel`.
         batches: whatever the model takes, each with ``.index``, the numbers ``[E]`` of its examples (together 0..N-1,
             each once, in any order), and for `summarise` ``.labels`` ``[E]``.
-        t, weights: curve points and their weights ``[n]``; equal weights if None.
+        t: curve points ``[n]``.
+        weights: their weights ``[n]``; equal weights if None.
         progress: called after each batch with the number of examples done.
         summarise: keep only per-example summaries (`Predictive.summarise`).
         examples: N where it is known; without it examples missing at the very end go unnoticed.

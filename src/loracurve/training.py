@@ -273,7 +273,9 @@ def fit(
     Args:
         model: from `CurveModel.from_config` or `CurveModel.from_adapters`.
         task: with train and validation rows.
-        config, folder, loop: as for `fit_anchors`.
+        config: how the curve is trained.
+        folder: as for `fit_anchors`.
+        loop: as for `fit_anchors`.
 
     Raises:
         UserError: the loss is not finite (the last good state is kept), nothing is trainable, options that do not suit
