@@ -101,7 +101,10 @@ def make_app(
         """Texts by the model average, with the uncertainty of each token, as `loracurve generate` gives them."""
         asked: Any = body
         named = {f.name for f in fields(GenerateConfig)} - {"batch_size"}
-        config = GenerateConfig(**{name: getattr(asked, name) for name in named})
+        values = {name: getattr(asked, name) for name in named}
+        if "max_new_tokens" not in asked.model_fields_set:
+            values["max_new_tokens"] = min(values["max_new_tokens"], options.max_new_tokens)
+        config = GenerateConfig(**values)
         prompts = engine.prompts(asked.prompts, config)
         return await answer(request, config, prompts, len(prompts) / options.batch_prompts)
 
@@ -181,7 +184,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
-        return _failure(error.status_code, str(error.detail), error.headers)
+        told = {
+            400: "expected a JSON body, found one that cannot be read",
+            404: "expected a path of this server, found another; /docs lists them",
+        }
+        return _failure(error.status_code, told.get(error.status_code, str(error.detail)), error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _failure(500, "a fault of the server; its log says more")  # the guard logs it
 
 
 def _said(where: Sequence[Any], message: str) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Engine:
         limits = ("max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "timeout_s")
         return {
             "run": self.run.folder.resolve().name,
-            "base": self.run.config.model.name,
+            "base": base.resolve().name if (base := Path(self.run.config.model.name)).is_dir() else str(base),
             "task": dataset.kind,
             "scoring": self.run.config.task.scoring,
             "classes": list(self.run.task.classes),
@@ -88,11 +89,7 @@ class Engine:
             raise UserError("this run is of language modelling, which has no classes to predict; use /generate")
         dataset = self.run.task.dataset
         self._check_count(len(records), "rows")
-        for i, record in enumerate(records):
-            try:
-                json.dumps(record, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise UserError(f"row {i + 1}: expected text, found half of a surrogate pair; send UTF-8") from None
+        _check_text(records, "row")
         return [
             parse_row({"id": str(i), **record}, dataset.kind, dataset.labels, f"row {i + 1}", require_label=False)
             for i, record in enumerate(records)
@@ -103,6 +100,7 @@ class Engine:
         if not self.generates:
             raise UserError("this run is of a classifier, which has no text to continue; use /predict")
         self._check_count(len(prompts), "prompts")
+        _check_text(prompts, "prompt")
         if config.max_new_tokens > self.options.max_new_tokens:
             raise UserError(
                 f"max_new_tokens: expected at most {self.options.max_new_tokens}, found {config.max_new_tokens}"
@@ -185,6 +183,15 @@ class Engine:
                     "shorten it"
                 )
         self.count("read", sum(found))
+
+
+def _check_text(items: Sequence[Any], what: str) -> None:
+    """Raise UserError where JSON escapes made text that no tokenizer takes."""
+    for i, item in enumerate(items):
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what} {i + 1}: expected text, found half of a surrogate pair; send UTF-8") from None
 
 
 def _texts(row: Row) -> list[str]:

@@ -125,7 +125,9 @@ class Guard:
                     else:
                         body += part
         except TimeoutError:
-            raise _Refused(408, f"expected the whole body within {self.options.read_timeout_s:g} s, found less") from None
+            raise _Refused(
+                408, f"expected the whole body within {self.options.read_timeout_s:g} s, found less"
+            ) from None
         if size > most:
             raise _Refused(413, too_large)
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
