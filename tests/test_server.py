@@ -231,7 +231,7 @@ def test_full_queues_and_late_answers(run: Run, monkeypatch: pytest.MonkeyPatch)
                 time.sleep(0.01)
             third = client.post("/predict", json={"rows": ROWS[:1]})
             assert third.status_code == 429 and third.headers["retry-after"] == "1"
-            assert "1 requests wait already" in third.json()["error"]
+            assert "fewer than 1 waiting requests" in third.json()["error"]
             for late in (first, second):
                 assert late.result().status_code == 503
                 assert "no answer within 0.6 s" in late.result().json()["error"]

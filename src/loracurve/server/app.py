@@ -92,13 +92,13 @@ def make_app(
 
     @app.post("/predict", summary="Predict rows", response_model=PredictAnswer, responses=REFUSALS)
     async def predict(body: PredictRequest, request: Request) -> Response:
-        """Probabilities and uncertainty of rows, as `loracurve predict` gives them."""
+        """Probabilities and uncertainty of rows, as the command predict gives them."""
         rows = engine.rows(body.rows)
         return await answer(request, PREDICT, rows, len(rows) / options.batch_rows)
 
     @app.post("/generate", summary="Continue prompts", response_model=GenerateAnswer, responses=REFUSALS)
     async def generate(body: GenerateRequest, request: Request) -> Response:  # type: ignore[valid-type]
-        """Texts by the model average, with the uncertainty of each token, as `loracurve generate` gives them."""
+        """Texts by the model average, with the uncertainty of each token, as the command generate gives them."""
         asked: Any = body
         named = {f.name for f in fields(GenerateConfig)} - {"batch_size"}
         values = {name: getattr(asked, name) for name in named}
@@ -139,7 +139,9 @@ def make_app(
             batcher.submit(job)
         except QueueFull:
             raise HTTPException(
-                429, f"{options.max_queue} requests wait already; try again later", {"Retry-After": "1"}
+                429,
+                f"expected fewer than {options.max_queue} waiting requests, found so many; try again later",
+                {"Retry-After": "1"},
             ) from None
         except Closed:
             raise HTTPException(503, "the server stops") from None
