@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 
 from loracurve.cli import main
@@ -181,6 +183,34 @@ def test_what_is_refused(client: Any, path: str, body: bytes, status: int, messa
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"] and message in answer.json()["error"] and "\n" not in answer.json()["error"]
     assert client.post("/predict", json={"rows": ROWS[:1]}).status_code == 200, "it goes on"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "text", "text2"]), inner),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(["id", "text", "text2", "label", "prompt", "choices"])
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["/predict", "/generate"]),
+    VALUES
+    | st.fixed_dictionaries({"rows": st.lists(st.dictionaries(FIELDS, VALUES), max_size=3)})
+    | st.fixed_dictionaries(
+        {"prompts": st.lists(st.text(max_size=9), max_size=2), "max_new_tokens": st.integers(-1, 2)}
+    )
+    | st.fixed_dictionaries(
+        {"prompts": st.just(["a"]), "temperature": st.floats(), "seed": st.integers(), "top_p": VALUES}
+    ),
+    st.integers(0, 4),
+)
+def test_whatever_is_sent_is_answered(client: Any, path: str, value: Any, cut: int) -> None:
+    body = json.dumps(value).encode()
+    answer = client.post(path, content=body[: len(body) - cut], headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400, 422), answer.text
+    assert answer.status_code == 200 or list(answer.json()) == ["error"]
 
 
 def test_other_content_types_and_hosts_are_refused(client: Any) -> None:

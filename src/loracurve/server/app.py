@@ -55,6 +55,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     429: {"description": "too many requests wait"},
     503: {"description": "no answer in time, or the server stops"},
 }
+MOST_CHARACTERS = 500
+"""Of an error, which may show what was sent."""
+
 REFUSALS = {status: {**said, "model": Failure} for status, said in _REFUSALS.items()}
 
 
@@ -97,7 +100,7 @@ def make_app(
         return await answer(request, PREDICT, rows, len(rows) / options.batch_rows)
 
     @app.post("/generate", summary="Continue prompts", response_model=GenerateAnswer, responses=REFUSALS)
-    async def generate(body: GenerateRequest, request: Request) -> Response:  # type: ignore[valid-type]
+    async def generate(body: GenerateRequest, request: Request) -> Response:
         """Texts by the model average, with the uncertainty of each token, as the command generate gives them."""
         asked: Any = body
         named = {f.name for f in fields(GenerateConfig)} - {"batch_size"}
@@ -203,7 +206,7 @@ def _said(where: Sequence[Any], message: str) -> str:
 
 
 def _failure(status: int, message: str, headers: Any = None) -> Response:
-    return JSONResponse({"error": " ".join(message.split())}, status, headers)
+    return JSONResponse({"error": " ".join(message.split())[:MOST_CHARACTERS]}, status, headers)
 
 
 @cache

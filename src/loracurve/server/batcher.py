@@ -132,10 +132,11 @@ class Batcher:
                 for job in jobs:
                     if job.live:
                         self._settle([job])
-            else:
+            elif jobs[0].live:
                 jobs[0].fail(error)
         for job in jobs:
-            job.fail(RuntimeError("no answer was made"))  # nothing where there is one
+            if job.live:  # a late one gets no error: that it is late is all there is to say
+                job.fail(RuntimeError("no answer was made"))
 
 
 def _full(jobs: Iterable[Job], most: float = 1 - 1e-9) -> bool:

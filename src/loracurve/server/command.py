@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loracurve.errors import UserError
 from loracurve.server.options import ServeConfig
@@ -41,9 +42,11 @@ def serve(options: ServeConfig, run: str, points: int | None = None) -> None:
     with listener:
         opened = open_run(run)
         evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+        app: Any = make_app(opened, options, evaluation, token)
+        protocol: Any = partial(ImpatientProtocol, options.read_timeout_s)
         settings = uvicorn.Config(
-            make_app(opened, options, evaluation, token),  # type: ignore[arg-type]
-            http=partial(ImpatientProtocol, options.read_timeout_s),  # type: ignore[arg-type]
+            app,
+            http=protocol,
             loop="asyncio",
             ws="none",
             lifespan="on",

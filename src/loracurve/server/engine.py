@@ -26,6 +26,7 @@ from loracurve.tasks.tokens import tokenise
 __all__ = ["PREDICT", "Engine"]
 
 PREDICT = "predict"
+MOST_FIELDS = 32
 
 
 class _Abandoned(Exception):
@@ -60,11 +61,12 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What this run can do, for clients: fields of a row, classes, points, limits."""
         dataset = self.run.task.dataset
-        example = {
+        examples: dict[str, dict[str, Any]] = {
             "classification": {"id": "1", "text": "a text"},
             "multiple_choice": {"id": "1", "question": "a question", "choices": list(dataset.labels) or ["yes", "no"]},
             "language_modelling": {"id": "1", "prompt": "a text"},
-        }[dataset.kind]
+        }
+        example = examples[dataset.kind]
         row = dataset.splits["test"][0] if "test" in dataset.splits else None
         if row is not None and row.text2 is not None:
             example["text2"] = "its second text"
@@ -89,6 +91,9 @@ class Engine:
             raise UserError("this run is of language modelling, which has no classes to predict; use /generate")
         dataset = self.run.task.dataset
         self._check_count(len(records), "rows")
+        for i, record in enumerate(records):
+            if len(record) > MOST_FIELDS:
+                raise UserError(f"row {i + 1}: expected at most {MOST_FIELDS} fields, found {len(record)}")
         _check_text(records, "row")
         return [
             parse_row({"id": str(i), **record}, dataset.kind, dataset.labels, f"row {i + 1}", require_label=False)
@@ -192,6 +197,8 @@ def _check_text(items: Sequence[Any], what: str) -> None:
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UserError(f"{what} {i + 1}: expected text, found half of a surrogate pair; send UTF-8") from None
+        except RecursionError:
+            raise UserError(f"{what} {i + 1}: expected an object with text in its fields, found deep nesting") from None
 
 
 def _texts(row: Row) -> list[str]:

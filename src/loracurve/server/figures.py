@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 __all__ = ["Figures"]
 
@@ -13,11 +13,11 @@ __all__ = ["Figures"]
 class Figures:
     """Counters of one server. `waiting` gives the length of the queue; other paths than `paths` are one label."""
 
-    content_type = CONTENT_TYPE_PLAIN_0_0_4
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def __init__(self, paths: frozenset[str], waiting: Callable[[], int]) -> None:
         self.registry, self.paths = CollectorRegistry(), paths
-        known = {"registry": self.registry, "namespace": "loracurve"}
+        known: dict[str, Any] = {"registry": self.registry, "namespace": "loracurve"}
         self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **known)
         self.errors = Counter("errors", "Requests with a status of 400 or more.", ("path",), **known)
         self.seconds = Histogram(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import docstring_parser
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
 
 from loracurve.generate import GenerateConfig, Generation
 
@@ -19,7 +19,7 @@ class PredictRequest(BaseModel):
     """Rows to predict."""
 
     model_config = _STRICT
-    rows: list[dict[str, Any]] = Field(
+    rows: Annotated[list[dict[str, Any]], FailFast()] = Field(
         description="Rows as in the training data; labels are not needed. One without an id gets its place as id. "
         "GET /run has an example."
     )
@@ -63,7 +63,10 @@ GenerateRequest = create_model(
     "GenerateRequest",
     __config__=_STRICT,
     __doc__="Prompts to continue and how.",
-    prompts=(list[str], Field(description="Texts, continued as they stand, without a chat template.")),
+    prompts=(
+        Annotated[list[str], FailFast()],
+        Field(description="Texts, continued as they stand, without a chat template."),
+    ),
     **_decoding(),
 )
 
