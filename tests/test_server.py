@@ -517,6 +517,16 @@ def _bad_clients_are_survived(served: Served) -> None:
         answer, seconds = served.raw(parts)
         assert answer.startswith(begin) and 0.9 < seconds < 8
         assert begin or not answer
+    # One that asks a lot and reads nothing is dropped, once the buffers between are full.
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(b"GET /docs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 700)
+        time.sleep(2)
+        got = 0
+        while part := _received(connection):
+            got += len(part)
+    assert 0 < got < 700 * 10_000
     # One that goes away while its text is being made: the next answer need not wait for all of it.
     body = json.dumps({"prompts": [TEXTS[0]] * 200, "max_new_tokens": 250}).encode()
     with socket.create_connection(("127.0.0.1", served.port)) as connection:

@@ -132,8 +132,12 @@ def make_app(
 
     @app.get("/docs", include_in_schema=False)
     async def documentation() -> Response:
+        return _html(documentation_text())
+
+    @cache
+    def documentation_text() -> str:
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        return _html(environment.from_string(_read("docs.html")).render(api=app.openapi()))
+        return environment.from_string(_read("docs.html")).render(api=app.openapi())
 
     async def answer(request: Request, key: Hashable, work: Any, share: float) -> Response:
         """Queue a job and wait for what comes first: its answer, the client's leaving, or the end of its time."""
@@ -216,8 +220,13 @@ def _read(name: str) -> str:
 
 def _html(text: str) -> Response:
     """A page that may load nothing but this server's answers, and run only its own script."""
+    return HTMLResponse(text, headers={"Content-Security-Policy": _policy(text)})
+
+
+@cache
+def _policy(text: str) -> str:
     scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
     allowed = " ".join(f"'sha256-{h}'" for h in hashes) or "'none'"
     policy = f"default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; script-src {allowed}; base-uri 'none'"
-    return HTMLResponse(text, headers={"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"})
+    return f"{policy}; frame-ancestors 'none'"
