@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import logging
 import re
 import time
 from collections.abc import AsyncIterator, Hashable, Sequence
@@ -42,8 +41,6 @@ from loracurve.server.messages import (
 from loracurve.server.options import ServeConfig
 
 __all__ = ["make_app"]
-
-logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "the body is not JSON"},
