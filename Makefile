@@ -5,15 +5,16 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint format mypy wheel clean
+.PHONY: help env quickstart test lint format mypy wheel docs clean
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 CHECK := build/wheel-check
+DOCS := .venv-docs
 
 help:
-	@echo "make quickstart | test | lint | format | mypy | wheel | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make quickstart | test | lint | format | mypy | wheel | docs | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
 
 env: $(READY)
 
@@ -67,8 +68,21 @@ wheel: env
 	@rm -rf build
 	@echo "dist: $$(ls dist)"
 
+# The site is made from sources and texts alone, so its environment is small: the extra `docs` without the library.
+docs: $(DOCS)/.ready
+	@rm -rf build/site
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(DOCS)
+	@wanted=$$($(PYTHON) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'); \
+	$(DOCS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$wanted
+	@touch $@
+
 clean:
 	@[ ! -e $(READY) ] || rm -rf $(VENV)
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf src/*.egg-info

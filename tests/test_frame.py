@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import re
@@ -17,17 +18,23 @@ import loracurve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
+]
 CONFIGS = sorted((ROOT / "src" / "loracurve" / "configs").glob("*.yaml"))
 
 
-def fenced(language: str) -> Iterator[str]:
-    """Blocks ```language of the README."""
-    yield from re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def fenced(language: str, text: str = README) -> Iterator[str]:
+    """Blocks ```language of a document."""
+    yield from re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """Shell lines of the README, split at blanks, comments left out."""
-    lines = [line.partition("#")[0].split() for block in fenced("(?:bash|sh|console)") for line in block.splitlines()]
+def commands(text: str = README) -> list[list[str]]:
+    """Shell lines of a document, split at blanks, comments left out."""
+    blocks = fenced("(?:bash|sh|console)", text)
+    lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -51,15 +58,59 @@ def test_readme_lists_every_command() -> None:
     assert {line[1] for line in commands() if line[0] == "loracurve"} == set(COMMANDS)
 
 
-def test_readme_python_names_exist() -> None:
-    blocks = list(fenced("python"))
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_show_commands_and_options_that_exist(document: str) -> None:
+    from loracurve.cli import COMMANDS, _command_parser
+
+    text = (ROOT / document).read_text()
+    inline = [span.split() for span in re.findall(r"`(loracurve [a-z][^`]*)`", text)]
+    for program, verb, *words in [*commands(text), *inline]:
+        if program != "loracurve" or not verb.islower():
+            continue
+        assert verb in COMMANDS, f"{document} shows loracurve {verb}, the command has {sorted(COMMANDS)}"
+        parser = _command_parser(verb)
+        known = {option for action in parser._actions for option in action.option_strings}
+        known |= {"--tables-only"} if verb == "bench" else set()
+        for word in words:
+            option = word.split("=")[0]
+            assert not option.startswith("--") or option in known, f"{document}: loracurve {verb} has no {option}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_show_configurations_that_parse(document: str, tmp_path: Path) -> None:
+    from loracurve.bench.suite_files import load_suite
+    from loracurve.cli import parse_fit_config
+
+    for block in fenced("yaml", (ROOT / document).read_text()):
+        (tmp_path / "shown.yaml").write_text(block)
+        (load_suite if "\nmethods:" in block else parse_fit_config)(tmp_path / "shown.yaml")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_show_python_names_that_exist(document: str) -> None:
+    for block in fenced("python", (ROOT / document).read_text()):
+        if block.startswith("{% include"):
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loracurve"):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    submodule = f"{node.module}.{name.name}"
+                    assert hasattr(module, name.name) or importlib.import_module(submodule), f"{document}: {submodule}"
         for path in re.findall(r"\blc((?:\.\w+)+)", block):
             found: object = loracurve
             for name in path[1:].split("."):
                 found = getattr(found, name)
+
+
+def test_api_page_has_every_public_name_once() -> None:
+    named = re.findall(r"^::: loracurve\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(loracurve.__all__)
+
+
+def test_site_lists_every_page() -> None:
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(f"docs/{name}" for name in listed) == [name for name in DOCUMENTS if name.startswith("docs/")]
 
 
 def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +138,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert space["model"].spec.segments == 2
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_existing_functions_and_files(document: str) -> None:
     from loracurve.config_files import run_parser
 
@@ -104,6 +152,11 @@ def test_documents_name_existing_functions_and_files(document: str) -> None:
             for name in names.split("."):
                 assert hasattr(found, name), f"{document} names {module}.{names}, which does not exist"
                 found = getattr(found, name)
+        elif module == "loracurve":
+            public = hasattr(loracurve, names.split(".")[0])
+            assert public or importlib.import_module(f"loracurve.{names}"), f"{document} names loracurve.{names}"
+        elif any(option.startswith(f"{module}.") for option in options):
+            assert f"{module}.{names}" in options, f"{document} names the option {module}.{names}"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
 
