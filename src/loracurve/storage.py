@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ __all__ = [
     "FILES",
     "atomic_write",
     "export_adapter",
+    "flush",
     "load_curve",
     "read_json",
     "read_tensors",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+LARGEST_JSON = 2**28
 # The files of a curve folder.
 FILES = ("curve_config.json", "control_points.safetensors")
 
@@ -49,16 +52,19 @@ FILES = ("curve_config.json", "control_points.safetensors")
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, flush it to disk and rename it, so that `path` is old or whole.
 
+    The names of the file and of new folders are flushed too. A killed process leaves `.NAME.PROCESS.XXXXXXXX.tmp`,
+    which nothing reads and `locking.locked` removes.
+
     Raises:
         UserError: no space left, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -69,6 +75,22 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN is refused because JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -76,13 +98,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises UserError if it is missing or broken."""
+    """Read a JSON file; raises UserError if it is missing, broken, too deep or larger than `LARGEST_JSON`."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: expected a file, found none") from error
-    except (OSError, ValueError) as error:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file, found none")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB, found a larger one")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -97,13 +127,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     atomic_write(path, lambda p: save_file(held, p, metadata={"format": "pt"}))
 
 
+# What safetensors raises for headers that are no headers, dtypes that torch lacks, and files that cannot be mapped.
+_UNREADABLE = (SafetensorError, AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: expected a safetensors file, found none")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error
 
 

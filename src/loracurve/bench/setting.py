@@ -24,7 +24,7 @@ from loracurve.tasks import HUB, Dataset, Encoded, Row, Task, load_task, open_da
 from loracurve.tasks.data import subset
 from loracurve.training import fit_anchors
 
-__all__ = ["Shared", "anchors_folder", "open_shared", "train_anchors"]
+__all__ = ["Shared", "anchors_folder", "open_shared", "remove_work", "train_anchors"]
 
 
 @dataclass
@@ -117,6 +117,7 @@ def train_anchors(
     if (folder / "anchors.json").is_file():
         if not made_with(read_json(folder / "anchors.json")["options"], suite, task=name, seed=seed):
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
+        remove_work(folder)
         return read_tensors(folder / "anchors.safetensors")
     failed = folder / "failed.json"
     if failed.is_file() and (found := read_json(failed))["options"] == options:
@@ -145,6 +146,11 @@ def train_anchors(
         "task": shared.task.describe(),
     }
     write_json(folder / "anchors.json", record)
+    remove_work(folder)
+    return points
+
+
+def remove_work(folder: Path) -> None:
+    """Delete the checkpoints of what is done."""
     for work in folder.glob("work-*"):
         shutil.rmtree(work, ignore_errors=True)
-    return points
