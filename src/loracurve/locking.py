@@ -22,7 +22,7 @@ _LEFTOVER = re.compile(r"\..+\.(\d{1,10})\.[0-9a-f]{8}\.tmp")
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of `folder`, which is made, and remove what killed ones left unfinished in it.
 
-    The operating system ends the lock with the process, however that ends, so a lock is never in the way of a later run.
+    The operating system ends the lock with the process, however that ends: none is ever in the way of a later run.
 
     Raises:
         UserError: another process is in the folder, or the folder cannot be written.
