@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracurve.errors import UserError
-from loracurve.lora_space import ControlPoints, check_config
+from loracurve.lora_space import ControlPoints, check_config, check_finite
 
 if TYPE_CHECKING:
     from loracurve.model import CurveModel, CurveSpec
@@ -35,6 +37,7 @@ __all__ = [
     "flush",
     "load_curve",
     "read_json",
+    "read_table",
     "read_tensors",
     "records",
     "save_curve",
@@ -45,6 +48,8 @@ __all__ = [
 
 FORMAT = 1
 LARGEST_JSON = 2**28
+# Bytes of a table for each byte of its Parquet file.
+LARGEST_RATIO = 1000
 # The files of a curve folder.
 FILES = ("curve_config.json", "control_points.safetensors")
 
@@ -141,6 +146,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error
 
 
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet file; raises UserError if it is damaged, or unfolds to far more than lies on the disk."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a Parquet file, found none")
+        with pq.ParquetFile(path, thrift_string_size_limit=2**26, thrift_container_size_limit=2**20) as file:
+            about, size = file.metadata, path.stat().st_size
+            groups = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
+            # Each row has an id of its own, which compression cannot make away with.
+            if about.num_rows > 8 * size or not 0 <= sum(groups) <= LARGEST_RATIO * size:
+                raise UserError(f"{path}: {about.num_rows} rows of {sum(groups)} bytes do not fit into {size} bytes")
+            return file.read()
+    except UserError:
+        raise
+    except (pa.ArrowException, MemoryError, OSError, OverflowError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:160]}); make it again") from error
+
+
 def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
     values = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
@@ -176,12 +199,14 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
         shape = values["curve"]
         spec = CurveSpec(**{**shape, "trainable": tuple(bool(x) for x in shape["trainable"])})
         config = peft.LoraConfig(**{k: v for k, v in values["lora"].items() if k not in ("peft_type", "auto_mapping")})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        check_config(config)
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
-            raise
+            raise UserError(f"{folder}/curve_config.json: {error}") from error
         raise UserError(f"{folder}/curve_config.json does not describe a curve ({error!r})") from error
-    check_config(config)
-    return config, spec, read_tensors(folder / "control_points.safetensors")
+    points = read_tensors(folder / "control_points.safetensors")
+    check_finite(points, folder / "control_points.safetensors")
+    return config, spec, points
 
 
 def export_adapter(config: peft.LoraConfig, adapter: Mapping[str, Tensor], folder: str | Path) -> None:
