@@ -38,7 +38,14 @@ __all__ = [
 
 ControlPoints = dict[str, Tensor]
 
+# What safetensors and PEFT raise for headers that are no headers, dtypes that torch lacks, files that cannot be mapped,
+# and configs of other types.
+UNREADABLE = (
+    ArithmeticError, AttributeError, KeyError, MemoryError, OSError, RecursionError, RuntimeError, SafetensorError,
+    TypeError, ValueError,
+)  # fmt: skip
 MOST_RANK = 2**16
+MOST_REPETITIONS = 4
 
 PREFIX = "base_model.model."
 
@@ -109,16 +116,33 @@ def _check_types(config: peft.LoraConfig) -> None:
         "alpha_pattern": isinstance(config.alpha_pattern, dict) and all(map(number, config.alpha_pattern.values())),
         "base_model_name_or_path": isinstance(config.base_model_name_or_path, str | None),
     }
+    named = (config.target_modules, config.exclude_modules, config.modules_to_save, config.layers_pattern)
     for option, fine in sound.items():
         if not fine:
             found = repr(getattr(config, option))
             raise UserError(f"LoRA option {option}: expected a value of LoRA's, found {found[:80]}")
+    patterns = [p for value in named if value for p in ([value] if isinstance(value, str) else value)]
+    for pattern in [*patterns, *(config.rank_pattern or {}), *(config.alpha_pattern or {})]:
+        _check_pattern(pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse regular expressions that could be matched for hours: repeated groups, and many repetitions in a row."""
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern)
+    if len(pattern) > 1000 or re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > MOST_REPETITIONS:
+        raise UserError(
+            f"LoRA targets: expected a regular expression with at most {MOST_REPETITIONS} of * and + and no repeated "
+            f"group, found {pattern[:80]!r}; name the modules in a list"
+        )
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError where a tensor holds something else than finite floating-point numbers."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+        if tensor.dtype not in _DTYPES or not bool(tensor.isfinite().all()):
             raise UserError(f"{path}: expected finite floating-point numbers, found others in {name}")
 
 
@@ -261,10 +285,7 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = load_file(weights)
-    except (
-        ArithmeticError, AttributeError, KeyError, MemoryError, OSError, RecursionError, RuntimeError, SafetensorError,
-        TypeError, ValueError,
-    ) as error:  # fmt: skip
+    except UNREADABLE as error:
         raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from error
     try:
         check_config(config)

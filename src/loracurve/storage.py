@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracurve.errors import UserError
-from loracurve.lora_space import ControlPoints, check_config, check_finite
+from loracurve.lora_space import UNREADABLE, ControlPoints, check_config, check_finite
 
 if TYPE_CHECKING:
     from loracurve.model import CurveModel, CurveSpec
@@ -132,17 +132,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     atomic_write(path, lambda p: save_file(held, p, metadata={"format": "pt"}))
 
 
-# What safetensors raises for headers that are no headers, dtypes that torch lacks, and files that cannot be mapped.
-_UNREADABLE = (SafetensorError, AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: expected a safetensors file, found none")
     try:
         return load_file(path)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error
 
 
@@ -200,7 +196,7 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
         spec = CurveSpec(**{**shape, "trainable": tuple(bool(x) for x in shape["trainable"])})
         config = peft.LoraConfig(**{k: v for k, v in values["lora"].items() if k not in ("peft_type", "auto_mapping")})
         check_config(config)
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         if isinstance(error, UserError):
             raise UserError(f"{folder}/curve_config.json: {error}") from error
         raise UserError(f"{folder}/curve_config.json does not describe a curve ({error!r})") from error
