@@ -98,7 +98,7 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
     [
         (
             ["fti"],
-            "unknown command 'fti'; did you mean 'fit'.*quickstart, fit, evaluate, predict, generate, export, ",
+            "unknown command 'fti'; did you mean 'fit'.*quickstart, fit, evaluate, predict, generate, serve, export, ",
         ),
         (["--points=3"], "unknown command '--points=3'"),
         (["fit"], "config|out"),

@@ -395,7 +395,7 @@ def test_reasonable_aliases_stay(made: Path, tmp_path: Path) -> None:
 def json_of(world: Path, what: str) -> tuple[Path, Callable[[], object]]:
     """A JSON file and what reads it."""
     if what == "calibration":
-        return world / "run" / "calibration.json", lambda: read_calibration(world / "run" / "calibration.json")
+        return world / "run" / "calibration.json", lambda: read_calibration(world / "run")
     if what == "index":
         index = world / "index.json"
         index.write_text(json.dumps([{"folder": f"point-{i}", "t": i / 1, "weight": 0.5} for i in (0, 1)]))

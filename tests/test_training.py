@@ -198,6 +198,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         fit(model, task, FitConfig(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
         found.append(model.control_points())
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    embeddings = model.model.get_input_embeddings()
+    assert not embeddings(torch.tensor([0])).requires_grad, "transformers' hook is gone again"
 
 
 def test_weight_decay_is_the_gradient_of_the_mean_squared_norm_along_the_curve() -> None:

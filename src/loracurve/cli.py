@@ -29,6 +29,8 @@ from loracurve.generate import GenerateConfig
 from loracurve.generate_command import generate
 from loracurve.landscape_commands import report, scan, spell_out
 from loracurve.scanning import ScanConfig
+from loracurve.server.command import serve
+from loracurve.server.options import ServeConfig
 from loracurve.share_command import share
 
 __all__ = ["COMMANDS", "main", "parse_fit_config"]
@@ -210,10 +212,11 @@ def calibrate(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (quickstart, fit, evaluate, predict, generate, export, calibrate, scan, report, share, bench)
+    f.__name__: f
+    for f in (quickstart, fit, evaluate, predict, generate, serve, export, calibrate, scan, report, share, bench)
 }
 # Commands whose first argument is a dataclass of options.
-OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig}
+OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig, "serve": ServeConfig}
 
 
 def parse_fit_config(path: str | Path) -> RunConfig:

@@ -49,7 +49,7 @@ class LoraOptions:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     layers_to_transform: list[int] | None = None
-    """Adapt these layers only; lower ones then run once for all points."""
+    """Adapt these layers only; lower ones then run once for all points (not in sequence classifiers)."""
     modules_to_save: list[str] | None = None
     """Linear layers trained whole beside the adapters (a new classification head is added by itself)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

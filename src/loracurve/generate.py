@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,14 @@ class Generation:
     finish: Literal["eos", "length"] = "length"
     """the text ended by itself, or was cut at max_new_tokens"""
 
+    def record(self) -> dict[str, Any]:
+        """The same for JSON, figures rounded to six places."""
+        values = asdict(self)
+        for name, value in values.items():
+            if isinstance(value, list) and value and isinstance(value[0], float):
+                values[name] = [round(v, 6) for v in value]
+        return values
+
 
 def generate(
     model: CurveModel,
@@ -91,6 +99,7 @@ def generate(
     t: Tensor | None = None,
     weights: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Continue prompts by the average over points of a curve.
 
@@ -102,6 +111,8 @@ def generate(
         t: points ``[n]``, or ``[n, K]`` coefficients of points beside the curve. Default: 10, equally spaced.
         weights: weights ``[n]`` of the points, summing to 1. Default: equal.
         progress: called after each step with the number of tokens that the prompts of this batch have by then.
+        numbers: which stream of draws each prompt has. Default: its place. So prompts of several callers can be decoded
+            together, each with the draws that it has alone.
 
     Returns:
         One `Generation` for each prompt, in order.
@@ -120,11 +131,13 @@ def generate(
         t, _ = quadrature("uniform", 10, model.spec.segments, closed=model.spec.closed)
     weights = torch.full((len(t),), 1 / len(t)) if weights is None else weights
     sequences = _tokenised(tokenizer, texts, config.max_new_tokens, model_window(model.model))
+    numbers = range(len(texts)) if numbers is None else numbers
     out: list[Generation] = []
     with torch.inference_mode(), evaluation_mode(model):
         for start in range(0, len(texts), config.batch_size):
             part = range(start, min(start + config.batch_size, len(texts)))
-            batch = _Batch([texts[i] for i in part], [sequences[i] for i in part], list(part), tokenizer, config)
+            streams = [numbers[i] for i in part]
+            batch = _Batch([texts[i] for i in part], [sequences[i] for i in part], streams, tokenizer, config)
             out += batch.decode(model, t, weights, _end_tokens(model, tokenizer), progress)
     return out
 
@@ -150,7 +163,7 @@ def choose_tokens(log_probs: Tensor, config: GenerateConfig, uniform: Tensor | N
 
 
 class _Batch:
-    """Prompts that are decoded together; `numbers` are their places among all prompts."""
+    """Prompts that are decoded together; `numbers` are those of their streams of draws."""
 
     def __init__(
         self,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from loracurve.errors import UserError
-from loracurve.generate import GenerateConfig, Generation
+from loracurve.generate import GenerateConfig
 from loracurve.report.generations import Measure
 from loracurve.tasks import Row, read_rows
 
@@ -73,7 +72,7 @@ def generate(
         )
     if html is not None:
         write_generations(Path(html), generations, Path(run).resolve().name)
-    lines = "".join(json.dumps(_record(r, g)) + "\n" for r, g in zip(rows, generations, strict=True))
+    lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
     if out is not None:
         atomic_write(Path(out), lambda p: p.write_text(lines))
     elif prompt is None:
@@ -83,12 +82,3 @@ def generate(
     for file in (out, html):
         if file is not None:
             print(f"Written to {file}", file=sys.stderr)
-
-
-def _record(row: Row, generation: Generation) -> dict[str, Any]:
-    """One line of output; figures in nats, rounded."""
-    values = asdict(generation)
-    for name, value in values.items():
-        if isinstance(value, list) and value and isinstance(value[0], float):
-            values[name] = [round(v, 6) for v in value]
-    return {"id": row.id, **values}

@@ -26,7 +26,7 @@ from loracurve.perturbation import Perturbation
 from loracurve.randomness import generator, stream_seed
 from loracurve.stepping import Program, StepConfig, Stepper
 
-__all__ = ["FitResult", "LoopConfig", "batch_numbers", "learning_rate_factor", "run_loop"]
+__all__ = ["FitResult", "LoopConfig", "batch_numbers", "learning_rate_factor", "recomputing", "run_loop"]
 
 Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 
@@ -153,9 +153,6 @@ def run_loop(
     if accelerator.num_processes > 1:
         raise UserError("training runs in one process; start it without a multi-process launcher")
     model.to(accelerator.device)
-    if config.gradient_checkpointing:
-        enable: Any = model.model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile and model.device.type == "cuda":
         model.compile_layers()
     factors = model.factors
@@ -175,7 +172,10 @@ def run_loop(
     waiting: list[dict[str, Any]] = []
     rows: list[Tensor] = []
     model.train()
-    with _bar(label, config.steps, state.step, progress) as show:
+    with (
+        recomputing(model.model, config.gradient_checkpointing),
+        _bar(label, config.steps, state.step, progress) as show,
+    ):
         while state.step < config.steps and not finished:
             # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
             torch.manual_seed(stream_seed(config.seed, "forward", state.step))
@@ -213,11 +213,23 @@ def run_loop(
         with torch.no_grad():
             for p, best in zip(factors, state.best, strict=True):
                 p.copy_(best)
-    if config.gradient_checkpointing:
-        disable: Any = model.model.gradient_checkpointing_disable
-        disable()
     stopped = finished and state.step < config.steps
     return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+
+
+@contextmanager
+def recomputing(base: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing of a Hugging Face model inside the block; afterwards it is as before, hooks included."""
+    if not on:
+        yield
+        return
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        base.gradient_checkpointing_disable()
+        if hasattr(base, "_require_grads_hook"):  # transformers leaves it on the input embeddings
+            base.disable_input_require_grads()
 
 
 def _validate(program: Program, step: int, folder: Path | None) -> list[float]:

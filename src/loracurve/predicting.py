@@ -26,9 +26,9 @@ from loracurve.predictive import Predictive
 from loracurve.randomness import generator
 from loracurve.run import Run
 from loracurve.storage import read_json, write_json
-from loracurve.tasks import Row, read_rows
+from loracurve.tasks import Encoded, Row, read_rows
 
-__all__ = ["calibrate_run", "predict_rows"]
+__all__ = ["Calibration", "calibrate_run", "predict_rows", "prediction_records", "read_calibration"]
 
 Measure = Literal["entropy", "mutual_information"]
 
@@ -57,8 +57,11 @@ class Calibration:
     selective: SelectiveThreshold
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Read calibration.json; raises UserError where something else is in it."""
+def read_calibration(run: Path) -> Calibration | None:
+    """What `calibrate_run` wrote into a run directory; None where it has not. Raises UserError for something else."""
+    path = run / "calibration.json"
+    if not path.exists():
+        return None
     values = read_json(path)
     try:
         selective = SelectiveThreshold(**values["selective"])
@@ -79,8 +82,13 @@ def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = Non
     """
     rows = _rows(run, path, labelled=False)
     encoded, predictive = _predict(run, rows, path.name, False, evaluation)
-    saved = run.folder / "calibration.json"
-    calibration = read_calibration(saved) if saved.exists() else None
+    yield from prediction_records(rows, encoded, predictive, read_calibration(run.folder))
+
+
+def prediction_records(
+    rows: Sequence[Row], encoded: Encoded, predictive: Predictive, calibration: Calibration | None
+) -> Iterator[dict[str, Any]]:
+    """One record for each predicted row, as `predict_rows` has them; `encoded` and `predictive` [E] are of the rows."""
     probs, sets, abstain = predictive.probs, None, None
     if calibration is not None:
         probs = apply_temperature(predictive.log_probs, calibration.temperature).exp()

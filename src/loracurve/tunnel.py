@@ -33,7 +33,7 @@ _MOST_SHRINKS = 200
 
 @dataclass(frozen=True)
 class TunnelConfig:
-    """Posterior samples beside the curve; drawing one costs about 5 x thin predictions of `rows` rows."""
+    """Posterior samples beside the curve; drawing one costs two to six x thin predictions of `rows` rows."""
 
     sigma: float = 0.1
     """Standard deviation of the prior in each direction beside the curve, as a part of the curve's length."""

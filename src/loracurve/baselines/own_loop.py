@@ -19,7 +19,7 @@ from loracurve.baselines.base import Setting
 from loracurve.batching import Batch, collate
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll, predict_split
-from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor
+from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor, recomputing
 from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood
@@ -130,33 +130,31 @@ def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfi
     labels, seed = labels_of(validation), slot_seeds(config.seed, 1)[0]
     every = config.evaluate_every or max(config.steps // 10, 1)
     best, best_nll, best_step, stale, done = [v.detach().clone() for v in learner.state()], math.inf, 0, 0, 0
-    if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     started = time.perf_counter()
     model.train()
-    for step in track(range(config.steps), label, transient=True, disable=not setting.progress):
-        # Dropout is drawn from the global generator.
-        torch.manual_seed(stream_seed(seed, "forward", step))
-        numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
-        batches = [
-            collate(train_rows, part.tolist(), config.row_tokens, model.supports_trees)
-            for part in numbers.chunk(config.accumulation)
-        ]
-        nll = learner.step(lambda values, b=batches: one.nll_at(values, b), step, learning_rate_factor(config, step))  # type: ignore[misc]
-        if not math.isfinite(nll):
-            raise UserError(f"{label}: the loss is not finite at step {step + 1}; lower the learning rate")
-        done = step + 1
-        if done % every and done < config.steps:
-            continue
-        one.put(learner.adapter())
-        validated = float(point_nll(predict_split(model, validation, slot_times(1)), labels).mean())
-        stale = 0 if validated < best_nll else stale + 1
-        if validated < best_nll:
-            best, best_nll, best_step = [v.detach().clone() for v in learner.state()], validated, done
-        if config.patience and stale >= config.patience:
-            break
-    if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_disable()  # type: ignore[operator]
+    with recomputing(model.model, config.gradient_checkpointing):
+        for step in track(range(config.steps), label, transient=True, disable=not setting.progress):
+            # Dropout is drawn from the global generator.
+            torch.manual_seed(stream_seed(seed, "forward", step))
+            numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
+            batches = [
+                collate(train_rows, part.tolist(), config.row_tokens, model.supports_trees)
+                for part in numbers.chunk(config.accumulation)
+            ]
+            factor = learning_rate_factor(config, step)
+            nll = learner.step(lambda values, b=batches: one.nll_at(values, b), step, factor)  # type: ignore[misc]
+            if not math.isfinite(nll):
+                raise UserError(f"{label}: the loss is not finite at step {step + 1}; lower the learning rate")
+            done = step + 1
+            if done % every and done < config.steps:
+                continue
+            one.put(learner.adapter())
+            validated = float(point_nll(predict_split(model, validation, slot_times(1)), labels).mean())
+            stale = 0 if validated < best_nll else stale + 1
+            if validated < best_nll:
+                best, best_nll, best_step = [v.detach().clone() for v in learner.state()], validated, done
+            if config.patience and stale >= config.patience:
+                break
     if config.keep == "best" and math.isfinite(best_nll):
         with torch.no_grad():
             for value, kept in zip(learner.state(), best, strict=True):

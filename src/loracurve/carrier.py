@@ -1,0 +1,322 @@
+"""Carrying control points inside a Hugging Face model, and running batches at points of their curve."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from loracurve import curve
+from loracurve.batching import Batch, tree_mask
+from loracurve.capture import Captured, map_tensors
+from loracurve.compiling import compile_layers
+from loracurve.errors import UserError
+from loracurve.inference import evaluation_mode
+from loracurve.layers import Layout, OutputHead, Route
+from loracurve.lora_space import PREFIX, ControlPoints, inject
+from loracurve.replication import Replication
+from loracurve.scoring import class_scores, takes_tree_masks
+from loracurve.spec import CurveSpec
+
+__all__ = ["CurveCarrier"]
+
+logger = logging.getLogger("loracurve")
+
+
+class CurveCarrier(nn.Module):
+    """What runs at points of a curve: the base model with curve layers in it, the control points, the ways to run.
+
+    `model.CurveModel` makes, saves and loads it. Without control points until `set_curve` gives them.
+    """
+
+    spec: CurveSpec
+
+    def __init__(self, base: nn.Module, config: peft.LoraConfig) -> None:
+        super().__init__()
+        self.route = Route()
+        self.config = copy.copy(config)
+        if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
+            self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        self.layers = inject(base, config, self.route)
+        self.model = base
+        self.is_classifier = "SequenceClassification" in type(base).__name__
+        find_head: Any = getattr(base, "get_output_embeddings", None)
+        head = None if self.is_classifier or find_head is None else find_head()
+        if head is not None:
+            name = next(n for n, m in base.named_modules() if m is head)
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
+        self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
+        self._trees: bool | None = None
+        self._graphs: Captured | None = None
+        self._merged_graphs: Captured | None = None
+
+    def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
+        """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
+
+        Raises:
+            UserError: missing, unknown or wrong-shaped tensors.
+        """
+        expected = {f"{PREFIX}{name}.": layer for name, layer in self.layers.items()}
+        left = set(points)
+        device, dtype = self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
+        for prefix, layer in expected.items():
+            factors = {}
+            for suffix, shape in layer.shapes().items():
+                tensor = points.get(prefix + suffix)
+                if tensor is None or list(tensor.shape) != [spec.size, *shape]:
+                    found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                    raise UserError(
+                        f"control points: expected {prefix + suffix} of shape {[spec.size, *shape]}, found it {found}"
+                    )
+                left.discard(prefix + suffix)
+                factors[suffix] = tensor.detach().to(device, dtype, copy=True)
+            layer.set_factors(factors)
+        if left:
+            raise UserError(f"control points: unknown tensor {sorted(left)[0]}; they belong to another model or config")
+        self.spec = spec
+        self._graphs = None  # graphs hold the places of the control points they were captured with
+
+    def control_points(self) -> ControlPoints:
+        """The control points by PEFT name, detached copies on the CPU, [K, r, n_in] and [K, n_out, r]."""
+        return {
+            f"{PREFIX}{name}.{suffix}": (p.mT if suffix == "lora_B.weight" else p).detach().cpu().clone().contiguous()
+            for name, layer in self.layers.items()
+            for suffix, p in layer.factors().items()
+        }
+
+    @torch.no_grad()
+    def copy_points(self, points: ControlPoints) -> None:
+        """Give the control points of the present curve the values of others, [K, ...] by PEFT name, in their place."""
+        for name, layer in self.layers.items():
+            for suffix, p in layer.factors().items():
+                values = points[f"{PREFIX}{name}.{suffix}"]
+                p.copy_(values.mT if suffix == "lora_B.weight" else values)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: the base model's."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """All control points, one stacked tensor of leading dimension K for each factor."""
+        return [p for layer in self.layers.values() for p in layer.factors().values()]
+
+    @property
+    def dependences(self) -> list[Tensor | None]:
+        """For each of `factors`: how its control points depend on each other (`CurveSpec.dependence`)."""
+        suffixes = [suffix for layer in self.layers.values() for suffix in layer.factors()]
+        return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        """c(t) [*t.shape, K] of this curve, in t's dtype."""
+        return curve.coefficients(t, self.spec.segments, self.spec.degree)
+
+    @property
+    def supports_trees(self) -> bool:
+        """Whether several examples may share a row behind a 4-D mask; found out by a small trial, once."""
+        if self._trees is None:
+            if self.is_classifier:
+                return False
+            self._set_route(Route("base"))
+            with evaluation_mode(self.model):
+                self._trees = takes_tree_masks(self.model, self.dtype, self.device)
+        return self._trees
+
+    def forward(self, t: Tensor | float | None = None, **inputs: Any) -> Any:
+        """The Hugging Face model's own forward at points of the curve.
+
+        Args:
+            t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
+                first. [n, K]: coefficients of points beside the curve. None: the base model without adapters.
+            inputs: as the wrapped model takes them, tensors of leading dimension N.
+        """
+        if t is None:
+            if self.route.kind != "merged":
+                self._set_route(Route("base"))
+            return self.model(**inputs)
+        points = torch.as_tensor(t, dtype=torch.float64)
+        c = points if points.dim() == 2 else self.coefficients(points.reshape(-1))
+        rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+        self._set_route(self._route_for(c, Layout("points", len(c)), rows))
+        return self.model(**self.replication.inputs(inputs))
+
+    def arrange(self, batch: Batch, coefficients: Tensor | None) -> tuple[Tensor | None, Layout]:
+        """Choose the way to run for coefficients of any form that `scores` takes; best called with CPU tensors.
+
+        Returns:
+            Coefficients [G, K] (points: G equal groups of rows) or [R, K] (rows), and the layout.
+        """
+        if coefficients is None:
+            return None, Layout("merged" if self.route.kind == "merged" else "base")
+        rows = batch.input_ids.shape[0]
+        if batch.row_slots is not None:
+            counts = torch.bincount(batch.row_slots, minlength=len(coefficients))
+            if bool((counts == counts[0]).all()):
+                return coefficients, Layout("points")
+            return coefficients[batch.row_slots.to(coefficients.device)], Layout("rows")
+        if coefficients.dim() == 2:
+            return coefficients, Layout("points", len(coefficients))
+        n, segments = coefficients.shape[0], self.spec.segments
+        flat = coefficients.reshape(n * rows, -1)
+        # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
+        grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
+        windows = segments if grouped is not None and self._within_segments(grouped) else 1
+        return flat, Layout("rows", n, windows)
+
+    def scores(self, batch: Batch, coefficients: Tensor | None, layout: Layout | None = None) -> Tensor:
+        """Score each class of each example at points of the curve.
+
+        Args:
+            batch: on the model's device.
+            coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
+                [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
+            layout: with it, `coefficients` are what `arrange` returned, or for `points` [L, n, K], n points of its own
+                for each of the L curve layers.
+
+        Returns:
+            [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
+            such choice.
+        """
+        if layout is None:
+            coefficients, layout = self.arrange(batch, coefficients)
+        rows = batch.input_ids.shape[0]
+        if coefficients is not None and coefficients.dim() == 3:
+            self._set_route(self._route_for(coefficients[0], layout, rows))
+            for layer, own in zip(self.layers.values(), coefficients, strict=True):
+                layer.route = self._route_for(own, layout, rows)
+        else:
+            self._set_route(self._route_for(coefficients, layout, rows))
+        replicas = layout.replicas
+        if batch.positions is not None:
+            # Read-outs of every replica; the head is computed there and nowhere else.
+            step = torch.arange(replicas, device=batch.positions.device)[:, None] * batch.tokens
+            self.route.positions = (batch.positions + step).flatten()
+            self.route.position_rows = self.route.positions // batch.input_ids.shape[1]
+            self.route.token_ids = batch.answer_ids
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if batch.ends is not None:
+            inputs |= {
+                "attention_mask": tree_mask(batch.ends, self.dtype, batch.visible),
+                "position_ids": batch.position_ids,
+            }
+        elif batch.visible is not None:
+            inputs["attention_mask"] = batch.visible.long()
+        for key in ("attention_mask", "token_type_ids"):
+            if getattr(batch, key) is not None:
+                inputs[key] = getattr(batch, key)
+        if not self.is_classifier:
+            inputs["use_cache"] = False
+        logits = self.model(**self.replication.inputs(inputs)).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+
+    def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
+        """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points beside the curve; points
+        are run together as far as `tokens_per_pass` allows.
+
+        Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
+        the CPU, 65,536 elsewhere.
+        """
+        t = t.to("cpu", torch.float64)
+        c = t if t.dim() == 2 else self.coefficients(t)
+        budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
+        if self._graphs is None:
+            self._graphs = Captured(self._request_log_probs, self.device)
+        run = self._request_log_probs if torch.is_grad_enabled() else self._graphs
+        mode = (self.training, torch.is_inference_mode_enabled())
+        outputs = []
+        for part in c.split(max(1, budget // max(batch.tokens, 1))):
+            request = _Request(batch, *self.arrange(batch, part), mode)
+            outputs.append(run(request if run is self._graphs else map_tensors(request, lambda x: x.to(self.device))))
+        return torch.cat(outputs)
+
+    def _request_log_probs(self, request: _Request) -> Tensor:
+        return self.scores(request.batch, request.coefficients, request.layout).log_softmax(-1)
+
+    @contextmanager
+    def merged(self, t: float) -> Iterator[None]:
+        """Fold the point t into copies of the touched weights: a whole data set then costs what the base costs."""
+        with self.merging() as fold:
+            fold(t)
+            yield
+
+    @contextmanager
+    def merging(self) -> Iterator[Callable[[Tensor | float], None]]:
+        """For points one after the other: yields a function that folds t, or a point beside the curve with
+        coefficients [K], into one copy of the touched weights."""
+
+        def fold(where: Tensor | float) -> None:
+            point = torch.as_tensor(where, dtype=torch.float64, device="cpu")
+            c = point if point.dim() else self.coefficients(point)
+            for layer in self.layers.values():
+                layer.merge(c)
+            self._set_route(Route("merged"))
+
+        self._merged_graphs = Captured(self._request_log_probs, self.device)
+        try:
+            yield fold
+        finally:
+            for layer in self.layers.values():
+                layer.unmerge()
+            self._merged_graphs = None
+            self._set_route(Route("base"))
+
+    def merged_log_probs(self, batch: Batch) -> Tensor:
+        """Inside `merging`, without gradients: log p(y | x) at the point folded in last, [1, E, C]."""
+        assert self._merged_graphs is not None, "merged_log_probs belongs inside merging"
+        mode = (self.training, torch.is_inference_mode_enabled())
+        return self._merged_graphs(_Request(batch, None, Layout("merged"), mode))
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers of the stack that holds the curve (`loracurve.compiling`); options of torch.compile."""
+        if self.replication.stack is None:
+            logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
+            return
+        compile_layers(self.model.get_submodule(self.replication.stack).children(), **options)
+
+    def _set_route(self, route: Route) -> Route:
+        # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
+        self.route.__dict__.update(route.__dict__)
+        if next(iter(self.layers.values())).route is not self.route:
+            for layer in self.layers.values():
+                layer.route = self.route
+        return self.route
+
+    def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:
+        route = Route(layout.kind, replicas=layout.replicas, rows=rows, windows=layout.windows, degree=self.spec.degree)
+        if coefficients is not None:
+            c = coefficients.to(self.device)
+            route.groups = c if layout.kind == "points" else None
+            route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
+        return route
+
+    def _within_segments(self, grouped: Tensor) -> bool:
+        """Whether group s of coefficient vectors [S, R/S, K] uses the control points of segment s alone."""
+        d = self.spec.degree
+        outside = grouped.detach().clone()
+        for s in range(len(grouped)):
+            outside[s, :, s * d : (s + 1) * d + 1] = 0
+        return not bool(outside.any())
+
+
+@dataclass
+class _Request:
+    """What a prediction depends on beside the weights: the key of its graph."""
+
+    batch: Batch
+    coefficients: Tensor | None
+    layout: Layout
+    mode: tuple[bool, bool]
