@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 from loracurve.errors import UserError
+from loracurve.locking import is_running
+from loracurve.storage import flush
 
 __all__ = ["Dtype", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
 
@@ -119,8 +122,14 @@ def convert_gguf(source: Path, dtype: torch.dtype, target: Path) -> Path:
         del model.config.quantization_config
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
+    for old in target.parent.glob(f".{target.name}.*"):
+        number = old.suffix[1:]
+        if number.isdigit() and not is_running(int(number)):  # of a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    for path in [*partial.iterdir(), partial]:
+        flush(path)
     try:
         partial.rename(target)
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,27 +55,62 @@ def save_checkpoint(
             "seconds": state.seconds,
         },
     )
+    _remove_others(folder, name)
+
+
+def _remove_others(folder: Path, name: str) -> None:
     for old in folder.glob("checkpoint-*.safetensors"):
         if old.name != name:
-            old.unlink()
+            with suppress(OSError):  # it costs space, nothing else
+                old.unlink()
 
 
 def load_checkpoint(
     folder: Path, factors: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: LoopState
 ) -> None:
-    """Fill control points, optimiser moments and `state` from a checkpoint; raises UserError if it does not fit."""
+    """Fill control points, optimiser moments and `state` from a checkpoint.
+
+    Raises:
+        UserError: it is damaged or of another run; nothing has been filled in then.
+    """
     values = read_json(folder / "checkpoint.json")
     try:
-        tensors = read_tensors(folder / str(values["tensors"]))
-        state.step, state.stale, state.history = values["step"], values["stale"], values["history"]
-        state.best_step, state.seconds = values["best_step"], values["seconds"]
-        state.best_nll = [math.inf if v is None else v for v in values["best_nll"]]
-        with torch.no_grad():
-            for i, p in enumerate(factors):
-                p.copy_(tensors[f"{i}.point"])
-                state.best[i].copy_(tensors[f"{i}.best"])
-                if state.step:
-                    moments = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    except (KeyError, TypeError, RuntimeError) as error:
+        name, step = values["tensors"], values["step"]
+        if not _is_count(step) or name != f"checkpoint-{step}.safetensors":
+            raise ValueError(f"step {step!r} with tensors {name!r}")
+        tensors = read_tensors(folder / name)
+        groups = len(state.best_nll)
+        best_nll = [math.inf if v is None else float(v) for v in values["best_nll"]]
+        best_step, history = [*values["best_step"]], [*values["history"]]
+        if len(best_nll) != groups or len(best_step) != groups or any(math.isnan(v) for v in best_nll):
+            raise ValueError(f"expected figures of {groups} groups")
+        if not all(map(_is_count, [*best_step, values["stale"]])) or len(history) != step:
+            raise ValueError("counts that cannot be")
+        if not all(isinstance(entry, dict) and isinstance(entry.get("nll"), float) for entry in history):
+            raise ValueError("a history without losses")
+        seconds = float(values["seconds"])
+        for i, p in enumerate(factors):
+            for part in ("point", "best", *(("exp_avg", "exp_avg_sq") if step else ())):
+                found = tensors[f"{i}.{part}"]
+                if found.shape != p.shape or not found.is_floating_point():
+                    raise ValueError(f"tensor {i}.{part}: expected floating-point numbers of shape {list(p.shape)}")
+            if step and tensors[f"{i}.step"].numel() != 1:
+                raise ValueError(f"tensor {i}.step")
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{folder}: the checkpoint does not fit this run ({error}); start in a new folder") from error
+    state.step, state.stale, state.history = step, values["stale"], history
+    state.best_nll, state.best_step, state.seconds = best_nll, best_step, seconds
+    with torch.no_grad():
+        for i, p in enumerate(factors):
+            p.copy_(tensors[f"{i}.point"])
+            state.best[i].copy_(tensors[f"{i}.best"])
+            if step:
+                moments = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+    _remove_others(folder, name)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53

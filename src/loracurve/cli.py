@@ -24,7 +24,7 @@ from loracurve import __version__
 from loracurve.bench.command import bench
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
-from loracurve.errors import UserError, nearest
+from loracurve.errors import UserError, nearest, one_line
 from loracurve.generate import GenerateConfig
 from loracurve.generate_command import generate
 from loracurve.landscape_commands import report, scan, spell_out
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"loracurve: {error}", file=sys.stderr)
+        print(f"loracurve: {one_line(error)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help
         return int(stop.code or 0)

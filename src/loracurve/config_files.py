@@ -16,10 +16,23 @@ import yaml
 from loracurve.config import RunConfig
 from loracurve.errors import UserError, nearest
 from loracurve.storage import atomic_write
+from loracurve.yaml_files import read_yaml
 
 __all__ = ["Parser", "load_config", "parse", "parse_mapping", "run_parser", "save_config"]
 
 T = TypeVar("T")
+
+# Larger ones would only fill the memory before anything says so.
+_LARGEST = {
+    "anchors": 1000,
+    "segments": 1000,
+    "pieces": 1000,
+    "degree": 100,
+    "r": 2**16,
+    "batch_size": 2**20,
+} | dict.fromkeys(
+    ("points", "evaluation_points", "diversity_points", "samples", "members", "plane", "resamples"), 100_000
+)
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -42,13 +55,16 @@ def run_parser(**options: Any) -> Parser:
 def parse(parser: Parser, arguments: Sequence[str]) -> Any:
     """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
     with _in_one_line(parser):
-        return parser.instantiate(parser.parse_args(_switched_on(parser, arguments)))
+        values = parser.parse_args(_switched_on(parser, arguments))
+        _check_numbers(values.as_dict())
+        return parser.instantiate(values)
 
 
 def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
     parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
     with _in_one_line(parser, f"{where}: "):
+        _check_numbers(values)
         found = parser.instantiate(parser.parse_object(dict(values)))
         return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
 
@@ -60,13 +76,28 @@ def _parser_of(kind: type[Any]) -> Parser:
     return parser
 
 
+def _check_numbers(value: Any, name: str = "") -> None:
+    """Raise UserError for whole numbers that no option of this name can have."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(inner, str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(inner, name)
+    elif isinstance(value, int) and abs(value) > (most := _LARGEST.get(name, 2**62)):
+        raise UserError(f"{name}: expected a number of at most {most}, found a larger one")
+
+
 @contextmanager
 def _in_one_line(parser: Parser, where: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
         raise (UserError(f"{where}{error}") if where else error) from error
-    except (jsonargparse.ArgumentError, TypeError, ValueError, yaml.YAMLError, OSError) as error:
+    except (
+        jsonargparse.ArgumentError, ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError,
+        ValueError, yaml.YAMLError,
+    ) as error:  # fmt: skip
         raise UserError(where + _one_line(error, parser)) from error
 
 
@@ -85,6 +116,7 @@ def load_config(path: str | Path) -> RunConfig:
     """Read a YAML file as a `RunConfig`; raises UserError for unknown keys, wrong types and missing files."""
     if not Path(path).is_file():
         raise UserError(f"{path}: expected a YAML file with the options of a run, found none")
+    read_yaml(Path(path))
     values = parse(run_parser(), ["--config", str(path)])
     return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
 

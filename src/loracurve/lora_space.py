@@ -7,8 +7,8 @@ leading dimension K; A is [K, r, n_in], B is [K, n_out, r], dense heads [K, ...]
 from __future__ import annotations
 
 import copy
-import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +28,8 @@ __all__ = [
     "ControlPoints",
     "PREFIX",
     "adapter_at",
+    "check_config",
+    "check_finite",
     "initial_control_points",
     "inject",
     "load_adapter",
@@ -35,6 +37,15 @@ __all__ = [
 ]
 
 ControlPoints = dict[str, Tensor]
+
+# What safetensors and PEFT raise for headers that are no headers, dtypes that torch lacks, files that cannot be mapped,
+# and configs of other types.
+UNREADABLE = (
+    ArithmeticError, AttributeError, KeyError, MemoryError, OSError, RecursionError, RuntimeError, SafetensorError,
+    TypeError, ValueError,
+)  # fmt: skip
+MOST_RANK = 2**16
+MOST_REPETITIONS = 4
 
 PREFIX = "base_model.model."
 
@@ -63,6 +74,7 @@ def check_config(config: peft.PeftConfig) -> None:
     for option, plain in _UNSUPPORTED.items():
         if getattr(config, option, plain) not in (plain, None, False, {}, []):
             raise UserError(f"LoRA option {option} is not supported on curves; leave it at {plain}")
+    _check_types(config)
     if config.bias != "none":
         raise UserError(f"LoRA option bias={config.bias!r} is not supported on curves; use bias='none'")
     if config.init_lora_weights not in (True, "gaussian"):
@@ -70,6 +82,68 @@ def check_config(config: peft.PeftConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} is not supported: curves draw A at random and start B "
             "at 0; use True or 'gaussian'"
         )
+
+
+def _check_types(config: peft.LoraConfig) -> None:
+    """PEFT takes any value and stumbles over it later."""
+
+    def words(value: object) -> bool:
+        return isinstance(value, str) or (isinstance(value, list | set) and all(isinstance(v, str) for v in value))
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def rank(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_RANK
+
+    def layers(value: object) -> bool:
+        listed = value if isinstance(value, list) else [value]
+        return all(isinstance(v, int) and 0 <= v < 100_000 for v in listed)
+
+    sound = {
+        "r": rank(config.r),
+        "lora_alpha": number(config.lora_alpha),
+        "lora_dropout": number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
+        "use_rslora": isinstance(config.use_rslora, bool),
+        "fan_in_fan_out": isinstance(config.fan_in_fan_out, bool),
+        "target_modules": config.target_modules is None or words(config.target_modules),
+        "exclude_modules": config.exclude_modules is None or words(config.exclude_modules),
+        "modules_to_save": config.modules_to_save is None
+        or (words(config.modules_to_save) and not isinstance(config.modules_to_save, str)),
+        "layers_to_transform": config.layers_to_transform is None or layers(config.layers_to_transform),
+        "layers_pattern": config.layers_pattern is None or words(config.layers_pattern),
+        "rank_pattern": isinstance(config.rank_pattern, dict) and all(map(rank, config.rank_pattern.values())),
+        "alpha_pattern": isinstance(config.alpha_pattern, dict) and all(map(number, config.alpha_pattern.values())),
+        "base_model_name_or_path": isinstance(config.base_model_name_or_path, str | None),
+    }
+    named = (config.target_modules, config.exclude_modules, config.modules_to_save, config.layers_pattern)
+    for option, fine in sound.items():
+        if not fine:
+            found = repr(getattr(config, option))
+            raise UserError(f"LoRA option {option}: expected a value of LoRA's, found {found[:80]}")
+    patterns = [p for value in named if value for p in ([value] if isinstance(value, str) else value)]
+    for pattern in [*patterns, *(config.rank_pattern or {}), *(config.alpha_pattern or {})]:
+        _check_pattern(pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse regular expressions that could be matched for hours: repeated groups, and many repetitions in a row."""
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern)
+    if len(pattern) > 1000 or re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > MOST_REPETITIONS:
+        raise UserError(
+            f"LoRA targets: expected a regular expression with at most {MOST_REPETITIONS} of * and + and no repeated "
+            f"group, found {pattern[:80]!r}; name the modules in a list"
+        )
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where a tensor holds something else than finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: expected finite floating-point numbers, found others in {name}")
 
 
 def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str, CurveLayer]:
@@ -92,7 +166,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
     saved = matching.modules_to_save or []
     try:
         peft.inject_adapter_in_model(matching, model, low_cpu_mem_usage=True)
-    except ValueError as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
         raise UserError(f"LoRA targets do not fit this model: {' '.join(str(error).split())[:300]}") from error
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
@@ -211,12 +285,13 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = load_file(weights)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from error
     try:
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    check_finite(tensors, weights)
     # PEFT writes embedding or head weights beside the factors when lm_head is a target; they belong to the base model.
     return config, {
         n: t for n, t in tensors.items() if ".base_layer." not in n and not n.endswith("embed_tokens.weight")

@@ -104,9 +104,8 @@ class CurveModel(CurveCarrier):
                 mine, found = getattr(config, key), getattr(other, key)
                 if mine != found:
                     raise UserError(f"{folder}: {key} is {found!r}, but {mine!r} in {folders[0]}; anchors must agree")
-        model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), seed=seed)
         anchors = stack_adapters([tensors for _, tensors in loaded])
-        model.set_curve(model.spec, anchors)
+        model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), anchors)
         model.anchor(degree, alignment, inner, seed, pieces, closed, smooth)
         return model
 

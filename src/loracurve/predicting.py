@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,13 +21,14 @@ from loracurve.calibration import (
 from loracurve.config import EvaluationConfig
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, predict_split
+from loracurve.locking import locked
 from loracurve.predictive import Predictive
 from loracurve.randomness import generator
 from loracurve.run import Run
 from loracurve.storage import read_json, write_json
 from loracurve.tasks import Encoded, Row, read_rows
 
-__all__ = ["calibrate_run", "predict_rows", "prediction_records", "read_calibration"]
+__all__ = ["Calibration", "calibrate_run", "predict_rows", "prediction_records", "read_calibration"]
 
 Measure = Literal["entropy", "mutual_information"]
 
@@ -44,6 +46,35 @@ def _rows(run: Run, path: Path, labelled: bool) -> list[Row]:
     return read_rows(path, dataset.kind, dataset.labels, require_labels=labelled)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What predict needs of calibration.json."""
+
+    temperature: float
+    quantile: float
+    """of the prediction sets' scores"""
+    measure: Measure
+    selective: SelectiveThreshold
+
+
+def read_calibration(run: Path) -> Calibration | None:
+    """What `calibrate_run` wrote into a run directory; None where it has not. Raises UserError for something else."""
+    path = run / "calibration.json"
+    if not path.exists():
+        return None
+    values = read_json(path)
+    try:
+        selective = SelectiveThreshold(**values["selective"])
+        quantile, threshold = float(values["conformal"]["quantile"]), selective.threshold
+        found = Calibration(float(values["temperature"]), quantile, values["measure"], selective)
+        sound = 0 < found.temperature < math.inf and 0 <= quantile <= 1 and found.measure in get_args(Measure)
+        if not sound or not (threshold is None or isinstance(threshold, float | int)):
+            raise ValueError("numbers that no calibration gives")
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected a calibration, found {error!r}; run loracurve calibrate again") from error
+    return found
+
+
 def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = None) -> Iterator[dict[str, Any]]:
     """One record for each row of a JSONL file: probabilities, uncertainty in nats, and whether to abstain.
 
@@ -54,22 +85,15 @@ def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = Non
     yield from prediction_records(rows, encoded, predictive, read_calibration(run.folder))
 
 
-def read_calibration(run: Path) -> dict[str, Any] | None:
-    """What `calibrate_run` wrote into a run directory; None where it has not."""
-    saved = run / "calibration.json"
-    return read_json(saved) if saved.exists() else None
-
-
 def prediction_records(
-    rows: Sequence[Row], encoded: Encoded, predictive: Predictive, calibration: dict[str, Any] | None
+    rows: Sequence[Row], encoded: Encoded, predictive: Predictive, calibration: Calibration | None
 ) -> Iterator[dict[str, Any]]:
     """One record for each predicted row, as `predict_rows` has them; `encoded` and `predictive` [E] are of the rows."""
     probs, sets, abstain = predictive.probs, None, None
     if calibration is not None:
-        probs = apply_temperature(predictive.log_probs, calibration["temperature"]).exp()
-        sets = prediction_sets(probs, calibration["conformal"]["quantile"])
-        threshold = SelectiveThreshold(**calibration["selective"])
-        abstain = ~threshold.answered(getattr(predictive, calibration["measure"]))
+        probs = apply_temperature(predictive.log_probs, calibration.temperature).exp()
+        sets = prediction_sets(probs, calibration.quantile)
+        abstain = ~calibration.selective.answered(getattr(predictive, calibration.measure))
     for i, (row, example) in enumerate(zip(rows, encoded.examples, strict=True)):
         names = row.choices or encoded.classes
         count = example.n_choices
@@ -98,6 +122,11 @@ def calibrate_run(
     The temperature is fitted on one half of the rows (drawn by the seed), the prediction sets on the other, so that
     their coverage is exact; the threshold looks at uncertainties that no temperature changes and uses all rows.
     """
+    with locked(run.folder):
+        return _calibrate(run, risk, delta, alpha, measure, path)
+
+
+def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None) -> list[str]:
     rows = run.task.dataset.rows("validation") if path is None else _rows(run, path, labelled=True)
     encoded, predictive = _predict(run, rows, "calibration", True, None)
     labels = labels_of(encoded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from loracurve.evaluation import (
     summarise,
 )
 from loracurve.gauge import align, delta_w_gram
+from loracurve.locking import has_results, locked
 from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.perturbation import Perturbation
@@ -68,7 +70,7 @@ def new_folder(folder: Path, resume: bool = False) -> Path:
     """Make a folder for results; raises UserError where one with contents exists, unless it is to be resumed."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: expected a folder for results, found a file; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if folder.is_dir() and has_results(folder) and not resume:
         raise UserError(f"{folder} exists already; choose another --out, or go on with it by --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +107,19 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
 
 
 def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json."""
+    """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json.
+
+    Raises:
+        UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
+    """
     _check_tracker(config.tracker)
     new_folder(out, resume)
+    # Of several processes with one task, the first one keeps strangers out.
+    with locked(out) if accelerate.PartialState().is_main_process else nullcontext():
+        return _fit_run(config, out, progress)
+
+
+def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
             f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"

@@ -15,6 +15,17 @@ from loracurve.errors import UserError
 
 __all__ = ["CurveSpec"]
 
+MOST_POINTS = 10_000
+
+
+def _check_size(segments: int, degree: int) -> None:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (segments, degree))
+    if not whole or segments < 1 or degree < 0 or segments * degree >= MOST_POINTS:
+        raise UserError(
+            f"curve: expected whole numbers of segments and degree with at most {MOST_POINTS} control points, found "
+            f"{segments!r} and {degree!r}"
+        )
+
 
 @dataclass(frozen=True)
 class CurveSpec:
@@ -34,6 +45,7 @@ class CurveSpec:
     """which factors vary along the curve; the other one is trained as one for all control points"""
 
     def __post_init__(self) -> None:
+        _check_size(self.segments, self.degree)
         if self.trainable and len(self.trainable) != self.size:
             raise ValueError(f"trainable needs {self.size} flags, got {len(self.trainable)}")
         if self.factors not in ("both", "A", "B"):
@@ -109,6 +121,7 @@ class CurveSpec:
                 f"{pieces}"
             )
         segments = (anchors - 1 + closed) * pieces
+        _check_size(segments, degree)
         size = curve.number_of_control_points(segments, degree)
         flags = tuple(k % (degree * pieces) != 0 for k in range(size))
         return cls(segments, degree, flags, alignment, closed, smooth)

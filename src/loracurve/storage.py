@@ -11,18 +11,21 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracurve.errors import UserError
-from loracurve.lora_space import ControlPoints, check_config
+from loracurve.lora_space import UNREADABLE, ControlPoints, check_config, check_finite
 
 if TYPE_CHECKING:
     from loracurve.model import CurveModel, CurveSpec
@@ -31,8 +34,10 @@ __all__ = [
     "FILES",
     "atomic_write",
     "export_adapter",
+    "flush",
     "load_curve",
     "read_json",
+    "read_table",
     "read_tensors",
     "records",
     "save_curve",
@@ -42,6 +47,9 @@ __all__ = [
 ]
 
 FORMAT = 1
+LARGEST_JSON = 2**28
+# Bytes of a table for each byte of its Parquet file.
+LARGEST_RATIO = 1000
 # The files of a curve folder.
 FILES = ("curve_config.json", "control_points.safetensors")
 
@@ -49,16 +57,19 @@ FILES = ("curve_config.json", "control_points.safetensors")
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, flush it to disk and rename it, so that `path` is old or whole.
 
+    The names of the file and of new folders are flushed too. A killed process leaves `.NAME.PROCESS.XXXXXXXX.tmp`,
+    which nothing reads and `locking.locked` removes.
+
     Raises:
         UserError: no space left, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -69,6 +80,22 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN is refused because JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -76,13 +103,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises UserError if it is missing or broken."""
+    """Read a JSON file; raises UserError if it is missing, broken, too deep or larger than `LARGEST_JSON`."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: expected a file, found none") from error
-    except (OSError, ValueError) as error:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file, found none")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB, found a larger one")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -103,8 +138,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: expected a safetensors file, found none")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet file; raises UserError if it is damaged, or unfolds to far more than lies on the disk."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a Parquet file, found none")
+        with pq.ParquetFile(path, thrift_string_size_limit=2**26, thrift_container_size_limit=2**20) as file:
+            about, size = file.metadata, path.stat().st_size
+            groups = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
+            # Each row has an id of its own, which compression cannot make away with.
+            if about.num_rows > 8 * size or not 0 <= sum(groups) <= LARGEST_RATIO * size:
+                raise UserError(f"{path}: {about.num_rows} rows of {sum(groups)} bytes do not fit into {size} bytes")
+            return file.read()
+    except UserError:
+        raise
+    except (pa.ArrowException, MemoryError, OSError, OverflowError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:160]}); make it again") from error
 
 
 def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
@@ -142,12 +195,14 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
         shape = values["curve"]
         spec = CurveSpec(**{**shape, "trainable": tuple(bool(x) for x in shape["trainable"])})
         config = peft.LoraConfig(**{k: v for k, v in values["lora"].items() if k not in ("peft_type", "auto_mapping")})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        check_config(config)
+    except UNREADABLE as error:
         if isinstance(error, UserError):
-            raise
+            raise UserError(f"{folder}/curve_config.json: {error}") from error
         raise UserError(f"{folder}/curve_config.json does not describe a curve ({error!r})") from error
-    check_config(config)
-    return config, spec, read_tensors(folder / "control_points.safetensors")
+    points = read_tensors(folder / "control_points.safetensors")
+    check_finite(points, folder / "control_points.safetensors")
+    return config, spec, points
 
 
 def export_adapter(config: peft.LoraConfig, adapter: Mapping[str, Tensor], folder: str | Path) -> None:

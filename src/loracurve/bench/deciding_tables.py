@@ -113,7 +113,7 @@ def _scores(whole: CellResult, out: Path) -> dict[str, list[float]]:
     path = whole.cell.folder(out) / "ensemble_scores.json"
     if path.is_file():
         kept = read_json(path)
-        if kept["options"] == whole.record["options"]:
+        if isinstance(kept, dict) and kept.get("options") == whole.record["options"]:
             scores: dict[str, list[float]] = kept["scores"]
             return scores
     labels = whole.predictions.labels

@@ -100,7 +100,8 @@ def costs(results: Results, out: Path) -> Table:
     )
     for task in results.suite.tasks:
         found = [anchors_folder(out, task, seed) / "anchors.json" for seed in results.suite.seeds]
-        trained = [read_json(path)["seconds"] for path in found if path.is_file()]
+        records = [read_json(path) for path in found if path.is_file()]
+        trained = [r["seconds"] for r in records if isinstance(r, dict) and isinstance(r.get("seconds"), int | float)]
         if trained:
             name, count = f"{results.suite.anchors} anchors in one pass", results.suite.anchors
             table.rows.append([task, name, None, float(count), sum(trained) / len(trained), None, None, None])

@@ -7,7 +7,6 @@ again gives what an uninterrupted one gives (to the bit on the CPU with the same
 from __future__ import annotations
 
 import gc
-import shutil
 import sys
 import time
 import traceback
@@ -21,11 +20,12 @@ import yaml
 from loracurve.baselines.base import Setting
 from loracurve.bench.memory import PeakMemory
 from loracurve.bench.options import fingerprint, options_of, plain
-from loracurve.bench.setting import Shared, anchors_folder, open_shared, train_anchors
+from loracurve.bench.setting import Shared, anchors_folder, open_shared, remove_work, train_anchors
 from loracurve.bench.store import record_of, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, cells_of, method_of
 from loracurve.environment import environment
-from loracurve.errors import UserError
+from loracurve.errors import UserError, one_line
+from loracurve.locking import has_results, locked
 from loracurve.lora_space import ControlPoints
 from loracurve.storage import atomic_write, write_json
 
@@ -85,10 +85,9 @@ class Group:
             record |= {"status": "done"} | self._fit_and_predict(cell, folder)
         except (UserError, torch.OutOfMemoryError) as error:
             reason = str(error) if isinstance(error, UserError) else "the device ran out of memory"
-            record |= {"status": "failed", "reason": " ".join(reason.split())}
+            record |= {"status": "failed", "reason": one_line(reason)}
         write_json(folder / "cell.json", record)  # last: it says that the rest is there
-        for work in folder.glob("work-*"):
-            shutil.rmtree(work, ignore_errors=True)
+        remove_work(folder)
         return record
 
     def _fit_and_predict(self, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -115,18 +114,17 @@ class Group:
 
 
 def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
-    """Make or reopen the folder of a suite, write its options and the environment; returns the cells.
+    """Look through the folder of a suite, write its options and the environment; returns the cells.
 
     Raises:
         UserError: a cell in it was made with other options.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "suite.yaml").is_file():
+    if has_results(out) and not (out / "suite.yaml").is_file():
         raise UserError(f"{out}: expected the folder of a suite, found other files; choose another --out")
     cells = cells_of(suite)
     for cell in cells:
-        record_of(suite, cell, out)
+        if record_of(suite, cell, out) is not None:
+            remove_work(cell.folder(out))
     text = yaml.safe_dump(plain(suite), sort_keys=False)
     atomic_write(out / "suite.yaml", lambda p: p.write_text(text))
     if not (out / "environment.json").is_file():
@@ -155,10 +153,18 @@ def run_suite(
         say: called with a line about each cell.
 
     Raises:
-        UserError: the folder is of another suite.
+        UserError: the folder is of another suite, or another process works in it.
         RuntimeError: cells broke by a fault of ours; all others have been run.
     """
-    out = Path(out)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
+    with locked(Path(out)):
+        _run_suite(suite, Path(out), jobs, seconds, retry, progress, say)
+
+
+def _run_suite(
+    suite: SuiteConfig, out: Path, jobs: int, seconds: float | None, retry: bool, progress: bool, say: Say
+) -> None:
     todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
     for task, seed in {(c.task, c.seed) for c in todo if retry}:
         (anchors_folder(out, task, seed) / "failed.json").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
@@ -24,7 +25,7 @@ from loracurve.tasks import HUB, Dataset, Encoded, Row, Task, load_task, open_da
 from loracurve.tasks.data import subset
 from loracurve.training import fit_anchors
 
-__all__ = ["Shared", "anchors_folder", "open_shared", "train_anchors"]
+__all__ = ["Shared", "anchors_folder", "open_shared", "remove_work", "train_anchors"]
 
 
 @dataclass
@@ -115,12 +116,13 @@ def train_anchors(
     folder = anchors_folder(out, name, seed)
     options = options_of(suite, task=name, seed=seed)
     if (folder / "anchors.json").is_file():
-        if not made_with(read_json(folder / "anchors.json")["options"], suite, task=name, seed=seed):
+        if not made_with(_options_in(folder / "anchors.json"), suite, task=name, seed=seed):
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
+        remove_work(folder)
         return read_tensors(folder / "anchors.safetensors")
     failed = folder / "failed.json"
-    if failed.is_file() and (found := read_json(failed))["options"] == options:
-        raise UserError(found["reason"])
+    if failed.is_file() and _options_in(failed) == options:
+        raise UserError(str(read_json(failed).get("reason")))
     spec = CurveSpec.slots(suite.anchors)
     shared.model.set_curve(spec, shared.model.fresh_points(spec))
     try:
@@ -145,6 +147,19 @@ def train_anchors(
         "task": shared.task.describe(),
     }
     write_json(folder / "anchors.json", record)
+    remove_work(folder)
+    return points
+
+
+def _options_in(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    options = record.get("options") if isinstance(record, dict) else None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: expected the record of a task's anchors, found something else; delete its folder")
+    return options
+
+
+def remove_work(folder: Path) -> None:
+    """Delete the checkpoints of what is done."""
     for work in folder.glob("work-*"):
         shutil.rmtree(work, ignore_errors=True)
-    return points

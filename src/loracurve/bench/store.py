@@ -21,9 +21,9 @@ from torch.nn.functional import pad
 
 from loracurve.bench.options import made_with
 from loracurve.bench.suite import Cell, SuiteConfig
-from loracurve.errors import UserError
+from loracurve.errors import UserError, one_line
 from loracurve.predictive import Predictive
-from loracurve.storage import atomic_write, read_json
+from loracurve.storage import atomic_write, read_json, read_table
 from loracurve.tasks import Encoded
 
 __all__ = ["Predictions", "read_predictions", "record_of", "write_predictions"]
@@ -68,11 +68,17 @@ def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str
 
 def read_predictions(path: Path) -> Predictions:
     """Read them back, equal to the bit."""
+    table = read_table(path)
     try:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"loracurve"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable as predictions ({error}); delete its folder and run again") from error
+        return _predictions_in(table)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path}: not readable as predictions ({one_line(repr(error), 200)}); delete its folder and run again"
+        ) from error
+
+
+def _predictions_in(table: pa.Table) -> Predictions:
+    about = json.loads(table.schema.metadata[b"loracurve"])
     names = np.asarray(table["set"].to_pylist())
     flat = table["log_probs"].combine_chunks().flatten().to_numpy()
     values = torch.from_numpy(flat.copy()).view(len(names), about["points"], about["classes"])
@@ -86,6 +92,11 @@ def read_predictions(path: Path) -> Predictions:
         out.ids[name] = [ids[i] for i in rows]
         if labels[rows[0]] is not None:
             out.labels[name] = torch.tensor([labels[i] for i in rows])
+            if not bool(((out.labels[name] >= 0) & (out.labels[name] < about["classes"])).all()):
+                raise ValueError(f"labels outside the {about['classes']} classes")
+    for name in ("test", "validation"):
+        if name not in out.labels:
+            raise ValueError(f"no labelled set {name}")
     return out
 
 
@@ -99,8 +110,29 @@ def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path)
+    if not _is_record(record):
+        raise UserError(f"{path}: expected the record of a cell, found something else; delete its folder and run again")
     if not made_with(record["options"], suite, cell):
         raise UserError(
             f"{path.parent}: {cell} was made with other options; give the method another name or choose another --out"
         )
     return record
+
+
+_NUMBERS = ("passes", "cost", "fit_seconds", "predict_seconds", "predicted_rows")
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+        return False
+    if record.get("status") == "failed":
+        return isinstance(record.get("reason"), str)
+    environment = record.get("environment")
+    return (
+        record.get("status") == "done"
+        and all(isinstance(record.get(k), int | float) for k in _NUMBERS)
+        and record["predicted_rows"] > 0
+        and isinstance(record.get("peak_memory_bytes"), int | None)
+        and isinstance(environment, dict)
+        and isinstance(environment.get("device"), str)
+    )

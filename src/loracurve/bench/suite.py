@@ -147,5 +147,5 @@ def method_of(suite: SuiteConfig, name: str) -> Method:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", name)
+    """A name as part of a path: one part, never `.` or `..`, and of a length that file systems take."""
+    return re.sub(r"[^A-Za-z0-9.+=-]+|^\.+", "_", name)[:120] or "_"

@@ -8,14 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loracurve.baselines.curve import Curve
 from loracurve.bench.registry import method_class
 from loracurve.bench.suite import SuiteConfig, SuiteTask
 from loracurve.config_files import Parser, parse, parse_mapping
 from loracurve.errors import UserError, nearest
 from loracurve.training import FitConfig
+from loracurve.yaml_files import read_yaml
 
 __all__ = ["config_arguments", "find", "load_suite", "method_from", "shipped", "suite_of", "suite_parser"]
 
@@ -86,10 +85,7 @@ def method_from(values: Mapping[str, Any], name: str, where: str) -> Any:
 def config_arguments(name: str | Path, changes: Sequence[str]) -> list[str]:
     """`changes` behind the files that they change: the profile named in them or in the suite's file, and that file."""
     file = find(name, "suites")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+    values = read_yaml(file)
     profile = str(values.get("profile", "default") if isinstance(values, Mapping) else "default")
     for word, after in zip(changes, [*changes[1:], ""], strict=False):
         if word == "--profile" or word.startswith("--profile="):

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from loracurve.errors import UserError
+from loracurve.errors import UserError, one_line
 from loracurve.report import figures
 from loracurve.report.blocks import Block
 from loracurve.report.run_data import RunData, read_run
@@ -44,6 +44,35 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         raise UserError("report: expected different run directories, found one twice")
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     numbers: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
+    try:
+        parts = {
+            "title": ", ".join(run.name for run in runs),
+            "runs": [{"name": run.name, "line": about(run)} for run in runs],
+            "together": side_by_side(runs),
+            "sections": _sections(runs, numbers),
+        }
+    except _MISFITS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{', '.join(str(run.folder) for run in runs)}: the files do not fit together "
+            f"({one_line(repr(error), 160)}); evaluate or scan again"
+        ) from error
+    for run in runs:
+        write_json(run.folder / "figures" / "report.json", numbers[run.name])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
+    text = environment.from_string(source).render(**parts, made=time.strftime("%Y-%m-%d"), version=_version())
+    atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
+    return out
+
+
+# What drawing raises where JSON or tables lack entries or hold other types.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Title, lead and blocks of each section; what the blocks count is added to `numbers`."""
     sections = []
     for section in SECTIONS:
         concerned = [run for run in runs if run.metrics or not section.evaluation]
@@ -54,20 +83,7 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
             blocks.append({"run": run.name, "block": block, "images": _images(run, block)})
         if blocks:
             sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
-    for run in runs:
-        write_json(run.folder / "figures" / "report.json", numbers[run.name])
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
-        title=", ".join(run.name for run in runs),
-        runs=[{"name": run.name, "line": about(run)} for run in runs],
-        together=side_by_side(runs),
-        sections=sections,
-        made=time.strftime("%Y-%m-%d"),
-        version=_version(),
-    )
-    atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
-    return out
+    return sections
 
 
 def write_figures(folder: Path) -> list[Path]:

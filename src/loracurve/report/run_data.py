@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from loracurve.errors import UserError
-from loracurve.storage import read_json
+from loracurve.storage import read_json, read_table
 from loracurve.tasks import as_text, open_dataset
+from loracurve.yaml_files import read_yaml
 
 __all__ = ["RunData", "read_run", "texts_of"]
 
@@ -54,11 +54,11 @@ def read_run(folder: Path, name: str) -> RunData:
             f"{folder}: expected an evaluated run or the folder of a scan, found no metrics.json; "
             "make one with loracurve fit"
         )
-    metrics = read_json(folder / "metrics.json") if evaluated else {}
+    metrics = _mapping(read_json(folder / "metrics.json"), folder / "metrics.json") if evaluated else {}
     for key in ("methods", "task") if evaluated else ():
         if key not in metrics:
             raise UserError(f"{folder}/metrics.json: expected the entry {key!r} of a fitted run, found none")
-    found = read_json(scan / "scan.json") if (scan / "scan.json").is_file() else None
+    found = _mapping(read_json(scan / "scan.json"), scan / "scan.json") if (scan / "scan.json").is_file() else None
     tables = {n: _table(scan / f"{n}.parquet") for n in _TABLES if (scan / f"{n}.parquet").is_file()}
     predictions = folder / "predictions.parquet"
     environment = folder / "environment.json"
@@ -66,27 +66,23 @@ def read_run(folder: Path, name: str) -> RunData:
         name,
         folder,
         metrics,
-        _config(folder / "config.yaml") if evaluated else {},
-        read_json(environment) if environment.is_file() else {},
+        _mapping(read_yaml(folder / "config.yaml"), folder / "config.yaml") if evaluated else {},
+        _mapping(read_json(environment), environment) if environment.is_file() else {},
         _table(predictions) if evaluated and predictions.is_file() else None,
         found,
         tables if found is not None else {},
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
-    return found
+def _mapping(values: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected named entries, found {type(values).__name__}; make it again")
+    return values
 
 
 def _table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:160]}); make it again") from error
+    frame: pd.DataFrame = read_table(path).to_pandas()
+    return frame
 
 
 def texts_of(run: RunData) -> dict[tuple[str, str], str]:

@@ -92,9 +92,11 @@ class ServedCurve:
         path = path / "index.json" if path.is_dir() else path
         points = read_json(path)
         try:
-            self.models = [str(point["folder"]) for point in points]
+            self.models: list[str] = [point["folder"] for point in points]
             weights = torch.tensor([float(point["weight"]) for point in points], dtype=torch.float64)
-        except (TypeError, KeyError, ValueError) as error:
+            if not all(isinstance(point["folder"], str) for point in points):
+                raise TypeError("folders are named by text")
+        except (ArithmeticError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path}: expected a list of folder, t and weight, found something else") from error
         if not self.models or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
             raise UserError(f"{path}: expected weights >= 0 with sum 1, found {weights.tolist()}")

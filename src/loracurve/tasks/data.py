@@ -26,6 +26,7 @@ __all__ = ["Dataset", "Kind", "Row", "as_text", "parse_row", "read_dataset", "re
 Kind = Literal["classification", "multiple_choice", "language_modelling"]
 KINDS: tuple[str, ...] = get_args(Kind)
 MAX_CHOICES = 26
+MOST_CHARACTERS = 2**24  # of a line
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,17 @@ def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_
     line_of: dict[str, int] = {}
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MOST_CHARACTERS + 1), ""), start=1):
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
+                if len(line) > MOST_CHARACTERS:
+                    raise UserError(f"{where}: expected at most {MOST_CHARACTERS} characters, found more")
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: expected one JSON object, found broken JSON ({error.msg})") from None
+                except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+                    reason = getattr(error, "msg", str(error))
+                    raise UserError(f"{where}: expected one JSON object, found broken JSON ({reason})") from None
                 row = parse_row(record, kind, labels, where, require_labels)
                 if row.id in line_of:
                     first = line_of[row.id]
