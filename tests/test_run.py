@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -518,6 +519,16 @@ def test_losses_are_logged_where_the_tracker_says(run: Maker, tmp_path: Path) ->
     for folder, label in (("anchors", "anchors"), ("training", "curve")):
         history = json.loads((out / folder / "history.json").read_text())
         assert logged[f"{label}/loss"] == pytest.approx({entry["step"]: entry["loss"] for entry in history})
+
+
+def test_figures_of_a_run_show_loss_reliability_uncertainty_and_selection(run: Maker, tmp_path: Path) -> None:
+    from loracurve.report.page import write_figures
+
+    out = tmp_path / "run"
+    shutil.copytree(run("anchored", "letter"), out)
+    written = write_figures(out)
+    assert [p.stem for p in written] == ["loss_along_path", "reliability", "uncertainty", "selective_prediction"]
+    assert all(p.stat().st_size > 1000 and p.with_suffix(".pdf").stat().st_size > 1000 for p in written)
 
 
 def test_a_tracker_that_is_not_installed(run: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

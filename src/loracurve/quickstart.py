@@ -46,11 +46,11 @@ def quickstart_config(seed: int = 0) -> RunConfig:
     steps = {"learning_rate": 5e-4, "batch_size": 16, "seed": seed}
     return RunConfig(
         model=ModelConfig(str(smollm2_folder())),
-        task=TaskConfig(data="word_sentiment", scoring="label", limit_test=500, seed=seed),
+        task=TaskConfig(data="word_sentiment", scoring="label", limit_test=400, seed=seed),
         lora=LoraOptions(r=8, lora_alpha=16),
         curve=CurveConfig(kind="anchored", anchors=3),
         anchor_training=LoopConfig(steps=60, evaluate_every=20, **steps),  # type: ignore[arg-type]
-        curve_training=FitConfig(steps=30, points=2, evaluate_every=10, evaluation_points=5, **steps),  # type: ignore[arg-type]
+        curve_training=FitConfig(steps=30, points=2, evaluate_every=10, evaluation_points=3, **steps),  # type: ignore[arg-type]
         evaluation=EvaluationConfig(points=10, seed=seed),
     )
 

@@ -15,6 +15,7 @@ import jinja2
 from loracurve.errors import UserError, one_line
 from loracurve.report import figures
 from loracurve.report.blocks import Block
+from loracurve.report.landscape_sections import loss_paths
 from loracurve.report.run_data import RunData, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.storage import atomic_write, write_json
@@ -87,9 +88,9 @@ def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> li
 
 
 def write_figures(folder: Path) -> list[Path]:
-    """Draw the figures of a run's evaluation into FOLDER/figures without a page; returns the PNG paths."""
+    """Draw loss along the paths and figures of a run's evaluation into FOLDER/figures, without a page; the PNG paths."""
     run = read_run(folder, folder.name)
-    blocks = [section.make(run) for section in SECTIONS if section.evaluation]
+    blocks = [loss_paths(run), *(section.make(run) for section in SECTIONS if section.evaluation)]
     drawn = [figure for block in blocks for figure in block.figures]
     return [figures.save(figure, folder / "figures", name)[0] for name, _, figure in drawn]
 
