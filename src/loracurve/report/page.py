@@ -88,7 +88,7 @@ def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> li
 
 
 def write_figures(folder: Path) -> list[Path]:
-    """Draw loss along the paths and figures of a run's evaluation into FOLDER/figures, without a page; the PNG paths."""
+    """Draw loss along the paths and a run's evaluation into FOLDER/figures, without a page; returns the PNG paths."""
     run = read_run(folder, folder.name)
     blocks = [loss_paths(run), *(section.make(run) for section in SECTIONS if section.evaluation)]
     drawn = [figure for block in blocks for figure in block.figures]
