@@ -42,7 +42,7 @@ def smollm2_folder(dtype: torch.dtype = torch.bfloat16) -> Path:
 
 
 def quickstart_config(seed: int = 0) -> RunConfig:
-    """Settings that take about two minutes on two CPU cores."""
+    """Settings that take two to three minutes on two CPU cores."""
     steps = {"learning_rate": 5e-4, "batch_size": 16, "seed": seed}
     return RunConfig(
         model=ModelConfig(str(smollm2_folder())),
