@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracurve.distributed import share
 from loracurve.tasks.encoding import Encoded, Example
 from loracurve.tasks.tokens import common_prefix
 
@@ -295,13 +296,20 @@ def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor,
 
 
 def evaluation_batches(
-    encoded: Encoded, tokens_per_batch: int = 4096, row_tokens: int = 256, packing: bool = True, pad_to: int = 1
+    encoded: Encoded,
+    tokens_per_batch: int = 4096,
+    row_tokens: int = 256,
+    packing: bool = True,
+    pad_to: int = 1,
+    shared: bool = False,
 ) -> Iterator[Batch]:
     """All examples of a split, sorted by length, in batches of at most `tokens_per_batch` padded tokens.
 
-    No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`.
+    No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`. With `shared`,
+    several processes have a share of the examples each, of like lengths.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
+    order = [*share(order)] if shared else order
     sizes = [_own_tokens(encoded.examples[i]) for i in order]
     start = 0
     while start < len(order):

@@ -37,6 +37,8 @@ class CurveCarrier(nn.Module):
     """
 
     spec: CurveSpec
+    sharded: bool = False
+    """whether the base's layers are spread over processes (`loracurve.sharding`), which then run in step"""
 
     def __init__(self, base: nn.Module, config: peft.LoraConfig) -> None:
         super().__init__()
@@ -232,16 +234,28 @@ class CurveCarrier(nn.Module):
         """
         t = t.to("cpu", torch.float64)
         c = t if t.dim() == 2 else self.coefficients(t)
-        budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
         if self._graphs is None:
-            self._graphs = Captured(self._request_log_probs, self.device)
+            self._graphs = Captured(self._request_log_probs, self.device, not self.sharded)
         run = self._request_log_probs if torch.is_grad_enabled() else self._graphs
         mode = (self.training, torch.is_inference_mode_enabled())
         outputs = []
-        for part in c.split(max(1, budget // max(batch.tokens, 1))):
+        for part in c.split(self._points_in_pass(batch, tokens_per_pass)):
             request = _Request(batch, *self.arrange(batch, part), mode)
             outputs.append(run(request if run is self._graphs else map_tensors(request, lambda x: x.to(self.device))))
         return torch.cat(outputs)
+
+    def _points_in_pass(self, batch: Batch, tokens_per_pass: int | None = None) -> int:
+        budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
+        return max(1, budget // max(batch.tokens, 1))
+
+    def passes(self, batch: Batch, points: int) -> int:
+        """Forward passes that `point_log_probs` takes."""
+        return -(-points // self._points_in_pass(batch))
+
+    def idle(self) -> None:
+        """A forward pass for nothing but its communication with other processes."""
+        self._set_route(Route("base"))
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
     def _request_log_probs(self, request: _Request) -> Tensor:
         return self.scores(request.batch, request.coefficients, request.layout).log_softmax(-1)

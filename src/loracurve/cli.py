@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import docstring_parser
 
-from loracurve import __version__
+from loracurve import __version__, distributed
 from loracurve.bench.command import bench
 from loracurve.config import RunConfig
 from loracurve.config_files import Parser, load_config, parse, run_parser
+from loracurve.distributed import on_main
 from loracurve.errors import UserError, nearest, one_line
 from loracurve.generate import GenerateConfig
 from loracurve.generate_command import generate
@@ -96,7 +97,8 @@ def evaluate(
     encoded = opened.task.encode(split)
     name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
     name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
-    folder = new_folder(Path(out) if out else Path(run) / "evaluations" / name)
+    folder = Path(out) if out else Path(run) / "evaluations" / name
+    on_main(lambda: new_folder(folder))
     average = opened.average(evaluation)
     predicted = predict_split(opened.model, encoded, average.where, average.weights)
     method = Method(evaluation.inference, len(average.t), {split: predicted})
@@ -105,10 +107,14 @@ def evaluate(
         "average": average.record,
         "methods": summarise([method], {split: labels_of(encoded) if known is None else known}),
     }
-    write_json(folder / "environment.json", environment())
-    write_json(folder / "metrics.json", report)
-    if known is None:
-        write_predictions(folder / "predictions.parquet", [method], {split: encoded})
+
+    def write() -> None:
+        write_json(folder / "environment.json", environment())
+        write_json(folder / "metrics.json", report)
+        if known is None:
+            write_predictions(folder / "predictions.parquet", [method], {split: encoded})
+
+    on_main(write)
     print_methods(report["methods"], split)
     print(f"Written to {folder}")
 
@@ -126,16 +132,20 @@ def predict(run: str, input: str, out: str | None = None, points: int | None = N
     from loracurve.run import open_run
     from loracurve.storage import atomic_write
 
-    if out is not None and Path(out).exists():
-        raise UserError(f"{out} exists already; choose another --out")
+    on_main(lambda: _check_new(out))
     opened = open_run(run)
     evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
     text = "".join(json.dumps(line) + "\n" for line in predict_rows(opened, Path(input), evaluation))
     if out is None:
         sys.stdout.write(text)
     else:
-        atomic_write(Path(out), lambda p: p.write_text(text))
+        on_main(lambda: atomic_write(Path(out), lambda p: p.write_text(text)))
         print(f"Written to {out}", file=sys.stderr)
+
+
+def _check_new(out: str | None) -> None:
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} exists already; choose another --out")
 
 
 def export(
@@ -215,6 +225,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (quickstart, fit, evaluate, predict, generate, serve, export, calibrate, scan, report, share, bench)
 }
+# Commands in which several processes of a launcher share the work.
+SHARED = ("fit", "evaluate", "predict")
 # Commands whose first argument is a dataclass of options.
 OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig, "serve": ServeConfig}
 
@@ -265,6 +277,8 @@ def _run(arguments: Sequence[str]) -> None:
     name, rest = arguments[0], list(arguments[1:])
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+    if distributed.is_launched() and name not in SHARED:
+        raise UserError(f"{name}: expected one process, found several; start it without torchrun or accelerate launch")
     if name == "fit" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     if name == "bench" and not {"-h", "--help"} & set(rest):
@@ -305,16 +319,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     _quieten_upstream()
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        distributed.join()
+        with nullcontext() if distributed.is_main() else _silence():
+            _run(sys.argv[1:] if arguments is None else arguments)
+        distributed.leave()
     except UserError as error:
-        print(f"loracurve: {one_line(error)}", file=sys.stderr)
+        if distributed.speaks_first():
+            print(f"loracurve: {one_line(error)}", file=sys.stderr, flush=True)
+            distributed.told()
         return 2
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print("loracurve: interrupted; the same command goes on (fit and quickstart: with --resume)", file=sys.stderr)
         return 130
+    except Exception:
+        if distributed.speaks_first():
+            raise
+        return 1  # another process has told its fault, of which this may be no more than a consequence
     return 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What this process would print is what the main one prints."""
+    logging.disable(logging.WARNING)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+    logging.disable(logging.NOTSET)
 
 
 def _quieten_upstream() -> None:

@@ -32,6 +32,9 @@ class ModelConfig:
     """Dtype of the frozen base weights; `auto` takes the checkpoint's."""
     trust_remote_code: bool = False
     """Allow code that comes with a hub model to run."""
+    shard: bool = False
+    """With several processes, spread the frozen weights of the layers over them (FSDP2) instead of having them whole in
+    each."""
 
 
 @dataclass(frozen=True)

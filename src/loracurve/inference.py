@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loracurve.curve import gauss_legendre, speed
+from loracurve.distributed import gathered
 from loracurve.errors import UserError
 from loracurve.predictive import Predictive
 
@@ -23,6 +24,7 @@ __all__ = [
     "likelihood_weights",
     "predict",
     "quadrature",
+    "without_gradients",
 ]
 
 Rule = Literal["uniform", "gauss-legendre", "monte-carlo"]
@@ -101,6 +103,11 @@ class PointModel(Protocol):
     def eval(self) -> Any: ...
 
 
+def without_gradients(model: object) -> AbstractContextManager[object]:
+    """Inference mode; of a base that is spread over processes, whose gathered weights training uses again, no-grad."""
+    return torch.no_grad() if getattr(model, "sharded", False) else torch.inference_mode()
+
+
 @contextmanager
 def evaluation_mode(model: PointModel | nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every submodule has its own training flag again."""
@@ -121,6 +128,7 @@ def predict(
     progress: Callable[[int], None] | None = None,
     summarise: bool = False,
     examples: int | None = None,
+    shared: bool = False,
 ) -> Predictive:
     """Predict every example at every curve point, in evaluation mode and without gradients.
 
@@ -133,6 +141,8 @@ def predict(
         progress: called after each batch with the number of examples done.
         summarise: keep only per-example summaries (`Predictive.summarise`).
         examples: N where it is known; without it examples missing at the very end go unnoticed.
+        shared: the batches hold this process's share of the examples (`evaluation_batches`); every process calls this
+            and returns the whole.
 
     Returns:
         The predictions of examples 0..N-1 in this order, on the CPU.
@@ -140,8 +150,12 @@ def predict(
     Raises:
         RuntimeError: an example is missing or there twice, or the model returned another shape.
     """
-    outputs, parts, indices, done = [], [], [torch.zeros(0, dtype=torch.long)], 0
-    with torch.inference_mode(), evaluation_mode(model):
+    outputs, parts, indices, done, idle = [], [], [torch.zeros(0, dtype=torch.long)], 0, 0
+    if shared and getattr(model, "sharded", False):
+        batches = [*batches]
+        passes = sum(model.passes(batch, len(t)) for batch in batches)  # type: ignore[attr-defined]
+        idle = max(gathered(lambda: passes)) - passes
+    with without_gradients(model), evaluation_mode(model):
         for batch in batches:
             log_probs = model.point_log_probs(batch, t)
             if log_probs.shape[:-1] != (len(t), len(batch.index)):
@@ -154,7 +168,16 @@ def predict(
             done += len(batch.index)
             if progress is not None:
                 progress(done)
-    order = torch.cat([index.cpu() for index in indices])
+        for _ in range(idle):
+            model.idle()  # type: ignore[attr-defined]
+
+    def own() -> tuple[Tensor, list[Predictive]]:
+        # Outside inference mode: its tensors could not take part in later gradients (temperature fits).
+        summaries = parts if summarise else [Predictive.from_log_probs(part.cpu(), weights) for part in outputs]
+        return torch.cat([index.cpu() for index in indices]), summaries
+
+    found = gathered(own) if shared else [own()]
+    order, done = torch.cat([index for index, _ in found]), sum(len(index) for index, _ in found)
     expected = done if examples is None else examples
     if not done or not torch.equal(order.sort().values, torch.arange(expected)):
         missing = set(range(expected)) - set(order.tolist())
@@ -162,7 +185,4 @@ def predict(
             f"expected each of the examples 0..{expected - 1} once, found {done}, without {sorted(missing)[:5]}; "
             "the batches dropped or repeated some"
         )
-    # From here outside inference mode: its tensors could not take part in later gradients (temperature fits).
-    if not summarise:
-        parts = [Predictive.from_log_probs(part.cpu(), weights) for part in outputs]
-    return Predictive.cat(parts).index(order.argsort())
+    return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.distributed import is_main, on_main, same_everywhere, world
 from loracurve.errors import UserError
 from loracurve.model import CurveModel
 from loracurve.perturbation import Perturbation
@@ -127,6 +129,8 @@ class FitResult:
     stopped_early: bool = False
     settled: dict[str, float] = field(default_factory=dict)
     """what was settled before the first step: the target of a hinge, in nats"""
+    processes: dict[str, Any] = field(default_factory=dict)
+    """their number, the examples of a step in each, how they talk, and whether the base is spread over them"""
 
 
 def run_loop(
@@ -146,23 +150,27 @@ def run_loop(
         stop_after: leave after this step as if interrupted (the checkpoint stays).
         perturbation: attached to the model's layers by the caller; started before each step.
 
+    Several processes take the same steps as one; the main one alone writes. Only dropout differs.
+
     Raises:
-        UserError: the loss is not finite (the last good state is kept), several processes, an unusable checkpoint.
+        UserError: the loss is not finite (the last good state is kept), micro-batches smaller than the number of
+            processes, an unusable checkpoint.
     """
     accelerator = accelerator or Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError("training runs in one process; start it without a multi-process launcher")
     model.to(accelerator.device)
-    if config.compile and model.device.type == "cuda":
+    processes = _processes(config, model.sharded)
+    if config.compile and model.device.type == "cuda" and not model.sharded:
         model.compile_layers()
     factors = model.factors
     options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
     step_config = StepConfig(**options)
-    stepper = Stepper(program, factors, model.spec.mask, step_config, config.capture, perturbation, model.dependences)
+    capture = config.capture and not model.sharded
+    stepper = Stepper(program, factors, model.spec.mask, step_config, capture, perturbation, model.dependences)
     infinite = [math.inf] * program.groups
     state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
     if folder is not None and (folder / "checkpoint.json").exists():
         load_checkpoint(folder, factors, stepper.optimizer, state)
+    same_everywhere(factors)
     every = config.evaluate_every or max(config.steps // 10, 1)
     save_every = config.checkpoint_every or every
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
@@ -174,11 +182,11 @@ def run_loop(
     model.train()
     with (
         recomputing(model.model, config.gradient_checkpointing),
-        _bar(label, config.steps, state.step, progress) as show,
+        _bar(label, config.steps, state.step, progress and is_main()) as show,
     ):
         while state.step < config.steps and not finished:
             # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
-            torch.manual_seed(stream_seed(config.seed, "forward", state.step))
+            torch.manual_seed(stream_seed(config.seed, "forward", state.step, *([world()[0]] if world()[0] else [])))
             factor = learning_rate_factor(config, state.step)
             if perturbation is not None:
                 perturbation.start(state.step)
@@ -193,7 +201,7 @@ def run_loop(
                 state.step = bad - 1
                 where = ""
                 if folder is not None:
-                    save_checkpoint(folder, factors, stepper.optimizer, state)
+                    on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
                     where = f"; the last good state is in {folder}"
                 raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
             if validate or state.step == config.steps:
@@ -206,7 +214,7 @@ def run_loop(
             show(state.step, figures["nll"], min(state.best_nll))
             state.seconds = past + time.perf_counter() - started
             if folder is not None and (save or finished or last):
-                save_checkpoint(folder, factors, stepper.optimizer, state)
+                on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
             if state.step == stop_after:
                 break
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
@@ -214,7 +222,26 @@ def run_loop(
             for p, best in zip(factors, state.best, strict=True):
                 p.copy_(best)
     stopped = finished and state.step < config.steps
-    return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+    result = FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+    result.processes = processes
+    return result
+
+
+def _processes(config: LoopConfig, sharded: bool) -> dict[str, Any]:
+    """What is recorded of the processes; raises UserError where a micro-batch leaves one of them without an example."""
+    size = world()[1]
+    chunks = [len(c) for c in torch.arange(config.batch_size).chunk(config.accumulation)]
+    if chunks[-1] < size:
+        raise UserError(
+            f"batch_size: expected micro-batches of at least {size} examples for {size} processes, found "
+            f"{config.batch_size} in {len(chunks)} micro-batches; raise it, or lower accumulation"
+        )
+    return {
+        "count": size,
+        "examples": [sum(len(range(rank, chunk, size)) for chunk in chunks) for rank in range(size)],
+        "backend": torch.distributed.get_backend() if size > 1 else None,
+        "base": "sharded" if sharded else "whole",
+    }
 
 
 @contextmanager

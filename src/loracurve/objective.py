@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -184,6 +185,7 @@ def objective(
     example_weights: Tensor | None = None,
     jsd_log_probs: Tensor | None = None,
     tau: float | Tensor | None = None,
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one batch at n curve points, a mean over points and labelled examples.
 
@@ -200,6 +202,8 @@ def objective(
             bonus and hinge take the divergence, every one with weight 1; None: the examples themselves. The mixture
             needs labels and does not take them.
         tau: target of the hinge in nats (`resolve_tau`); None: `config.tau`.
+        whole: where these examples are one process's share of a batch: from their divergence to the batch's, by which
+            the hinge decides. The shares' losses then add up to the batch's.
 
     Returns:
         The scalar loss in nats, and detached scalars ``nll`` (mean over points) and ``jsd``, the divergence that the
@@ -235,5 +239,6 @@ def objective(
     elif config.jsd == "bonus":
         loss = mean_nll - config.weight * jsd
     elif config.jsd == "hinge":
-        loss = mean_nll + config.weight * (tau - jsd).clamp_min(0)
+        short = tau - jsd
+        loss = mean_nll + config.weight * (short.clamp_min(0) if whole is None else short * (whole(jsd.detach()) < tau))
     return loss, {"nll": mean_nll.detach(), "jsd": jsd.detach()}

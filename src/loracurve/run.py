@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loracurve.config import EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
 from loracurve.corruption import unlabelled
 from loracurve.curve import chord_length
+from loracurve.distributed import main_holds, on_main
 from loracurve.environment import environment
 from loracurve.errors import UserError
 from loracurve.evaluation import (
@@ -40,6 +41,7 @@ from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.sharding import asked_to_shard, shard_base
 from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
@@ -89,7 +91,14 @@ def open_run(folder: str | Path, data: str | None = None) -> Run:
     config = load_config(folder / "config.yaml")
     base, task = _base_and_task(config, data)
     model = CurveModel.from_pretrained(folder / "curve", base)
+    _spread(model, config)
     return Run(folder, config, model.to(accelerate.PartialState().device), task)
+
+
+def _spread(model: CurveModel, config: RunConfig) -> None:
+    """Spread the base over the processes where that is asked for."""
+    if config.model.shard or asked_to_shard():
+        shard_base(model)
 
 
 def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn.Module, Task]:
@@ -113,9 +122,8 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
     """
     _check_tracker(config.tracker)
-    new_folder(out, resume)
-    # Of several processes with one task, the first one keeps strangers out.
-    with locked(out) if accelerate.PartialState().is_main_process else nullcontext():
+    on_main(lambda: new_folder(out, resume))
+    with main_holds(lambda: locked(out)):
         return _fit_run(config, out, progress)
 
 
@@ -130,8 +138,12 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     task.encode("train")
     if config.curve_training.corruption.file is not None:
         unlabelled(task, config.curve_training.corruption.file)
-    save_config(config, out / "config.yaml")
-    write_json(out / "environment.json", environment())
+
+    def begin() -> None:
+        save_config(config, out / "config.yaml")
+        write_json(out / "environment.json", environment())
+
+    on_main(begin)
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
@@ -141,24 +153,26 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
         model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
+        _spread(model, config)
     else:
         if config.adapters:
             loaded = [load_adapter(folder) for folder in config.adapters]
             model = CurveModel.from_adapters(base, config.adapters, alignment="none")
             anchors = stack_adapters([tensors for _, tensors in loaded])
+            _spread(model, config)
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            _spread(model, config)
             if config.curve_training.perturbation.kind == "flat_lora":
                 # Says before anchors are trained that a quantised base cannot have it.
                 Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
             everywhere = config.curve_training.bootstrap.kind == "everywhere"
             weights = config.curve_training.bootstrap.weights(config.curve_training.seed, ()) if everywhere else None
             result = fit_anchors(model, task, config.anchor_training, out / "anchors", weights, **loop)
-            write_json(out / "anchors" / "history.json", result.history)
+            on_main(partial(write_json, out / "anchors" / "history.json", result.history))
             anchors = model.control_points()
             timings["anchors"] = result.seconds
-        for m in range(len(next(iter(anchors.values())))):
-            export_adapter(model.config, {n: p[m] for n, p in anchors.items()}, out / "anchors" / str(m))
+        on_main(partial(_export, model, anchors, out / "anchors"))
         model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
         shape = config.curve
         model.anchor(
@@ -173,8 +187,12 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     result = fit(model, task, config.curve_training, out / "training", **loop)
     accelerator.end_training()
     timings["curve"] = result.seconds
-    write_json(out / "training" / "history.json", result.history)
-    model.save_pretrained(out / "curve")
+
+    def save_curve() -> None:
+        write_json(out / "training" / "history.json", result.history)
+        model.save_pretrained(out / "curve")
+
+    on_main(save_curve)
     evaluated = time.perf_counter()
     report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
     report["training"] = {
@@ -182,14 +200,21 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         "validation_nll": result.validation_nll,
         "steps": result.steps,
         "stopped_early": result.stopped_early,
+        "processes": result.processes,
     } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
         "total": time.perf_counter() - started,
     }
     report["task"] = task.describe()
-    write_json(out / "metrics.json", report)
+    on_main(partial(write_json, out / "metrics.json", report))
     return report
+
+
+def _export(model: CurveModel, adapters: ControlPoints, folder: Path) -> None:
+    """Write stacked adapters as PEFT folders 0, 1, ..."""
+    for m in range(len(next(iter(adapters.values())))):
+        export_adapter(model.config, {n: p[m] for n, p in adapters.items()}, folder / str(m))
 
 
 def _check_tracker(tracker: str) -> None:
@@ -235,7 +260,8 @@ def evaluate_methods(
     if config.weights == "likelihood":
         columns = {"t": average.t, "posterior": average.weights, "prior": average.record["prior"]}
         frame, temperature = pd.DataFrame(columns), average.record["temperature"]
-        save(figure_of(posterior_over_t, frame, temperature=temperature), out / "figures", "posterior_over_t")
+        figure = partial(figure_of, posterior_over_t, frame, temperature=temperature)
+        on_main(lambda: save(figure(), out / "figures", "posterior_over_t"))
     held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
     labels = {
         name: labels_of(e)
@@ -279,7 +305,7 @@ def evaluate_methods(
         scalings = {f"base_model.model.{n}.lora_A.weight": getattr(x, "scaling", 1.0) for n, x in model.layers.items()}
         report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
     if not lm:
-        write_predictions(out / "predictions.parquet", methods, sets)
+        on_main(partial(write_predictions, out / "predictions.parquet", methods, sets))
     return report
 
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from loracurve.distributed import sum_over_processes, world
+
 __all__ = ["sam_ascent", "sam_backward", "shifted"]
 
 Extra = TypeVar("Extra")
@@ -69,6 +71,10 @@ def sam_backward(
     """
     first, extra = loss()
     gradients = torch.autograd.grad(first, factors, allow_unused=True, materialize_grads=True)
+    if world()[1] > 1:  # the loss is that of all processes
+        sums = sum_over_processes(torch.cat([g.flatten() for g in gradients]))
+        parts = sums.split([g.numel() for g in gradients])
+        gradients = tuple(part.view_as(g) for part, g in zip(parts, gradients, strict=True))
     with shifted(factors, sam_ascent(gradients, coefficients, rho)):
         loss()[0].backward()
     return first.detach(), extra

@@ -42,7 +42,7 @@ def folding_tokens(model: CurveModel) -> float:
     """
     maps = [layer for layer in model.layers.values() if isinstance(layer, CurveLinear)]
     weights = [getattr(layer.base_layer, "weight", None) for layer in maps]
-    if not maps or any(w is None or not w.is_floating_point() for w in weights):
+    if not maps or model.sharded or any(w is None or not w.is_floating_point() for w in weights):
         return float("inf")
     if model.replication.shared:
         return float("inf")  # points share the frozen lower layers, which merged weights would run at every point
@@ -76,6 +76,8 @@ def predict_splits(
         weights: of the points [n]; equal if None.
         way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
             precision. Language modelling runs its points together: what lies between them is summarised at once.
+
+    Several processes all call this, predict a share of the examples each, and return the whole.
     """
     gpu = model.device.type == "cuda"
     laid_out: dict[str, list[Batch]] = {}
@@ -86,6 +88,7 @@ def predict_splits(
                 GPU_TOKENS if gpu else CPU_TOKENS,
                 packing=model.supports_trees,
                 pad_to=GPU_LENGTHS if gpu else 1,
+                shared=True,
             )
         )
     choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
@@ -98,7 +101,7 @@ def predict_splits(
         lm = encoded.scoring == "lm"
         examples = encoded.token_offsets[-1] if lm else len(encoded)
         source: Any = _Given(model, done[name]) if name in done else model
-        out[name] = predict(source, laid_out[name], t, weights, summarise=lm, examples=examples)
+        out[name] = predict(source, laid_out[name], t, weights, summarise=lm, examples=examples, shared=True)
     return out
 
 

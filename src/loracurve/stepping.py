@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loracurve.batching import Batch
 from loracurve.capture import Captured
+from loracurve.distributed import sum_over_processes, world
 from loracurve.layers import Layout
 from loracurve.perturbation import Perturbation
 from loracurve.sharpness_aware import sam_backward
@@ -40,6 +41,8 @@ class Program(Protocol):
     """Independent things trained side by side (anchors), each clipped, validated and kept on its own; 1 for a curve."""
     figures: tuple[str, ...]
     """Names of what `loss` returns beside the loss."""
+    synchronises: bool
+    """Whether `loss` waits for other processes, where there are several."""
 
     def parts(self, step: int) -> list[Part]:
         """The micro-batches of a step, on the CPU."""
@@ -70,6 +73,9 @@ class Stepper:
 
     A loss or gradient that is not finite leaves control points and moments as they are, from then on: the loop, which
     may look only now and then, finds the last good state.
+
+    Several processes have a share of every micro-batch each: loss, figures and gradients are summed over them, in one
+    tensor, before anything is done with them.
 
     Args:
         program: gives the loss.
@@ -114,25 +120,62 @@ class Stepper:
         of_free = [gram if e is None else e.to(gram).mT @ gram @ e.to(gram) for e in self.ties]
         self.grams = [g * self.mask[:, None] for g in of_free]
         draws = (lambda: perturbation.generators) if perturbation is not None else list
-        self.captured = Captured(self._step, device, capture, draws)
+        self.sums = self._room_for_sums() if world()[1] > 1 else None
+        if self.sums is None:
+            self.captured = Captured(self._step, device, capture, draws)
+            return
+        # Processes meet between two graphs and never inside one.
+        capture = capture and not program.synchronises and (perturbation is None or perturbation.config.kind != "sam")
+        self.captured = Captured(self._gradients_for_sums, device, capture, draws)
+        values = self.sums[-1 - len(program.figures) :]
+        self.updating = Captured(lambda _: self._update(values), device, capture)
 
     def __call__(self, parts: list[Part], factor: float) -> Tensor:
         """Step at `factor` times the peak learning rate; returns [loss, gradient norm, *figures] on the device."""
         self.rate.fill_(self.config.learning_rate * factor)
         if self.rate.device.type != "cuda":
             self.optimizer.param_groups[0]["lr"] = float(self.rate)
-        return self.captured(parts)
+        if self.sums is None:
+            return self.captured(parts)
+        self.captured(parts)
+        sum_over_processes(self.sums)
+        return self.updating(())
 
     def _step(self, parts: list[Part]) -> Tensor:
         self._forget_gradients()
+        result = self._update(self._gradients(parts))
+        self._forget_gradients()
+        return result
+
+    def _room_for_sums(self) -> Tensor:
+        """One tensor of all gradients, loss and figures; the gradients are views of it."""
+        sizes = [p.numel() for p in self.factors]
+        sums = self.factors[0].new_zeros(sum(sizes) + 1 + len(self.program.figures), requires_grad=False)
+        for p, part in zip(self.factors, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False):
+            p.grad = part.view_as(p)
+        return sums
+
+    def _gradients_for_sums(self, parts: list[Part]) -> Tensor:
+        assert self.sums is not None
+        self.sums.zero_()
+        values = self._gradients(parts)
+        self.sums[-len(values) :] = values
+        return values
+
+    def _gradients(self, parts: list[Part]) -> Tensor:
+        """Add the micro-batches' gradients up; returns [loss, *figures]."""
         total = torch.zeros((), device=self.rate.device)
         figures = torch.zeros(len(self.program.figures), device=self.rate.device)
         for part in parts:
             loss, values = self._backward(part)
             total = total + loss.detach().float()
             figures = figures + values.float()
+        return torch.stack([total, *figures])
+
+    def _update(self, values: Tensor) -> Tensor:
+        """Step along the gradients; `values` [loss, *figures] are returned with the norm as the second."""
         with torch.no_grad():
-            self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(total)).float()))
+            self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(values[0])).float()))
             for p, tie in zip(self.factors, self.ties, strict=True):
                 if p.grad is None:  # not reached by the loss
                     p.grad = torch.zeros_like(p)
@@ -151,8 +194,7 @@ class Stepper:
                 if tie is not None:
                     free = _column(tie.diagonal() == 1, p).bool()
                     p.copy_(torch.where(free, p, (tie @ p.flatten(1)).view_as(p)))
-        self._forget_gradients()
-        return torch.stack([total, norm.float(), *figures])
+        return torch.stack([values[0].float(), norm.float(), *values[1:].float()])
 
     def _forget_gradients(self) -> None:
         # The backward pass then hands its own tensors over instead of adding to zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loracurve import curve
 from loracurve.batching import Batch, collate, evaluation_batches
 from loracurve.bootstrap import BootstrapWeights
 from loracurve.corruption import corrupt, ordinary_tokens, unlabelled
+from loracurve.distributed import share, sum_over_processes, world
 from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
@@ -49,18 +51,20 @@ class _Validation:
         self.model = model
         self.count = encoded.token_offsets[-1] if encoded.scoring == "lm" else len(encoded)
         self.summarise = encoded.scoring == "lm"
-        self.batches = list(evaluation_batches(encoded, row_tokens=config.row_tokens, packing=model.supports_trees))
-        order = torch.cat([b.index for b in self.batches]).argsort()
-        self.labels = torch.cat([b.labels for b in self.batches])[order]
+        packing = model.supports_trees
+        self.batches = [*evaluation_batches(encoded, row_tokens=config.row_tokens, packing=packing, shared=True)]
+        self.labels = torch.tensor([-100 if e.label is None else e.label for e in encoded.examples])
 
     def predictive(self, t: Tensor, weights: Tensor | None = None):  # type: ignore[no-untyped-def]
-        return predict(self.model, self.batches, t, weights, summarise=self.summarise, examples=self.count)
+        summarise, count = self.summarise, self.count
+        return predict(self.model, self.batches, t, weights, summarise=summarise, examples=count, shared=True)
 
 
 class _Anchors:
     """M independent adapters in one pass: slot m sees its own mini-batches; the loss is the sum of the slots' means."""
 
     figures = ("nll",)
+    synchronises = False
 
     def __init__(
         self,
@@ -80,11 +84,12 @@ class _Anchors:
         drawn = [batch_numbers(s, step, len(self.train), c.batch_size) for s in self.seeds]
         batches = []
         for places in torch.arange(c.batch_size).chunk(c.accumulation):
-            numbers = [numbers[i] for numbers in drawn for i in places.tolist()]
-            slots = [m for m in range(self.groups) for _ in places]
+            own = share(places.tolist())
+            numbers = [numbers[i] for numbers in drawn for i in own]
+            slots = [m for m in range(self.groups) for _ in own]
             batches.append(_collate(self.model, self.train, numbers, c, slots))
         of_examples = [b.slots for b in batches if b.slots is not None]
-        counts = torch.bincount(torch.cat(of_examples), minlength=self.groups)
+        counts = torch.tensor([_labels(self.train, numbers) for numbers in drawn])
         eye = torch.eye(self.groups, dtype=torch.float64)
         parts = [_part(self.model, b, eye, 1 / counts[s].double()) for b, s in zip(batches, of_examples, strict=True)]
         if self.bootstrap is not None:
@@ -137,23 +142,29 @@ class _Curve:
         self.vocabulary, self.others, self.tau = vocabulary, others, tau
         self.validation = _Validation(model, validation, config)
         self.bootstrap = config.bootstrap.weights(config.seed, model.spec.anchor_times)
+        self.synchronises = config.objective.jsd == "hinge"
+        self.shares = world()[1] > 1
+        # What is drawn row by row is drawn for the whole micro-batch; with one example in a row a share can be taken.
+        by_row = not config.share_points or config.corruption.kind in ("tokens", "attention")
+        self.layout = replace(config, row_tokens=1) if self.shares and by_row else config
 
     def parts(self, step: int) -> list[Part]:
         chunks = self._chunks(self.config.seed, step, self.train)
-        batches = [_collate(self.model, self.train, chunk, self.config) for chunk in chunks]
-        total = sum(len(b.labels) for b in batches)
+        total = sum(_labels(self.train, chunk) for chunk in chunks)
         parts = []
-        for i, batch in enumerate(batches):
-            t, share = self._points(batch, step, i), torch.tensor(len(batch.labels) / total)
+        for i, chunk in enumerate(chunks):
+            batch = _collate(self.model, self.train, share(chunk), self.layout)
+            rows = len(chunk) if self.shares else len(batch.input_ids if batch.units is None else batch.labels)
+            t, of_step = self._points(batch, rows, step, i), torch.tensor(len(batch.labels) / total)
             if self.config.layerwise:
-                each = torch.stack([self._points(batch, step, i, name) for name in self.model.layers])
-                part = Part(batch, self.model.coefficients(each), Layout("points", len(t)), share)
+                each = torch.stack([self._points(batch, rows, step, i, name) for name in self.model.layers])
+                part = Part(batch, self.model.coefficients(each), Layout("points", len(t)), of_step)
             else:
-                part = _part(self.model, batch, self.model.coefficients(t), share)
+                part = _part(self.model, batch, self.model.coefficients(t), of_step)
             if self.bootstrap is not None:
                 at = t if t.dim() == 1 else t[:, batch.rows]
                 part.weights = self.bootstrap.weights(_numbers(self.train, batch), at)
-            part.other = self._other(batch, step, i)
+            part.other = self._other(batch, chunk, step, i)
             parts.append(part)
         return parts
 
@@ -162,35 +173,40 @@ class _Curve:
         numbers = torch.tensor(batch_numbers(seed, step, len(encoded), c.batch_size))
         return [chunk.tolist() for chunk in numbers.chunk(c.accumulation)]
 
-    def _points(self, batch: Batch, step: int, part: int, *layer: str) -> Tensor:
-        """The t of a micro-batch: [n] shared by all rows, or [n, N]; of one layer where each has its own."""
+    def _points(self, batch: Batch, rows: int, step: int, part: int, *layer: str) -> Tensor:
+        """The t of a batch: [n] shared by all rows, or [n, N]; of one layer where each has its own.
+
+        They are drawn for the `rows` of the whole micro-batch, of which `batch` is a share.
+        """
         c, spec = self.config, self.model.spec
-        if c.share_points:
-            count: tuple[int, ...] = (c.points,)
-        else:
-            count = (c.points, len(batch.input_ids if batch.units is None else batch.labels))
+        count = (c.points,) if c.share_points else (c.points, rows)
         # The points of all steps are one sequence of one stream; other ways draw anew.
         sequence = c.sampling == "quasi-random"
         draw = generator(c.seed, "points", *layer, *(() if sequence else (step, part)))
-        rows = 1 if c.share_points else -(-c.batch_size // c.accumulation)
-        start = (step * c.accumulation + part) * c.points * rows
+        most = 1 if c.share_points else -(-c.batch_size // c.accumulation)
+        start = (step * c.accumulation + part) * c.points * most
         lengths = curve.gram(p.detach() for p in self.model.factors).cpu() if c.sampling == "arc-length" else None
         t = sample_points(count, c.sampling, draw, lengths, spec.segments, spec.degree, start if sequence else 0)
-        return t if c.share_points or batch.units is None else t[:, batch.units]
+        if c.share_points:
+            return t
+        t = t[:, share(range(rows))] if self.shares else t
+        return t if batch.units is None else t[:, batch.units]
 
-    def _other(self, batch: Batch, step: int, part: int) -> Batch | None:
-        """The inputs on which the diversity term is taken."""
+    def _other(self, batch: Batch, chunk: list[int], step: int, part: int) -> Batch | None:
+        """The inputs on which the diversity term is taken; `batch` is this process's share of the examples `chunk`."""
         kind, seed = self.config.corruption.kind, self.config.seed
         if kind == "none":
             return None
         if kind == "text":
             assert self.others is not None
-            chunk = self._chunks(stream_seed(seed, "unlabelled"), step, self.others)[part]
-            return _collate(self.model, self.others, chunk, self.config)
+            others = self._chunks(stream_seed(seed, "unlabelled"), step, self.others)[part]
+            return _collate(self.model, self.others, share(others), self.layout)
         assert self.vocabulary is not None
         draw = generator(seed, "corruption", step, part)
-        copy, visible = corrupt(batch, kind, self.config.corruption.rate, self.vocabulary, draw)
-        return copy if copy.attention_mask is not None else replace(copy, visible=visible)
+        whole = _collate(self.model, self.train, chunk, self.layout) if self.shares else batch
+        copy, visible = corrupt(whole, kind, self.config.corruption.rate, self.vocabulary, draw)
+        copy = copy if copy.attention_mask is not None else replace(copy, visible=visible)
+        return _corrupted_share(batch, copy) if self.shares else copy
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
         log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
@@ -198,7 +214,13 @@ class _Curve:
         if part.other is not None:
             other = self.model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
         labels, config = part.batch.labels, self.config.objective
-        loss, figures = objective(log_probs, labels, config, part.weights, other, self.tau)
+
+        def of_all(jsd: Tensor) -> Tensor:
+            total, weight = sum_over_processes(torch.stack([jsd * part.share, part.share.to(jsd)]))
+            return total / weight
+
+        whole = of_all if self.shares and self.synchronises else None
+        loss, figures = objective(log_probs, labels, config, part.weights, other, self.tau, whole)
         return loss * part.share, torch.stack([figures[name] for name in self.figures]) * part.share
 
     def validate(self) -> list[float]:
@@ -212,8 +234,25 @@ class _Curve:
         return curve.coefficient_gram(self.model.spec.segments, self.model.spec.degree)
 
 
+def _labels(encoded: Encoded, numbers: Sequence[int]) -> int:
+    """Labels of so many examples: one each, or all tokens of a text."""
+    if encoded.scoring != "lm":
+        return len(numbers)
+    return sum(len(encoded.examples[i].choices[0]) for i in numbers)
+
+
+def _corrupted_share(batch: Batch, corrupted: Batch) -> Batch:
+    """This process's share of a corrupted micro-batch whose rows belong to one example each; `batch` is the share."""
+    rank, size = world()
+    units = torch.arange(len(corrupted.input_ids)) if corrupted.units is None else corrupted.units
+    own, width = units % size == rank, batch.input_ids.shape[1]
+    names = ("input_ids", "attention_mask", "visible")
+    found = {name: value[own, :width] for name in names if (value := getattr(corrupted, name)) is not None}
+    return replace(batch, **found)
+
+
 def _collate(
-    model: CurveModel, encoded: Encoded, numbers: list[int], config: LoopConfig, slots: list[int] | None = None
+    model: CurveModel, encoded: Encoded, numbers: Sequence[int], config: LoopConfig, slots: list[int] | None = None
 ) -> Batch:
     """A training batch: packed where that saves work, of few shapes where steps are captured."""
     if config.capture and model.device.type == "cuda":
@@ -258,6 +297,7 @@ def fit_anchors(
     from loracurve.lora_space import initial_control_points
 
     config = config or LoopConfig()
+    loop.setdefault("accelerator", Accelerator())  # from here on several processes know each other
     anchors = model.spec.size
     points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
     model.set_curve(model.spec, points)
@@ -285,10 +325,14 @@ def fit(
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     config.check_curve(model.spec)
+    if model.sharded and config.perturbation.kind == "flat_lora":
+        raise UserError("perturbation.kind: expected none, lora_space or sam with a base spread over processes")
     accelerator = loop.setdefault("accelerator", Accelerator())
     assert isinstance(accelerator, Accelerator)
     model.to(accelerator.device)  # where the noise is drawn
     corruption = config.corruption
+    if corruption.kind == "text" and task.config.scoring == "lm" and world()[1] > 1:
+        raise UserError("corruption.kind: expected none with language modelling in several processes, found text")
     vocabulary = ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None
     others = None if corruption.file is None else unlabelled(task, corruption.file)
     program = _Curve(model, task.encode("train"), task.encode("validation"), config, vocabulary, others)

@@ -31,14 +31,15 @@ def tunnel_average(model: CurveModel, config: EvaluationConfig, task: Task) -> A
     order = torch.randperm(len(encoded), generator=generator(config.seed, "tunnel rows"))[: options.rows]
     subset = replace(encoded, examples=[encoded.examples[i] for i in order.sort().values.tolist()])
     lm = subset.scoring == "lm"
-    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=model.supports_trees)]
+    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=model.supports_trees, shared=True)]
     examples = subset.token_offsets[-1] if lm else len(subset)
     labels = labels_of(subset)
     scale = len(encoded) / len(subset)
 
     def nll(where: Tensor) -> Tensor:
         """[n, E], of the subset."""
-        return point_nll(predict(model, batches, where, None, summarise=lm, examples=examples), labels)
+        found = predict(model, batches, where, None, summarise=lm, examples=examples, shared=True)
+        return point_nll(found, labels)
 
     control = gram(p.detach() for p in model.factors).cpu()
     width = options.sigma * float(arc_length(control, spec.segments, spec.degree))
