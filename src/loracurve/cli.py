@@ -344,9 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _silence() -> Iterator[None]:
     """What this process would print is what the main one prints."""
     logging.disable(logging.WARNING)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _quieten_upstream() -> None:

@@ -22,6 +22,7 @@ from loracurve.errors import UserError
 
 __all__ = [
     "alone",
+    "backend",
     "gathered",
     "is_launched",
     "is_main",
@@ -71,7 +72,14 @@ def join() -> None:
     place, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
     if 0 < gpus <= place:
         raise UserError(f"expected a GPU for each process, found {gpus} for process {place}; start {gpus} processes")
-    accelerate.PartialState()
+    accelerate.PartialState(cpu=not torch.accelerator.is_available())
+
+
+def backend(device: torch.device) -> str | None:
+    """How the processes talk about tensors on a device: gloo, nccl; None in one process."""
+    if world()[1] == 1:
+        return None
+    return dict(entry.split(":") for entry in str(dist.get_backend_config()).split(","))[device.type]
 
 
 def leave() -> None:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
-from loracurve.distributed import is_main, on_main, same_everywhere, world
+from loracurve.distributed import backend, is_main, on_main, same_everywhere, world
 from loracurve.errors import UserError
 from loracurve.model import CurveModel
 from loracurve.perturbation import Perturbation
@@ -158,7 +158,7 @@ def run_loop(
     """
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)
-    processes = _processes(config, model.sharded)
+    processes = _processes(config, model.device, model.sharded)
     if config.compile and model.device.type == "cuda" and not model.sharded:
         model.compile_layers()
     factors = model.factors
@@ -227,7 +227,7 @@ def run_loop(
     return result
 
 
-def _processes(config: LoopConfig, sharded: bool) -> dict[str, Any]:
+def _processes(config: LoopConfig, device: torch.device, sharded: bool) -> dict[str, Any]:
     """What is recorded of the processes; raises UserError where a micro-batch leaves one of them without an example."""
     size = world()[1]
     chunks = [len(c) for c in torch.arange(config.batch_size).chunk(config.accumulation)]
@@ -239,7 +239,7 @@ def _processes(config: LoopConfig, sharded: bool) -> dict[str, Any]:
     return {
         "count": size,
         "examples": [sum(len(range(rank, chunk, size)) for chunk in chunks) for rank in range(size)],
-        "backend": torch.distributed.get_backend() if size > 1 else None,
+        "backend": backend(device),
         "base": "sharded" if sharded else "whole",
     }
 

@@ -14,7 +14,7 @@ from loracurve import curve
 from loracurve.batching import Batch, collate, evaluation_batches
 from loracurve.bootstrap import BootstrapWeights
 from loracurve.corruption import corrupt, ordinary_tokens, unlabelled
-from loracurve.distributed import share, sum_over_processes, world
+from loracurve.distributed import join, share, sum_over_processes, world
 from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
@@ -84,9 +84,9 @@ class _Anchors:
         drawn = [batch_numbers(s, step, len(self.train), c.batch_size) for s in self.seeds]
         batches = []
         for places in torch.arange(c.batch_size).chunk(c.accumulation):
-            own = share(places.tolist())
-            numbers = [numbers[i] for numbers in drawn for i in own]
-            slots = [m for m in range(self.groups) for _ in own]
+            mine = share(places.tolist())
+            numbers = [numbers[i] for numbers in drawn for i in mine]
+            slots = [m for m in range(self.groups) for _ in mine]
             batches.append(_collate(self.model, self.train, numbers, c, slots))
         of_examples = [b.slots for b in batches if b.slots is not None]
         counts = torch.tensor([_labels(self.train, numbers) for numbers in drawn])
@@ -297,7 +297,8 @@ def fit_anchors(
     from loracurve.lora_space import initial_control_points
 
     config = config or LoopConfig()
-    loop.setdefault("accelerator", Accelerator())  # from here on several processes know each other
+    join()
+    loop.setdefault("accelerator", Accelerator())
     anchors = model.spec.size
     points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
     model.set_curve(model.spec, points)
@@ -325,6 +326,7 @@ def fit(
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     config.check_curve(model.spec)
+    join()
     if model.sharded and config.perturbation.kind == "flat_lora":
         raise UserError("perturbation.kind: expected none, lora_space or sam with a base spread over processes")
     accelerator = loop.setdefault("accelerator", Accelerator())

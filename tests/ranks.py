@@ -1,0 +1,74 @@
+"""Several processes on the CPU that share a task as those of a launcher do, forked from the test: nothing is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+SECONDS = 120
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in names.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def together(work: Callable[[int], Any], folder: Path, size: int = 2, join: bool = True) -> list[Any]:
+    """What `work(rank)` returns in `size` processes; a failed or hanging one fails the test."""
+    port, children = free_port(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(size):
+        if child := os.fork():
+            children.append(child)
+            continue
+        code = 70
+        try:
+            torch.set_num_threads(1)
+            os.environ |= environment(rank, size, port)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            if join:
+                from loracurve.distributed import join as meet
+
+                meet()
+            result = work(rank)
+            (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    codes, end = [None] * size, time.monotonic() + SECONDS
+    try:
+        while None in codes and time.monotonic() < end:
+            for rank, child in enumerate(children):
+                if codes[rank] is None:
+                    done, status = os.waitpid(child, os.WNOHANG)
+                    codes[rank] = os.waitstatus_to_exitcode(status) if done else None
+            time.sleep(0.005)
+    finally:
+        for rank, child in enumerate(children):
+            if codes[rank] is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+    assert codes == [0] * size, f"processes ended with {codes} (None: hung)"
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(size)]
