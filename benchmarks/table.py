@@ -50,6 +50,8 @@ ROWS: list[tuple[str, str, str, str, str, float]] = [
     ("", "the same, captured only", "training_step-7b-cuda", "8x256/s4_over_s1_captured", "<=", 1.05),
     ("P8", "quickstart on two CPU cores, seconds", "quickstart-smollm2-cpu", "s", "<=", 180),
     ("P9", "4-bit base: curve step / PEFT QLoRA step", "four_bit-7b-cuda", "captured_over_peft", "<=", 1.0),
+    ("P10", "training step 16 x 256, 7B shapes: one GPU / two", "scaling-7b-cuda", "training/speedup", ">=", 1.8),
+    ("", "evaluation of a data set: one GPU / two", "scaling-7b-cuda", "evaluation/speedup", ">=", 1.8),
 ]
 
 

@@ -21,6 +21,7 @@ from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
 from loracurve.bench.options import fingerprint, made_with, options_of, plain
+from loracurve.bench.pool import visible_gpus
 from loracurve.bench.registry import METHODS, method_class, method_name
 from loracurve.bench.reporting import write_tables
 from loracurve.bench.runner import run_suite
@@ -385,3 +386,15 @@ def test_local_tasks_of_the_small_suite_have_what_their_prompts_need(shared_data
         config = replace(task.to_task(str(shared_data / name)), limit_train=3, limit_validation=3, limit_test=3)
         assert isinstance(config, TaskConfig)
         assert len(load_task(config, tokenizer, 4096).encode("test")) == 3
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"), [(None, ["0", "1"]), ("2,3", ["2", "3"]), ("GPU-a, GPU-b,GPU-c", ["GPU-a", "GPU-b"])]
+)
+def test_jobs_get_gpus_of_those_that_the_suite_sees(
+    seen: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert visible_gpus(2) == expected

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loracurve.bench.suite import Cell, SuiteConfig
 
-__all__ = ["run_in_pool"]
+__all__ = ["run_in_pool", "visible_gpus"]
 
 Result = tuple[bool, list[str]]
 
@@ -28,9 +28,9 @@ def run_in_pool(
     import torch
 
     context = multiprocessing.get_context("spawn")
-    gpus, places = torch.cuda.device_count(), context.SimpleQueue()
+    gpus, places = visible_gpus(torch.cuda.device_count()), context.SimpleQueue()
     for job in range(jobs):
-        places.put(str(job % gpus) if gpus else "")
+        places.put(gpus[job % len(gpus)] if gpus else "")
     threads = max((os.cpu_count() or 1) // jobs, 1)
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
@@ -55,6 +55,12 @@ def run_in_pool(
                     broken.append(cell)
                 ready = groups.pop((cell.task, cell.seed), []) + ready
     return broken
+
+
+def visible_gpus(count: int) -> list[str]:
+    """What the `count` GPUs of this process are called in CUDA_VISIBLE_DEVICES: it may itself see some of them only."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(i) for i in range(count)]
 
 
 _group = None
