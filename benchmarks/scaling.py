@@ -1,7 +1,7 @@
 """P10: a training step and the evaluation of a whole data set by two processes, against one.
 
-The batch of a step is the same; each process has a GPU of its own (NCCL), or one thread of the CPU (gloo). Both are first
-compared in float32 on a small model: losses, control points and predictions. This script starts torchrun by itself.
+The batch of a step is the same; each process has a GPU of its own (NCCL), or one thread of the CPU (gloo). Both are
+first compared in float32 on a small model: losses, control points, predictions. This script starts torchrun by itself.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from ranks import together
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
 
-from loracurve.batching import collate, evaluation_batches
+from loracurve.batching import evaluation_batches
 from loracurve.bootstrap import BootstrapConfig
 from loracurve.cli import main
 from loracurve.corruption import CorruptionConfig
