@@ -88,8 +88,7 @@ def check_same(one: Found, several: list[Found], rtol: float = 1e-5, atol: float
         torch.testing.assert_close(points[name], expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "shard"), [(1, False), (2, True)])
 def test_anchors_of_two_processes_are_those_of_one(accumulation: int, shard: bool, tmp_path: Path) -> None:
     task = task_of(tmp_path)
     work = partial(anchors, task, shard, None, accumulation=accumulation)
@@ -103,13 +102,14 @@ def test_anchors_of_two_processes_are_those_of_one(accumulation: int, shard: boo
 CURVES: dict[str, tuple[CurveSpec, dict[str, Any]]] = {
     "free": (CurveSpec(2, 2), {"weight_decay": 0.01, "row_tokens": 64}),
     "anchored": (CurveSpec.anchored(3, 2), {"accumulation": 2}),
-    "smooth": (CurveSpec(2, 2, smooth=True), {}),
-    "mixture": (CurveSpec(2, 2), {"objective": ObjectiveConfig("mixture", 0.5)}),
+    "mixture": (CurveSpec(2, 2, smooth=True), {"objective": ObjectiveConfig("mixture", 0.5)}),
     "hinge": (CurveSpec.anchored(2, 2), {"objective": ObjectiveConfig("hinge", 5.0)}),
     "own points": (CurveSpec(2, 2), {"share_points": False, "accumulation": 2}),
     "layerwise": (CurveSpec(1, 2), {"layerwise": True}),
-    "quasi-random": (CurveSpec(1, 2), {"share_points": False, "sampling": "quasi-random"}),
-    "bootstrap": (CurveSpec(1, 2), {"bootstrap": BootstrapConfig("everywhere"), "share_points": False}),
+    "bootstrap": (
+        CurveSpec(1, 2),
+        {"bootstrap": BootstrapConfig("everywhere"), "share_points": False, "sampling": "quasi-random"},
+    ),
     "tokens": (CurveSpec(1, 2), {"objective": HINGE, "corruption": CorruptionConfig("tokens", 0.05)}),
     "attention": (CurveSpec(1, 2), {"objective": HINGE, "corruption": CorruptionConfig("attention", 0.05)}),
     "flat_lora": (CurveSpec(1, 2), {"perturbation": PerturbationConfig("flat_lora")}),
@@ -236,6 +236,18 @@ def test_a_micro_batch_has_an_example_for_each_process(tmp_path: Path) -> None:
         assert text.startswith(
             "batch_size: expected micro-batches of at least 2 examples for 2 processes, found 5 in 3"
         )
+
+
+def test_a_loss_that_is_not_finite_stops_all(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+
+    def stopped(rank: int) -> str:
+        with pytest.raises(UserError) as error:
+            curve(task, CurveSpec(1, 2), False, tmp_path / "run", steps=50, learning_rate=1e300, max_grad_norm=0)
+        return str(error.value)
+
+    first, second = together(stopped, tmp_path / "ranks")
+    assert first == second and "lower learning_rate" in first
 
 
 def test_a_fault_of_one_is_a_fault_of_all(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def backend(device: torch.device) -> str | None:
     """How the processes talk about tensors on a device: gloo, nccl; None in one process."""
     if world()[1] == 1:
         return None
-    return dict(entry.split(":") for entry in str(dist.get_backend_config()).split(","))[device.type]
+    return dict(entry.split(":") for entry in str(dist.get_backend_config()).split(",")).get(device.type)
 
 
 def leave() -> None:
