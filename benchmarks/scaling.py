@@ -130,7 +130,7 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
 
 def sizes(shape: str) -> tuple[int, int, int, int]:
     """Rows and tokens of a step, rows of the data set, rank."""
-    return {"7b": (16, 256, 512, 16), "smollm2": (128, 128, 2000, 8), "small": (16, 64, 96, 8)}[shape]
+    return {"7b": (16, 256, 512, 16), "smollm2": (128, 128, 2000, 8), "small": (32, 64, 384, 8)}[shape]
 
 
 def launch(processes: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

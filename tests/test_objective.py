@@ -242,6 +242,25 @@ def test_hinge_has_no_gradient_above_its_target():
     assert not torch.allclose(gradients[0], gradients[2])
 
 
+def test_shares_of_a_batch_add_up_to_its_hinge():
+    # One share lies above the target and the other below: each decides by the whole batch.
+    logits = random_log_probs(2, 5, 3) * torch.tensor([3.0, 3.0, 0.2, 0.2, 0.2], dtype=torch.float64)[:, None]
+    logits.requires_grad_()
+    labels, shares = torch.tensor([0, 1, 2, 0, 1]), (slice(0, 2), slice(2, 5))
+    jsd = jensen_shannon(logits.detach().log_softmax(-1))
+    for tau in (jsd.mean().item() + 0.01, jsd.mean().item() - 0.01):
+        assert jsd[shares[0]].mean() > tau > jsd[shares[1]].mean()
+        config = ObjectiveConfig("hinge", 5, tau=tau)
+        whole, _ = objective(logits.log_softmax(-1), labels, config)
+        parts = [
+            objective(logits[:, s].log_softmax(-1), labels[s], config, whole=lambda _: jsd.mean())[0] * len(labels[s]) / 5
+            for s in shares
+        ]
+        (expected,), (found,) = (torch.autograd.grad(loss, logits) for loss in (whole, sum(parts)))
+        assert sum(parts).item() == pytest.approx(whole.item())
+        torch.testing.assert_close(found, expected)
+
+
 def test_divergence_on_other_inputs():
     log_probs, others, labels = random_log_probs(2, 3, 4), random_log_probs(2, 7, 5, seed=1), torch.tensor([3, 0, 1])
     nll = negative_log_likelihood(log_probs, labels)
