@@ -44,7 +44,8 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
 def build(shape: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A model with random weights: Qwen2.5-7B's or SmolLM2-135M's shapes, or a small one for the CPU."""
     torch.manual_seed(0)
-    dtype = dtype or (torch.bfloat16 if shape != "small" else torch.float32)
+    # CPU cores without bfloat16 units would make a slow reference.
+    dtype = dtype or (torch.float32 if shape == "small" or DEVICE.type == "cpu" else torch.bfloat16)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

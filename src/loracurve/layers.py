@@ -58,6 +58,8 @@ class Route:
     """[P] the row of each position."""
     token_ids: Tensor | None = None
     """[C] rows of the output head that are wanted; None: all."""
+    plain: bool = False
+    """Whether rows are plain causal ones: every token attends to all before it in its row."""
     shared: _Shared | None = None
     """What the siblings of the layer that ran last will want."""
 
