@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.masking_utils
 from tiny import lora_config, random_points, tiny
 
+from loracurve import causal
 from loracurve.batching import Batch
 from loracurve.model import CurveModel, CurveSpec
 
@@ -16,7 +16,6 @@ from loracurve.model import CurveModel, CurveSpec
 def build(kind: str) -> CurveModel:
     model = CurveModel(tiny(kind), lora_config(kind), CurveSpec(1, 2)).eval()
     model.set_curve(model.spec, random_points(model))
-    assert model.supports_trees
     return model
 
 
@@ -44,37 +43,48 @@ def masks_seen(model: CurveModel, of: Batch) -> tuple[torch.Tensor, list[bool]]:
     return scores, seen
 
 
+def explicit_masks(model: CurveModel) -> None:
+    """Let the decoder layers get the causal mask that an older transformers makes while a graph is captured."""
+
+    def hook(_: Any, args: Any, kwargs: Any) -> Any:
+        if not causal.capturing() or kwargs["attention_mask"] is not None:
+            return None
+        rows, size = args[0].shape[:2]
+        mask = torch.ones(size, size, dtype=torch.bool).tril().expand(rows, 1, size, size)
+        return args, kwargs | {"attention_mask": mask}
+
+    for layer in model.model.get_decoder().layers:
+        layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_plain_rows_need_no_mask_where_transformers_makes_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_rows_keep_coming_without_a_mask_while_captured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(kind)
+    explicit_masks(model)
     expected, seen = masks_seen(model, batch())
     assert not any(seen)
-    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: True)
-    model.plain_causal.possible = False
-    explicit, seen = masks_seen(model, batch())
-    model.plain_causal.possible = True
-    if not all(seen):
-        pytest.skip("this transformers makes no mask while traced")
+    monkeypatch.setattr(causal, "capturing", lambda: True)
     found, seen = masks_seen(model, batch())
     assert not any(seen)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(explicit, expected)
+    model.plain_causal.had_none.clear()  # rows never seen before: the mask stays, and says the same
+    found, seen = masks_seen(model, batch())
+    assert all(seen)
+    torch.testing.assert_close(found, expected)
 
 
-def test_masks_that_say_more_than_causal_stay() -> None:
+def test_masks_that_say_more_than_causal_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
+    plain = masks_seen(model, batch())[0]
     visible = torch.ones(2, 6, dtype=torch.bool)
     visible[:, 2] = False
-    scores, seen = masks_seen(model, batch(visible=visible))
-    assert all(seen)
-    assert not torch.allclose(scores, masks_seen(model, batch())[0])
     packed = batch(ends=torch.tensor([[6, 6, 4, 4, 6, 6]] * 2), position_ids=torch.tensor([[0, 1, 2, 3, 2, 3]] * 2))
-    assert all(masks_seen(model, packed)[1])
-
-
-@pytest.mark.parametrize(("option", "value"), [("sliding_window", 4), ("layer_types", ["sliding_attention"] * 3)])
-def test_sliding_windows_keep_their_masks(option: str, value: Any) -> None:
-    base = tiny("llama")
-    assert build("llama").plain_causal.possible
-    setattr(base.config, option, value)
-    assert not CurveModel(base, lora_config("llama"), CurveSpec(1, 2)).plain_causal.possible
+    for masked in (batch(visible=visible), packed):
+        expected, seen = masks_seen(model, masked)
+        assert all(seen)
+        assert not torch.allclose(expected, plain)
+        with monkeypatch.context() as patch:
+            patch.setattr(causal, "capturing", lambda: True)
+            found, seen = masks_seen(model, masked)
+        assert all(seen)
+        torch.testing.assert_close(found, expected)

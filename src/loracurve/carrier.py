@@ -195,14 +195,13 @@ class CurveCarrier(nn.Module):
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]
-        plain = batch.ends is batch.visible is batch.attention_mask is None and self.supports_trees
         if coefficients is not None and coefficients.dim() == 3:
             self._set_route(self._route_for(coefficients[0], layout, rows))
             for layer, own in zip(self.layers.values(), coefficients, strict=True):
                 layer.route = self._route_for(own, layout, rows)
         else:
             self._set_route(self._route_for(coefficients, layout, rows))
-        self.route.plain = plain
+        self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
         replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
@@ -289,6 +288,7 @@ class CurveCarrier(nn.Module):
         if self.replication.stack is None:
             logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
             return
+        _ = self.supports_trees  # found out before: its odd shapes shall not be compiled for
         layers = self.model.get_submodule(self.replication.stack).children()
         compile_layers(layers, self.plain_causal, **options)
 

@@ -21,7 +21,8 @@ logger = logging.getLogger("loracurve")
 # Training and evaluation, ways to run and kinds of masks each have code of their own; the default of 8 is too few.
 VARIANTS = 64
 
-Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+# Layer, arguments and keyword arguments of a call -> its keyword arguments.
+Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, Any]]
 
 
 class _Fallback:
@@ -33,7 +34,7 @@ class _Fallback:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.shared["failed"]:
             try:
-                return self.compiled(*args, **self.prepare(kwargs))
+                return self.compiled(*args, **self.prepare(self.layer, args, kwargs))
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.shared["failed"] = True
                 logger.warning("running without compiled layers: %s", " ".join(str(error).split())[:300])
@@ -41,7 +42,7 @@ class _Fallback:
         return plain(*args, **kwargs)
 
 
-def compile_layers(layers: Iterable[nn.Module], prepare: Prepare = dict, **options: Any) -> None:
+def compile_layers(layers: Iterable[nn.Module], prepare: Prepare, **options: Any) -> None:
     """Compile the layers of a stack at their next call.
 
     Where that fails they run as they are, after one warning. A failure can only come from compiling, before anything
