@@ -60,7 +60,7 @@ def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
         for other in names:
             rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
             short = f"{kind}:{other.rstrip('*_')}"
-            sets[short] = task.encode_rows(rows, short, labelled=kind == "shift")
+            sets[short] = task.encode_rows(rows, short) if kind == "shift" else task.encode_foreign(rows, short)
     lora = suite.lora.to_peft(suite.model.name, classifier)
     model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
     known = {s: labels_of(e) for s, e in sets.items() if not s.startswith("ood:")}
