@@ -28,8 +28,8 @@ class Example:
 
     `prompt` begins with the special tokens that the tokenizer puts in front. `choices` are the continuations: one for
     each choice ("text"), the completion alone ("lm"), none otherwise. `n_choices` is how many of the classes this row
-    has: of the shared answer ids only the first `n_choices` count. `token_types` belong to `prompt` (encoders). `given`:
-    how many tokens at the start of each choice are read but not scored; empty: none.
+    has: of the shared answer ids only the first `n_choices` count. `token_types` belong to `prompt` (encoders).
+    `given`: how many tokens at the start of each choice are read but not scored; empty: none.
     """
 
     id: str
@@ -155,7 +155,8 @@ class Encoder:
             prompts = [(*self.lead, *prompt) for prompt, _ in pairs]
             choices = [tuple(tuple(choice) for choice in continuations) for _, continuations in pairs]
             for name, prompt, row_choices, skipped in zip(names, prompts, choices, given, strict=True):
-                if not (prompt or (skipped and min(skipped))) or not all(row_choices):
+                predictable = bool(prompt) or (bool(skipped) and min(skipped) > 0)
+                if not predictable or not all(row_choices):
                     raise UserError(
                         f"example {name!r}: expected a prompt and choices with tokens of their own, found none"
                     )

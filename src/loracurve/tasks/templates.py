@@ -34,9 +34,9 @@ class Template:
 
     `answer` shows the continuation: " {letter}", " {label}", " {choice}", the custom answers, or "" for a head.
     `fixed_answers` are a template's own answer words in class order, where it has any. With `pair` the two fields go
-    to the tokenizer as text and text_pair, and `prompt` only describes them. With `gap` the prompt ends where the question
-    has its gap, a choice fills it, and what follows is scored. Change the text, raise the version: results name
-    ``name@version:hash``.
+    to the tokenizer as text and text_pair, and `prompt` only describes them. With `gap` the prompt ends where the
+    question has its gap, a choice fills it, and what follows is scored. Change the text, raise the version: results
+    name ``name@version:hash``.
     """
 
     name: str
