@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plan import Work, work_of
+from table import write_table
 
 from loracurve.baselines.laplace import Laplace
 from loracurve.bench.suite import SuiteConfig
@@ -24,7 +25,6 @@ from loracurve.loop import LoopConfig
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence" / "cost.md"
-START, END = "<!-- table:start -->", "<!-- table:end -->"
 REASONING = ["winogrande_s", "winogrande_m", "arc_challenge", "arc_easy", "openbookqa", "boolq"]
 
 
@@ -64,7 +64,7 @@ def training_seconds(times: Times, work: Work, training: LoopConfig, lengths: di
     step = times.step(work.kind, rows[near], training.accumulation)
     if step is None:
         return None
-    every = training.evaluate_every or max(training.steps // 10, 1)
+    every = training.evaluate_every or max(work.steps // 10, 1)
     validated = work.steps // every * work.validated * lengths["sets"]["validation"]["tokens"]
     return work.steps * step + times.evaluation(validated)
 
@@ -165,9 +165,7 @@ def main() -> None:
     else:
         table = ["Not measured yet."]
     print("\n".join(table))
-    text = options.page.read_text()
-    before, after = text.split(START)[0], text.split(END)[1]
-    options.page.write_text(f"{before}{START}\n" + "\n".join(table) + f"\n{END}{after}")
+    write_table(options.page, table)
 
 
 if __name__ == "__main__":

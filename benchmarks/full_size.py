@@ -239,6 +239,7 @@ def main() -> None:
         fresh={"action": "store_true", "help": "measure everything again"},
     )
     begin = time.perf_counter()
+    command = f"python benchmarks/full_size.py --shape {options.shape} --repeats {options.repeats}"
     suite = load_suite(options.suite)
     kept = options.out / f"full_size-{options.shape}-{DEVICE.type}.json"
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() and not options.fresh else {}
@@ -257,7 +258,7 @@ def main() -> None:
             with said(begin, f"{dtype}, {name}"):
                 found[name] = measure()
                 note(begin, f"{dtype}, {name}: {json.dumps(rounded(found[name]))}")
-                report("full_size", options, figures)
+                report("full_size", options, figures, command)
         del sized, measure
         reset_memory()
 
