@@ -221,12 +221,14 @@ def reset_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def report(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
+def report(name: str, options: argparse.Namespace, figures: dict[str, Any], command: str = "") -> None:
     """Write the figures with versions and device; called as often as there are new ones."""
     options.out.mkdir(parents=True, exist_ok=True)
     env = environment()
-    env["command"] = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
-    env["command"] += "" if options.compile else " --no-compile"
+    if not command:
+        command = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
+        command += "" if options.compile else " --no-compile"
+    env["command"] = command
     path = options.out / f"{name}-{options.shape}-{DEVICE.type}.json"
     path.write_text(
         json.dumps({"benchmark": name, "shape": options.shape, **figures, "environment": env}, indent=2) + "\n"

@@ -141,6 +141,23 @@ def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) 
     return rows
 
 
+def _balance(sizes: Sequence[int], slots: Sequence[Sequence[int]], row_tokens: int) -> list[list[int]]:
+    """Examples of `sizes` tokens in equally many rows for each slot, of like lengths: the longest first, each into the
+    row with the fewest tokens. As many rows as the fullest slot needs at `row_tokens` each."""
+    needed = max(-(-sum(sizes[p] for p in places) // row_tokens) for places in slots)
+    count = min(needed, *map(len, slots))
+    groups: list[list[int]] = []
+    for places in slots:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        used = [0] * count
+        for p in sorted(places, key=lambda p: -sizes[p]):
+            shortest = used.index(min(used))
+            rows[shortest].append(p)
+            used[shortest] += sizes[p]
+        groups += rows
+    return groups
+
+
 def collate(
     encoded: Encoded,
     numbers: Sequence[int],
@@ -157,7 +174,8 @@ def collate(
         row_tokens: rows are filled with whole examples up to this many tokens (a longer example has a row of its own).
         packing: whether the model takes 4-D masks; else every example, and for `text` every choice, has its own row.
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
-        pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
+        pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur; texts of
+            choices then fill equally many rows of like length for each slot.
     """
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
@@ -165,14 +183,17 @@ def collate(
         groups = [[p] for p in range(len(numbers))]
         batch = _collate_sequences(encoded, numbers, labels, pad_to)
     else:
-        groups = []
-        for slot in sorted(set(slots)) if slots else [None]:
-            places = [p for p in range(len(numbers)) if slots is None or slots[p] == slot]
-            if packing:
+        of_slots = [[p for p in range(len(numbers)) if not slots or slots[p] == s] for s in sorted(set(slots or [0]))]
+        sizes = [_own_tokens(examples[i]) for i in numbers]
+        if not packing or row_tokens == 1:
+            groups = [[p] for places in of_slots for p in places]
+        elif encoded.scoring == "text" and pad_to > 1:
+            groups = _balance(sizes, of_slots, row_tokens)
+        else:
+            groups = []
+            for places in of_slots:
                 packed = _pack(examples, [numbers[p] for p in places], row_tokens)
                 groups += [[places[p] for p in group] for group in packed]
-            else:
-                groups += [[p] for p in places]
         batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
     if slots:
         of_examples = torch.tensor(slots)
@@ -211,15 +232,16 @@ def _collate_rows(
                 read.append((len(rows) - 1, asks, 0, p))
             for c, choice in enumerate(example.choices):
                 if c and not packing:
+                    row.close(start, stop)
                     row = _Row([], [], [])
                     row.chain(example.prompt, 0)
                     rows.append(row)
                     units.append(p)
                 branch = row.chain(choice[:-1], len(example.prompt))
                 places = [asks, *range(branch, branch + len(choice) - 1)]
-                read += [
-                    (len(rows) - 1, place, token, p * width + c) for place, token in zip(places, choice, strict=True)
-                ]
+                skipped = example.given[c] if example.given else 0
+                scored = list(zip(places, choice, strict=True))[skipped:]
+                read += [(len(rows) - 1, place, token, p * width + c) for place, token in scored]
             row.close(start, stop)
         row.close(0, prefix)
     return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
@@ -237,10 +259,10 @@ def _tensors(
     pad_to: int,
 ) -> Batch:
     """Pad the rows and turn the read-outs into tensors."""
-    size = _ceil(max(len(r.tokens) for r in rows), pad_to)
+    size = _padded(max(len(r.tokens) for r in rows), pad_to)
     if encoded.scoring == "text":
         # Read-outs that fill up the shape belong to one choice too many, which is dropped after summing.
-        read = read + [(0, 0, 0, len(numbers) * width)] * (_ceil(len(read), pad_to) - len(read))
+        read = read + [(0, 0, 0, len(numbers) * width)] * (_padded(len(read), pad_to) - len(read))
     input_ids = torch.tensor([r.tokens + [0] * (size - len(r.tokens)) for r in rows])
     row_index, place, targets, owner = (torch.tensor(column) for column in zip(*read, strict=True))
     batch = Batch(
@@ -272,14 +294,17 @@ def _tensors(
     return batch
 
 
-def _ceil(size: int, multiple: int) -> int:
+def _padded(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple, of larger ones for larger sizes: four in each octave, a quarter more at most."""
+    if multiple > 1:
+        multiple <<= max((size // multiple).bit_length() - 3, 0)
     return -(-size // multiple) * multiple
 
 
 def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor, pad_to: int) -> Batch:
     """Whole sequences with a padding mask, for sequence classifiers."""
     examples = [encoded.examples[i] for i in numbers]
-    size = _ceil(max(len(e.prompt) for e in examples), pad_to)
+    size = _padded(max(len(e.prompt) for e in examples), pad_to)
     pad = encoded.pad_id
     batch = Batch(
         torch.tensor([[*e.prompt, *[pad] * (size - len(e.prompt))] for e in examples]),

@@ -217,7 +217,9 @@ def _collate(
 ) -> Batch:
     """A training batch: packed where that saves work, of few shapes where steps are captured."""
     if config.capture and model.device.type == "cuda":
-        return collate(encoded, numbers, 1, model.supports_trees, slots, pad_to=CAPTURED_LENGTHS)
+        own_points = isinstance(config, FitConfig) and not config.share_points
+        row_tokens = config.row_tokens if encoded.scoring == "text" and not own_points else 1
+        return collate(encoded, numbers, row_tokens, model.supports_trees, slots, pad_to=CAPTURED_LENGTHS)
     return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
 
 
