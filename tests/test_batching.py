@@ -10,9 +10,10 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve.batching import _padded, collate, evaluation_batches, tree_mask
+from loracurve.batching import _padded, collate, evaluation_batches, packed_rows, tree_mask
 from loracurve.inference import predict
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.tasks import Encoded, Example
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 
@@ -85,18 +86,16 @@ def test_rows_of_one_example_share_a_unit_where_choices_cannot_be_packed(tmp_pat
     assert torch.bincount(batch.units).tolist() == [encoded.examples[i].n_choices for i in (3, 4, 5)]
 
 
-def test_padded_texts_fill_equal_rows_for_each_slot(tmp_path: Path) -> None:
-    encoded = made_task(tmp_path, "qwen2", "text").encode("train")
+@pytest.mark.parametrize("scoring", ["text", "letter"])
+def test_few_shapes_fill_equal_rows_for_each_slot(tmp_path: Path, scoring: str) -> None:
+    encoded = made_task(tmp_path, "qwen2", scoring).encode("train")
     numbers, slots = list(range(24)), [m for m in range(3) for _ in range(8)]
-    batch = collate(encoded, numbers, 64, slots=slots, pad_to=32)
+    rows = 3
+    batch = collate(encoded, numbers, 128, slots=slots, pad_to=32, rows=rows)
     assert batch.row_slots is not None and batch.slots is not None and batch.ends is not None
-    counts = torch.bincount(batch.row_slots)
-    own = [
-        sum(len(e.prompt) + sum(len(c) - 1 for c in e.choices) for e in encoded.examples[8 * m :][:8]) for m in range(3)
-    ]
-    assert counts.tolist() == [-(-max(own) // 64)] * 3
+    assert torch.bincount(batch.row_slots).tolist() == [rows] * 3
     assert batch.slots.tolist() == slots and batch.index.tolist() == numbers
-    assert batch.input_ids.shape[1] % 32 == 0 and len(batch.positions) % 32 == 0
+    assert batch.input_ids.shape[1] % 32 == 0
     model = CurveModel(tiny("qwen2", torch.float64, 600), lora_config("qwen2"), CurveSpec.slots(3))
     model.set_curve(model.spec, random_points(model))
     alone = collate(encoded, numbers, 1, slots=slots)
@@ -104,6 +103,18 @@ def test_padded_texts_fill_equal_rows_for_each_slot(tmp_path: Path) -> None:
     assert model.arrange(batch, eye)[1].kind == "points"
     with torch.inference_mode():
         torch.testing.assert_close(model.scores(batch, eye), model.scores(alone, eye), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_a_split_follow_its_lengths() -> None:
+    def split(*sizes: int) -> Encoded:
+        examples = [Example(str(i), tuple(range(n)), (), 0, 2) for i, n in enumerate(sizes)]
+        return Encoded(examples, "answer", (1, 2), ("a", "b"), "sum", 0)
+
+    varied = split(*[10] * 15, 90)  # 15 tokens on average; 16 examples of which one has 90: 240 in all
+    assert packed_rows(varied, 16, 64) == 4
+    assert packed_rows(varied, 16, 10_000) == 16  # such a row would be longer than all of them
+    assert packed_rows(split(*[20] * 16), 16, 64) == 16  # equal lengths: nothing to save
+    assert packed_rows(varied, 1, 64) == 1
 
 
 def test_padded_sizes_are_few() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracurve.tasks.encoding import Encoded, Example
+from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.tokens import common_prefix
 
-__all__ = ["Batch", "collate", "evaluation_batches", "tree_mask"]
+__all__ = ["Batch", "collate", "evaluation_batches", "packed_rows", "tree_mask"]
 
 
 @dataclass
@@ -110,24 +110,20 @@ class _Row:
         self.ends[start:stop] = [len(self.tokens)] * (stop - start)
 
 
-def _own_tokens(example: Example) -> int:
-    return len(example.prompt) + sum(len(c) - 1 for c in example.choices)
-
-
 # Packed rows need a mask and longer attention: they must save at least this part of the padded tokens.
 WORTH_PACKING = 0.2
 
 
-def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
+def _pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`.
 
     One example a row where packing would save little: prompts of like length without a long common prefix.
     """
-    prefix = common_prefix([examples[i].prompt for i in numbers])
+    prefix = common_prefix([encoded.examples[i].prompt for i in numbers])
     rows: list[list[int]] = []
     used = longest = 0
     for place, i in enumerate(numbers):
-        own = _own_tokens(examples[i]) - prefix
+        own = encoded.sizes[i] - prefix
         if rows and used + own <= row_tokens:
             rows[-1].append(place)
             used += own
@@ -135,17 +131,24 @@ def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) 
             rows.append([place])
             used = prefix + own
         longest = max(longest, used)
-    apart = len(numbers) * max(_own_tokens(examples[i]) for i in numbers)
+    apart = len(numbers) * max(encoded.sizes[i] for i in numbers)
     if len(rows) * longest > (1 - WORTH_PACKING) * apart:
         return [[place] for place in range(len(numbers))]
     return rows
 
 
-def _balance(sizes: Sequence[int], slots: Sequence[Sequence[int]], row_tokens: int) -> list[list[int]]:
-    """Examples of `sizes` tokens in equally many rows for each slot, of like lengths: the longest first, each into the
-    row with the fewest tokens. As many rows as the fullest slot needs at `row_tokens` each."""
-    needed = max(-(-sum(sizes[p] for p in places) // row_tokens) for places in slots)
-    count = min(needed, *map(len, slots))
+def packed_rows(encoded: Encoded, examples: int, row_tokens: int) -> int:
+    """How many rows of about `row_tokens` so many examples of a split fill on average; one each where packing them
+    would save little. The same for all batches of a size, so that few shapes occur."""
+    rows = max(round(examples * sum(encoded.sizes) / len(encoded) / row_tokens), 1)
+    # What the longest of so many examples has, typically: rows of one example would all be padded to it.
+    longest = sorted(encoded.sizes)[len(encoded) * (examples - 1) // examples]
+    return rows if rows * row_tokens < (1 - WORTH_PACKING) * examples * longest else examples
+
+
+def _balance(sizes: Sequence[int], slots: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Examples of `sizes` tokens in `count` rows for each slot, of like lengths: the longest first, each into the row
+    with the fewest tokens."""
     groups: list[list[int]] = []
     for places in slots:
         rows: list[list[int]] = [[] for _ in range(count)]
@@ -165,6 +168,7 @@ def collate(
     packing: bool = True,
     slots: Sequence[int] | None = None,
     pad_to: int = 1,
+    rows: int | None = None,
 ) -> Batch:
     """Lay out the examples `numbers` of a split as one batch.
 
@@ -174,8 +178,8 @@ def collate(
         row_tokens: rows are filled with whole examples up to this many tokens (a longer example has a row of its own).
         packing: whether the model takes 4-D masks; else every example, and for `text` every choice, has its own row.
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
-        pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur; texts of
-            choices then fill equally many rows of like length for each slot.
+        pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
+        rows: packed examples fill this many rows of like length for each slot, whatever `row_tokens`.
     """
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
@@ -184,15 +188,14 @@ def collate(
         batch = _collate_sequences(encoded, numbers, labels, pad_to)
     else:
         of_slots = [[p for p in range(len(numbers)) if not slots or slots[p] == s] for s in sorted(set(slots or [0]))]
-        sizes = [_own_tokens(examples[i]) for i in numbers]
         if not packing or row_tokens == 1:
             groups = [[p] for places in of_slots for p in places]
-        elif encoded.scoring == "text" and pad_to > 1:
-            groups = _balance(sizes, of_slots, row_tokens)
+        elif rows is not None:
+            groups = _balance([encoded.sizes[i] for i in numbers], of_slots, min(rows, *map(len, of_slots)))
         else:
             groups = []
             for places in of_slots:
-                packed = _pack(examples, [numbers[p] for p in places], row_tokens)
+                packed = _pack(encoded, [numbers[p] for p in places], row_tokens)
                 groups += [[places[p] for p in group] for group in packed]
         batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
     if slots:
@@ -244,6 +247,7 @@ def _collate_rows(
                 read += [(len(rows) - 1, place, token, p * width + c) for place, token in scored]
             row.close(start, stop)
         row.close(0, prefix)
+    read.sort(key=lambda entry: entry[3])  # in the examples' order, whatever rows they lie in
     return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
 
 
@@ -327,7 +331,7 @@ def evaluation_batches(
     No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
-    sizes = [_own_tokens(encoded.examples[i]) for i in order]
+    sizes = [encoded.sizes[i] for i in order]
     start = 0
     while start < len(order):
         stop, longest, total = start, 0, 0

@@ -64,6 +64,11 @@ class Encoded:
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each example: its prompt and its choices but for their last tokens, which are only predicted."""
+        return [len(e.prompt) + sum(len(choice) - 1 for choice in e.choices) for e in self.examples]
+
+    @cached_property
     def most_choices(self) -> int:
         """The largest number of choices that an example has."""
         return max((len(example.choices) for example in self.examples), default=0)
