@@ -29,7 +29,7 @@ def bench(
     """
     from loracurve.bench.reporting import write_tables
     from loracurve.bench.runner import run_suite
-    from loracurve.bench.suite import cells_of
+    from loracurve.bench.suite import cells_of, scans_of
 
     folder = Path(out)
     try:
@@ -39,5 +39,5 @@ def bench(
         if (folder / "suite.yaml").is_file():
             tables = write_tables(suite, folder)
             missing = sum(len(t.rows) for t in tables if t.name == "left_out")
-            total = len(cells_of(suite))
+            total = len(cells_of(suite)) + len(scans_of(suite))
             print(f"{total - missing} of {total} cells have results; tables: {folder / 'tables.md'}")

@@ -1,0 +1,183 @@
+"""The landscape of a suite: barriers between its anchors, figures along its curves, their tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from test_bench import little
+
+from loracurve.baselines.curve import Curve
+from loracurve.baselines.ensembles import Ensemble
+from loracurve.baselines.lines import Line
+from loracurve.baselines.single import Single
+from loracurve.bench.landscape_tables import heights
+from loracurve.bench.landscapes import LandscapeConfig, along_curve
+from loracurve.bench.reporting import write_tables
+from loracurve.bench.results import Results, read_results
+from loracurve.bench.runner import run_suite
+from loracurve.bench.setting import open_shared
+from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
+from loracurve.bench.suite_files import load_suite
+from loracurve.bench.tables import Table
+from loracurve.config import CurveConfig
+from loracurve.errors import UserError
+from loracurve.metrics import Interval
+from loracurve.spec import CurveSpec
+from loracurve.storage import read_tensors
+
+OPTIONS = LandscapeConfig(pairs=2, points=3, rows=0, local_rows=8, sharpness=3)
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteConfig, Path, list[str]]:
+    folder = tmp_path_factory.mktemp("landscape")
+    methods = {
+        "ensemble 3": Ensemble(3),
+        "line": Line("straight"),
+        "curve": Curve(units=2),
+        "free": Curve(units=1, curve=CurveConfig(kind="free")),
+    }
+    suite = little(folder, methods=methods, samples=5, seeds=[0, 1], landscape=OPTIONS)
+    said: list[str] = []
+    run_suite(suite, folder / "out", jobs=1, say=said.append)
+    return suite, folder / "out", said
+
+
+def record(out: Path, method: str, seed: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Cell("made", seed, method).folder(out) / "cell.json").read_text())
+    return found
+
+
+def tables_of(suite: SuiteConfig, out: Path) -> dict[str, Table]:
+    return {t.name: t for t in write_tables(suite, out)}
+
+
+def point_nll(results: Results, method: str, seed: int = 0, split: str = "test") -> torch.Tensor:
+    result = results.done[Cell("made", seed, method)]
+    labels = result.predictions.labels[split]
+    return -result.points(split).double()[:, torch.arange(len(labels)), labels]
+
+
+def test_a_scan_runs_once_after_the_cells_of_its_task_and_seed(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, said = scanned
+    order = ["ensemble 3", "line", "curve", "free", "landscape"]
+    assert [s.partition(":")[0] for s in said] == [f"made / seed {s} / {m}" for s in (0, 1) for m in order]
+    again: list[str] = []
+    run_suite(suite, out, jobs=1, say=again.append)
+    assert again == []
+    with pytest.raises(UserError, match="landscape was made with other options"):
+        run_suite(replace(suite, landscape=replace(OPTIONS, points=5)), out, jobs=1)
+
+
+def test_the_scan_agrees_with_the_line_that_was_predicted(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    profile = pd.read_parquet(Cell("made", 0, LANDSCAPE).folder(out) / "paths.parquet")
+    straight = profile[(profile.path == "straight") & (profile.split == "test")]
+    results = read_results(suite, out)
+    line = point_nll(results, "line")  # the same five points
+    assert straight.t.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert straight.nll.tolist() == pytest.approx(line.mean(1).tolist(), abs=1e-4)
+    # Three points on each piece: t* is its middle, and the excess there a difference of stored predictions.
+    by_hand = [line[i] - (line[i - 1] + line[i + 1]) / 2 for i in (1, 3)]
+    kept = pd.read_parquet(Cell("made", 0, LANDSCAPE).folder(out) / "excess.parquet")
+    for segment, values in enumerate(by_hand):
+        rows = kept[(kept.path == "straight") & (kept.segment == segment)]
+        assert rows.excess.tolist() == pytest.approx(values.tolist(), abs=1e-4)
+    other = point_nll(results, "line", seed=1)
+    pooled = torch.stack([*by_hand, *(other[i] - (other[i - 1] + other[i + 1]) / 2 for i in (1, 3))]).mean().item()
+    table = tables_of(suite, out)["barriers"]
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert row["pairs"] == 4 and row["test rows"] == 24 and len(table.rows) == 1
+    assert isinstance(row["straight"], Interval) and row["straight"].estimate == pytest.approx(pooled, abs=1e-4)
+    above = [n[i].mean() - max(n[i - 1].mean(), n[i + 1].mean()) for n in (line, other) for i in (1, 3)]
+    assert row["straight, above both ends"] == pytest.approx(float(sum(above)) / 4, abs=1e-4)
+    verdicts = [v["verdict"] for s in (0, 1) for v in record(out, LANDSCAPE, s)["verdicts"]]
+    summed = [part.rsplit(" ", 1) for part in str(row["the straight one's barrier"]).split(", ")]
+    assert {name: int(count) for name, count in summed} == {v: verdicts.count(v) for v in verdicts}
+
+
+def test_heights_are_differences_to_the_worst_anchor(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    results = read_results(suite, out)
+    found = heights(results, "made", "curve")
+    assert found is not None
+    plain, chosen = [], []
+    for seed in (0, 1):
+        curve, anchors = (point_nll(results, m, seed) for m in ("curve", "ensemble 3"))
+        plain.append(curve.mean(1).max() - anchors.mean(1).max())
+        top, worst = (point_nll(results, m, seed, "validation").mean(1).argmax() for m in ("curve", "ensemble 3"))
+        chosen.append((curve[top] - anchors[worst]).mean())
+    assert found[0] == pytest.approx(float(max(plain)), abs=1e-9)
+    assert found[1].estimate == pytest.approx(float(sum(chosen)) / 2, abs=1e-9)
+    assert heights(results, "made", "free") is None and heights(results, "made", "ensemble 3") is None
+    table = tables_of(suite, out)["along_curves"]
+    assert [row[1] for row in table.rows] == ["line", "curve", "free"]
+    near = dict(zip(table.columns, table.rows[0], strict=True))["JSD near"]
+    probs = [results.done[Cell("made", s, "line")].points("test").double().exp() for s in (0, 1)]
+
+    def entropy(p: torch.Tensor) -> torch.Tensor:
+        return -(p * p.log()).sum(-1)
+
+    pairs = []
+    for p in probs:
+        between, own = entropy((p[1:] + p[:-1]) / 2), entropy(p)
+        pairs.append((between - (own[1:] + own[:-1]) / 2).mean().item())
+    assert near == pytest.approx(sum(pairs) / 2, abs=1e-7)
+
+
+def test_a_curve_records_its_geometry_and_sharpness(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    along = record(out, "curve")["along"]
+    assert along["t"] == [0, 0.25, 0.5, 0.75, 1] and len(along["speed"]) == 5
+    distances = torch.tensor(along["distances"])
+    assert along["length"] == pytest.approx(float(distances.diagonal(1).sum())) and (distances.diagonal() == 0).all()
+    between = record(out, LANDSCAPE)["distances"]
+    assert distances[0, 4] == pytest.approx(between[0][2], rel=1e-3)  # of the first and the last anchor, in any gauge
+    assert "along" not in record(out, "line") and along["sharpness"]["t"] == [0, 0.5, 1]
+    # Without noise nothing rises, and the loss at the curve's ends is the anchors'.
+    shared = open_shared(suite, "made", 0)
+    shared.model.set_curve(CurveSpec.slots(3), read_tensors(out / "anchors" / "made" / "0" / "anchors.safetensors"))
+    quiet = along_curve(shared.model, [0.0, 1.0], shared.sets["test"], replace(OPTIONS, noise=0.0), 0)["sharpness"]
+    assert quiet["increase"] == pytest.approx([0, 0, 0], abs=1e-6)
+    expected = point_nll(read_results(suite, out), "ensemble 3").mean(1)
+    assert quiet["loss"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    suite = little(tmp_path, methods={"one": Single()})
+    run_suite(suite, tmp_path / "out", jobs=1, say=lambda _: None)
+    tensors = tmp_path / "out" / "anchors" / "made" / "0" / "anchors.safetensors"
+    kept = tensors.read_bytes()
+    tensors.unlink()
+    asked, said = replace(suite, landscape=replace(OPTIONS, pairs=1)), list[str]()
+    run_suite(asked, tmp_path / "out", jobs=1, say=said.append)
+    assert len(said) == 1 and "landscape: failed:" in said[0] and "expected a safetensors file, found none" in said[0]
+    assert [row[2] for row in tables_of(asked, tmp_path / "out")["left_out"].rows] == ["landscape"]
+    tensors.write_bytes(kept)
+    run_suite(asked, tmp_path / "out", jobs=1, retry=True, say=said.append)
+    assert len(said) == 2 and "predicted" in said[1]
+    assert "barriers" in tables_of(asked, tmp_path / "out") and "left_out" not in tables_of(asked, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"landscape": {"pairs": 10}}, "landscape.pairs: expected fewer pairs than anchors, found 10 of 10"),
+        ({"landscape": {"pairs": -1}}, "landscape: expected pairs, rows and sharpness >= 0, found -1"),
+        ({"landscape": {"points": 2}}, "landscape: expected points >= 3"),
+        ({"landscape": {"paths": ["curve"]}}, "landscape.paths: expected some of straight, .*, found curve"),
+        ({"methods": {"landscape": {"method": "single"}}}, "too alike for folders"),
+    ],
+)
+def test_faults_in_a_landscape_are_told_in_one_line(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    good = {"model": {"name": "m"}, "tasks": {"sst2": {}}, "methods": {"single": {}}}
+    (tmp_path / "s.yaml").write_text(json.dumps(good | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        load_suite(tmp_path / "s.yaml")
+    assert "\n" not in str(caught.value)
