@@ -13,13 +13,15 @@ import torch
 from test_bench import little
 
 from loracurve.baselines.curve import Curve
-from loracurve.baselines.ensembles import Ensemble
+from loracurve.baselines.ensembles import ConvexMix, Ensemble
 from loracurve.baselines.lines import Line
 from loracurve.baselines.single import Single
+from loracurve.baselines.swag import SWAG
+from loracurve.bench.goals import goals
 from loracurve.bench.landscape_tables import heights
 from loracurve.bench.landscapes import LandscapeConfig, along_curve
 from loracurve.bench.reporting import write_tables
-from loracurve.bench.results import Results, read_results
+from loracurve.bench.results import Results, read_results, stacked
 from loracurve.bench.runner import run_suite
 from loracurve.bench.setting import open_shared
 from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
@@ -42,6 +44,9 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteConfig, Path
         "line": Line("straight"),
         "curve": Curve(units=2),
         "free": Curve(units=1, curve=CurveConfig(kind="free")),
+        "mix": ConvexMix(3),
+        "weighted": Curve(units=2, weights="likelihood"),
+        "SWAG": SWAG(collect=2, rank=2),
     }
     suite = little(folder, methods=methods, samples=5, seeds=[0, 1], landscape=OPTIONS)
     said: list[str] = []
@@ -66,7 +71,7 @@ def point_nll(results: Results, method: str, seed: int = 0, split: str = "test")
 
 def test_a_scan_runs_once_after_the_cells_of_its_task_and_seed(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
     suite, out, said = scanned
-    order = ["ensemble 3", "line", "curve", "free", "landscape"]
+    order = [*suite.methods, "landscape"]
     assert [s.partition(":")[0] for s in said] == [f"made / seed {s} / {m}" for s in (0, 1) for m in order]
     again: list[str] = []
     run_suite(suite, out, jobs=1, say=again.append)
@@ -117,7 +122,7 @@ def test_heights_are_differences_to_the_worst_anchor(scanned: tuple[SuiteConfig,
     assert found[1].estimate == pytest.approx(float(sum(chosen)) / 2, abs=1e-9)
     assert heights(results, "made", "free") is None and heights(results, "made", "ensemble 3") is None
     table = tables_of(suite, out)["along_curves"]
-    assert [row[1] for row in table.rows] == ["line", "curve", "free"]
+    assert [row[1] for row in table.rows] == ["line", "curve", "free", "weighted"]
     near = dict(zip(table.columns, table.rows[0], strict=True))["JSD near"]
     probs = [results.done[Cell("made", s, "line")].points("test").double().exp() for s in (0, 1)]
 
@@ -147,6 +152,66 @@ def test_a_curve_records_its_geometry_and_sharpness(scanned: tuple[SuiteConfig, 
     assert quiet["increase"] == pytest.approx([0, 0, 0], abs=1e-6)
     expected = point_nll(read_results(suite, out), "ensemble 3").mean(1)
     assert quiet["loss"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def named(table: Table, method: str) -> dict[str, Any]:
+    (row,) = [r for r in table.rows if r[1] == method]
+    return dict(zip(table.columns, row, strict=True))
+
+
+def test_offline_questions_agree_with_cells_that_were_run(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    tables, results = tables_of(suite, out), read_results(suite, out)
+    nll = {name: stacked(results.seeds("made", name), "nll") for name in suite.methods}
+    # The curve trained with the same options and averaged with these weights is a cell of its own.
+    weighted = named(tables["weighted_points"], "curve")
+    assert weighted["NLL weighted"] == pytest.approx(nll["weighted"].mean().item(), abs=1e-5)
+    assert weighted["weighted minus unweighted"].estimate == pytest.approx(
+        (nll["weighted"] - nll["curve"]).mean().item(), abs=1e-5
+    )
+    hull = named(tables["against_discrete"], "curve")
+    assert hull["mix of anchors"] == pytest.approx(nll["mix"].mean().item(), abs=1e-5)
+    assert hull["minus the mix"].estimate == pytest.approx((nll["curve"] - nll["mix"]).mean().item(), abs=1e-5)
+    assert hull["minus SWAG"].estimate == pytest.approx((nll["curve"] - nll["SWAG"]).mean().item(), abs=1e-9)
+    assert hull["anchors' JSD"] == pytest.approx(results.figure("made", "ensemble 3", "test", "pairwise_jsd"), abs=1e-9)
+    assert {r[1] for r in tables["against_discrete"].rows} == {"curve", "weighted"}  # a free curve has no anchors
+
+
+def test_ensembles_of_each_size_end_at_the_whole_one(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    tables, results = tables_of(suite, out), read_results(suite, out)
+    assert [r[1] for r in tables["ensembles"].rows] == [*(f"ensemble of {m}" for m in (1, 2, 3)), "SWAG"]
+    largest, one = named(tables["ensembles"], "ensemble of 3"), named(tables["ensembles"], "ensemble of 1")
+    for column, figure in (("error AUROC, MI", "error_auroc_mi"), ("error AUROC, entropy", "error_auroc_entropy")):
+        assert largest[column] == pytest.approx(results.figure("made", "ensemble 3", "test", figure), abs=1e-5)
+    assert one["error AUROC, MI"] is None and one["error AUROC, entropy"] is not None
+    assert largest["NLL ts"] == pytest.approx(stacked(results.seeds("made", "ensemble 3"), "nll_ts").mean().item())
+
+
+def test_goals_are_met_or_missed_by_the_tables(
+    scanned: tuple[SuiteConfig, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out, _ = scanned
+    results = read_results(suite, out)
+    monkeypatch.setattr(Results, "singles", lambda self, task: (1.0, True))  # so few rows would not count
+    medians = Table("", "", [], [["median of those that count", "yes", "curve", "> 3", "2", None, None]])
+    columns = ["reference", "task", "method", "set", "score", "AUROC", "AURC"]
+    good, bad, open_ = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
+    rows: list[Any] = [
+        ["ensemble 3", "made", "curve", "errors", "MI", good, good],  # a larger AURC is worse
+        ["ensemble 3", "made", "curve", "errors", "entropy", bad, bad],
+        ["ensemble 3", "made", "curve", "ood:a", "MI", good, None],
+        ["ensemble 3", "made", "curve", "ood:b", "MI", open_, None],
+        ["ensemble 3", "made", "curve", "ood:a", "entropy", bad, None],
+        ["ensemble 3", "made", "line", "ood:a", "entropy", good, None],
+    ]
+    table = goals(results, medians, Table("", "", columns, rows))
+    (row,) = table.rows
+    assert row[:2] == ["curve", 5] and row[2:4] == ["met: > 3", "missed: 2"]
+    assert row[4:8] == ["missed: +0 -1 of 1", "met: +1 -0 of 1", "met: +1 -0 of 2", "missed: +0 -1 of 1"]
+    height = heights(results, "made", "curve")
+    assert height is not None and row[10] == f"{'met' if height[0] <= 0.01 else 'missed'}: {height[0]:+.4f}"
+    assert isinstance(row[11], str) and row[11].endswith(("0 of 1", "1 of 1"))
 
 
 def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from loracurve.objective import negative_log_likelihood
 from loracurve.storage import read_table
 from loracurve.training import FitConfig, slot_times
 
-__all__ = ["along_curves", "barriers", "heights", "positions_of", "scans_by_task"]
+__all__ = ["along_curves", "anchors_of", "barriers", "heights", "point_nll_of", "positions_of", "scans_by_task"]
 
 
 def scans_by_task(results: Results) -> dict[str, list[tuple[Cell, Mapping[str, Any]]]]:
@@ -97,11 +97,13 @@ def positions_of(results: Results, done: list[CellResult]) -> list[float] | None
     return None
 
 
-def _anchors_of(results: Results, method: str) -> int:
-    """How many of the shared anchors a path runs through; 0 for a free curve, or anchors of its own."""
+def anchors_of(results: Results, method: str) -> int:
+    """How many of the shared anchors a path runs through; 0 for a free curve, anchors of its own and other methods."""
     options = method_of(results.suite, method)
     if isinstance(options, Line):
         return options.anchors
+    if not isinstance(options, Curve):
+        return 0
     own = with_changes(FitConfig(), options.training, "training").bootstrap.kind == "everywhere"
     return 0 if own or options.curve.kind == "free" else int(options.curve.anchors)
 
@@ -115,18 +117,19 @@ def heights(results: Results, task: str, method: str) -> tuple[float, Interval] 
         shared anchors.
     """
     done, whole = shared_seeds(results.seeds(task, method), results.seeds(task, full_ensemble(results.suite)))
-    if not done or positions_of(results, done) is None or not (count := _anchors_of(results, method)):
+    if not done or positions_of(results, done) is None or not (count := anchors_of(results, method)):
         return None
     plain, chosen = [], []
     for mine, anchors in zip(done, whole, strict=True):
-        path, ends = _point_nll(mine, "test"), _point_nll(anchors, "test")[:count]
+        path, ends = point_nll_of(mine, "test"), point_nll_of(anchors, "test")[:count]
         plain.append(float(path.mean(1).max() - ends.mean(1).max()))
-        places = [int(_point_nll(r, "validation")[:n].mean(1).argmax()) for r, n in ((mine, None), (anchors, count))]
+        places = [int(point_nll_of(r, "validation")[:n].mean(1).argmax()) for r, n in ((mine, None), (anchors, count))]
         chosen.append(path[places[0]] - ends[places[1]])
     return max(plain), bootstrap_interval(torch.stack(chosen).mean(0), seed_of(task, "heights"))
 
 
-def _point_nll(result: CellResult, name: str) -> Tensor:
+def point_nll_of(result: CellResult, name: str) -> Tensor:
+    """``[n, E]`` NLL of each example of a set at each point."""
     return negative_log_likelihood(result.points(name).double(), result.predictions.labels[name])
 
 
@@ -149,7 +152,7 @@ def along_curves(results: Results) -> Table:
         t = positions_of(results, done)
         if t is None or len(t) < 2:
             continue
-        nll = torch.stack([_point_nll(r, "test").mean(1) for r in done])
+        nll = torch.stack([point_nll_of(r, "test").mean(1) for r in done])
         above = heights(results, task, method)
         row: list[Value] = [task, method, nll.min(1).values.mean().item(), nll.max(1).values.mean().item()]
         row += above or (None, None)

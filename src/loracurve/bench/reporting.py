@@ -6,7 +6,9 @@ from pathlib import Path
 
 from loracurve.bench.deciding_tables import comparisons, deciding
 from loracurve.bench.detecting import detection, detection_differences, verdicts
+from loracurve.bench.goals import goals
 from loracurve.bench.landscape_tables import along_curves, barriers
+from loracurve.bench.questions import against_discrete, weighted_points
 from loracurve.bench.results import CellResult, Results, read_results, seed_of, stacked, write_metrics
 from loracurve.bench.setting import anchors_folder
 from loracurve.bench.suite import SuiteConfig
@@ -26,7 +28,9 @@ def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
     results = read_results(suite, out)
     write_metrics(results, out / "metrics.parquet")
     differences = detection_differences(results)
-    tables = [summary(results), *deciding(results, out), verdicts(results, differences), uncertainty(results)]
+    decided = deciding(results, out)
+    tables = [summary(results), goals(results, decided[-1], differences), *decided, verdicts(results, differences)]
+    tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
     tables += [*barriers(results, out), along_curves(results)]
     tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]
     tables = [t for t in [*tables, costs(results, out), left_out(results)] if t.rows]
