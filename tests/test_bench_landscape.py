@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from browser import CHROMIUM, Browser
+from markupsafe import escape
 from test_bench import little
 
 from loracurve.baselines.curve import Curve
@@ -26,7 +28,7 @@ from loracurve.bench.runner import run_suite
 from loracurve.bench.setting import open_shared
 from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
 from loracurve.bench.suite_files import load_suite
-from loracurve.bench.tables import Table
+from loracurve.bench.tables import Table, shown
 from loracurve.config import CurveConfig
 from loracurve.errors import UserError
 from loracurve.metrics import Interval
@@ -212,6 +214,42 @@ def test_goals_are_met_or_missed_by_the_tables(
     height = heights(results, "made", "curve")
     assert height is not None and row[10] == f"{'met' if height[0] <= 0.01 else 'missed'}: {height[0]:+.4f}"
     assert isinstance(row[11], str) and row[11].endswith(("0 of 1", "1 of 1"))
+
+
+def test_the_page_has_the_tables_and_figures(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:
+    suite, out, _ = scanned
+    tables = write_tables(suite, out, page=True)
+    page = (out / "report.html").read_text()
+    drawn = {p.stem for p in (out / "figures").glob("*.png")}
+    names = (
+        "barriers_made",
+        "points_made",
+        "reliability_made",
+        "auroc_detection_of_errors",
+        "auroc_detection_of_other_sets",
+    )
+    assert drawn == {*names, "ensembles_and_one_mode_made", "ensembles_and_curves_made"}
+    assert page.count('<img src="data:image/png;base64,') == len(drawn)
+    for table in tables:
+        if table.name in ("goals", "summary", "barriers", "along_curves", "against_discrete", "weighted_points"):
+            assert str(escape(table.title)) in page and str(escape(shown(table.rows[0][-1]))) in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_opens_without_complaints(scanned: tuple[SuiteConfig, Path, list[str]], tmp_path: Path) -> None:
+    suite, out, _ = scanned
+    write_tables(suite, out, page=True)
+    browser = Browser(str(CHROMIUM), tmp_path)
+    try:
+        browser.call("Page.navigate", url=(out / "report.html").as_uri())
+        browser.until("document.readyState == 'complete' && document.images.length > 0")
+        assert browser.run("[...document.images].every(i => i.naturalWidth > 300)")
+        assert browser.run(
+            "document.documentElement.scrollWidth <= window.innerWidth"
+        )  # wide tables scroll on their own
+        assert browser.complaints == []
+    finally:
+        browser.close()
 
 
 def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:

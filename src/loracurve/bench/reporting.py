@@ -8,6 +8,7 @@ from loracurve.bench.deciding_tables import comparisons, deciding
 from loracurve.bench.detecting import detection, detection_differences, verdicts
 from loracurve.bench.goals import goals
 from loracurve.bench.landscape_tables import along_curves, barriers
+from loracurve.bench.page import write_suite_page
 from loracurve.bench.questions import against_discrete, weighted_points
 from loracurve.bench.results import CellResult, Results, read_results, seed_of, stacked, write_metrics
 from loracurve.bench.setting import anchors_folder
@@ -19,10 +20,13 @@ from loracurve.storage import atomic_write, read_json
 __all__ = ["write_tables"]
 
 
-def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
+def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> list[Table]:
     """Read the store of a suite and write metrics.parquet, tables.md and tables/NAME.{md,tex,csv}.
 
     Everything but `costs` is a function of the predictions alone, equal to the byte whenever these are.
+
+    Args:
+        page: write report.html and the folder figures too.
     """
     out = Path(out)
     results = read_results(suite, out)
@@ -38,6 +42,8 @@ def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
         write_table(table, out / "tables")
     text = "\n".join(t.markdown() for t in tables)
     atomic_write(out / "tables.md", lambda p: p.write_text(text))
+    if page and results.done:
+        write_suite_page(results, tables, out)
     return tables
 
 

@@ -44,6 +44,8 @@ class CellResult:
     cell: Cell
     record: Mapping[str, Any]
     predictions: Predictions
+    resampled: dict[tuple[str, str, str], tuple[float | None, Tensor]] = field(default_factory=dict)
+    """measures over resamples by set, score and measure, kept by `detecting`, which needs them for each reference"""
 
     @property
     def test(self) -> Predictive:
