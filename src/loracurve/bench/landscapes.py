@@ -21,7 +21,7 @@ from loracurve.evaluation import labels_of, point_nll, predict_split
 from loracurve.landscape import Scan, lay_out, scan_paths
 from loracurve.lora_space import ControlPoints, stack_adapters
 from loracurve.model import CurveModel
-from loracurve.paths import PATHS, PathName, anchor_paths, curve_path, grid, scalings_of
+from loracurve.paths import PATHS, Path, PathName, anchor_paths, curve_path, grid, scalings_of
 from loracurve.sharpness import balanced_adapter, perturbed
 from loracurve.spec import CurveSpec
 from loracurve.storage import records
@@ -94,10 +94,7 @@ def scan_anchors(
     if options.dtype != "auto":
         model.model.to(getattr(torch, options.dtype))
     first = {name: points[: options.pairs + 1] for name, points in anchors.items()}
-    paths = {
-        name: replace(path, points={n: p.to(model.device) for n, p in path.points.items()})
-        for name, path in anchor_paths(first, options.paths, scalings_of(model)).items()
-    }
+    paths = {n: _moved(p, model) for n, p in anchor_paths(first, options.paths, scalings_of(model)).items()}
     splits = [lay_out(model, sets[name], name, options.rows or None) for name in ("validation", "test")]
     with _tf32(model):
         scan = scan_paths(model, paths, splits, {n: grid(p.segments, options.points) for n, p in paths.items()})
@@ -110,6 +107,13 @@ def scan_anchors(
         "cost": scan.cost,
     }
     return record, {"paths": scan.frame(), "excess": _excess_of_rows(scan, barriers)}
+
+
+def _moved(path: Path, model: CurveModel) -> Path:
+    """The path with its control points beside the model; norms are matched on the CPU, in small steps."""
+    if path.norm_matched:
+        return path
+    return replace(path, points={name: p.to(model.device) for name, p in path.points.items()})
 
 
 def _excess_of_rows(scan: Scan, barriers: pd.DataFrame) -> pd.DataFrame:
@@ -149,8 +153,7 @@ def along_curve(
         t, speed (||d Delta W / dt|| at t), distances (||Delta W(t_i) - Delta W(t_j)||), length (through these points)
         and sharpness: t, loss, noisy and increase (nats) at some points.
     """
-    path = curve_path(model)
-    path = replace(path, points={name: p.to(model.device) for name, p in path.points.items()})
+    path = _moved(curve_path(model), model)
     distances = path.distances(t)
     out: dict[str, Any] = {
         "t": list(t),
