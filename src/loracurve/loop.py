@@ -66,7 +66,8 @@ class LoopConfig:
     row_tokens: int = 256
     """Short examples are packed into rows of up to this many tokens."""
     capture: bool = True
-    """On a GPU, capture whole steps in CUDA graphs; rows are then padded to a few lengths and hold one example each."""
+    """On a GPU, capture whole steps in CUDA graphs; each then has as many rows, filled evenly and padded to a few
+    lengths."""
     compile: bool = False
     """On a GPU, compile the decoder layers: a minute or so at the start, then steps of large models are faster."""
     gradient_checkpointing: bool = False
