@@ -331,7 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("loracurve: interrupted; the same command goes on (fit and quickstart: with --resume)", file=sys.stderr)
+        if distributed.is_main():
+            print(
+                "loracurve: interrupted; the same command goes on (fit and quickstart: with --resume)", file=sys.stderr
+            )
         return 130
     except Exception:
         if distributed.speaks_first():

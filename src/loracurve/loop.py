@@ -218,6 +218,7 @@ def run_loop(
                 on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
             if state.step == stop_after:
                 break
+    stepper.forget_gradients()
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
         with torch.no_grad():
             for p, best in zip(factors, state.best, strict=True):

@@ -142,9 +142,9 @@ class Stepper:
         return self.updating(())
 
     def _step(self, parts: list[Part]) -> Tensor:
-        self._forget_gradients()
+        self.forget_gradients()
         result = self._update(self._gradients(parts))
-        self._forget_gradients()
+        self.forget_gradients()
         return result
 
     def _room_for_sums(self) -> Tensor:
@@ -152,7 +152,7 @@ class Stepper:
         sizes = [p.numel() for p in self.factors]
         sums = self.factors[0].new_zeros(sum(sizes) + 1 + len(self.program.figures), requires_grad=False)
         for p, part in zip(self.factors, sums.split([*sizes, len(sums) - sum(sizes)]), strict=False):
-            p.grad = part.view_as(p)
+            p.grad = part.as_strided(p.shape, p.stride(), part.storage_offset())
         return sums
 
     def _gradients_for_sums(self, parts: list[Part]) -> Tensor:
@@ -196,8 +196,8 @@ class Stepper:
                     p.copy_(torch.where(free, p, (tie @ p.flatten(1)).view_as(p)))
         return torch.stack([values[0].float(), norm.float(), *values[1:].float()])
 
-    def _forget_gradients(self) -> None:
-        # The backward pass then hands its own tensors over instead of adding to zeros.
+    def forget_gradients(self) -> None:
+        """Let go of the gradients; the backward pass then hands its own tensors over instead of adding to zeros."""
         for p in self.factors:
             p.grad = None
 

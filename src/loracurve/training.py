@@ -333,13 +333,19 @@ def fit(
     config.check_curve(model.spec)
     join()
     if model.sharded and config.perturbation.kind == "flat_lora":
-        raise UserError("perturbation.kind: expected none, lora_space or sam with a base spread over processes")
+        raise UserError(
+            "perturbation.kind: expected none, lora_space or sam with a base spread over processes, found flat_lora; "
+            "change it, or set model.shard to false"
+        )
     accelerator = loop.setdefault("accelerator", Accelerator())
     assert isinstance(accelerator, Accelerator)
     model.to(accelerator.device)  # where the noise is drawn
     corruption = config.corruption
     if corruption.kind == "text" and task.config.scoring == "lm" and world()[1] > 1:
-        raise UserError("corruption.kind: expected none with language modelling in several processes, found text")
+        raise UserError(
+            "corruption.kind: expected another than text for language modelling in several processes, found text; "
+            "train in one process"
+        )
     vocabulary = ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None
     others = None if corruption.file is None else unlabelled(task, corruption.file)
     program = _Curve(model, task.encode("train"), task.encode("validation"), config, vocabulary, others)
