@@ -6,7 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loracurve.baselines.base import Method
 from loracurve.baselines.ensembles import Ensemble
@@ -17,6 +17,7 @@ from loracurve.tasks import Scoring, TaskConfig
 
 __all__ = [
     "Cell",
+    "Executor",
     "SuiteConfig",
     "SuiteTask",
     "cells_of",
@@ -24,6 +25,9 @@ __all__ = [
     "method_of",
     "slug",
 ]
+
+Executor = Literal["processes", "ray"]
+"""What runs cells side by side: processes of this machine, or the workers of a Ray cluster."""
 
 
 @dataclass(frozen=True)
