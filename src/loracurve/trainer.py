@@ -61,7 +61,6 @@ class CurveTrainer(Trainer):
     """
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = _FIXED
-    loss_is_scaled_for_ga: bool | None = False
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class CurveTrainer(Trainer):
         # What Trainer would find by looking at CurveModel.forward, which takes anything.
         self.label_names = ["labels"]
         self._signature_columns: Any = [*inspect.signature(model.model.forward).parameters, "label", "label_ids"]
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         self._drawn = (-1, 0)
         # Trainer asks the model's config for these (the second one to align special tokens), which PEFT's don't have.
         vars(model.config)["to_json_string"] = lambda: json.dumps(model.config.to_dict(), default=sorted)
