@@ -17,6 +17,7 @@ PAGES = {
     "../CONTRIBUTING.md": "project/contributing.md",
     "../CHANGELOG.md": "project/changelog.md",
     "../examples/trainer.py": "trainer-examples.md",
+    "../examples/session.py": "session.md",
     "../examples/sft.py": "trainer-examples.md",
 }
 

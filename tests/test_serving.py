@@ -288,3 +288,14 @@ def test_what_is_wrong_before_anything_is_asked(
         ServedCurve(server.url, exported[1]).choices("a", [" one", " one"])
     with pytest.raises(UserError, match="expected a server, found none"):
         ServedCurve("http://127.0.0.1:9", exported[1], timeout=2).next_token("a")
+
+
+def test_the_example_of_the_page_runs(
+    exported: tuple[Path, Path, Path], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported[1].parent)
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block.replace("http://127.0.0.1:8000", server.url), names)
+    assert names["predictive"].probs.shape == (1, 2)
