@@ -1,11 +1,15 @@
-"""P5: M anchors in one pass against M PEFT fine-tunes one after the other, by the time of a step."""
+"""P5: M anchors in one pass against M PEFT fine-tunes one after the other, on prompts of real lengths.
+
+Both take the same rows in the same steps. PEFT pads each batch to its longest prompt, as its users do; we share common
+beginnings on a CPU and pad to few lengths on a GPU. Our seconds hold everything from the first step on (capture, the
+laying out of batches); PEFT has warmed up.
+"""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,80 +25,81 @@ from common import (
     peft_model,
     random_adapters,
     report,
+    reset_memory,
     show,
-    synthetic,
-    timed,
+    stacked,
 )
 from torch.nn.functional import cross_entropy
 from training_step import STEP
+from whole_set import encode, texts
 
-from loracurve.loop import LoopConfig
+from loracurve.loop import LoopConfig, batch_numbers
 from loracurve.spec import CurveSpec
 from loracurve.stepping import Stepper
-from loracurve.training import _Anchors
+from loracurve.training import _Anchors, slot_seeds
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, steps={"type": int, "default": 100 if DEVICE.type == "cuda" else 3})
     begin = time.perf_counter()
     if options.shape == "7b":
         options.shape = "smollm2"
-    r, rows, tokens = 8, 32, 48
+    r, rows = 8, 32
     base = build(options.shape)
     twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    encoded = synthetic(256, tokens, base.config.vocab_size)
+    encoded = encode(texts(None, 1000), base.config.vocab_size)
+    lengths = [len(e.prompt) for e in encoded.examples]
     model = curve_model(base, r, CurveSpec.slots(3))
-    figures: dict[str, Any] = {"relative_errors": check(), "rows": rows, "tokens": tokens}
-    adapter = random_adapters(model, 1)
-    other = peft_model(twin, lora(r), adapter, cast=True).to(DEVICE).train()
+    figures: dict[str, Any] = {"relative_errors": check(), "rows": rows, "steps": options.steps}
+    figures["mean_tokens"] = statistics.mean(lengths)
+    other = peft_model(twin, lora(r), random_adapters(model, 1), cast=True).to(DEVICE).train()
     params = [p for p in other.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
     answers = torch.tensor(ANSWERS, device=DEVICE)
-    ids = torch.tensor([e.prompt for e in encoded.examples[:rows]], device=DEVICE)
-    labels = torch.tensor([e.label for e in encoded.examples[:rows]], device=DEVICE)
+    seed = slot_seeds(0, 1)[0]
 
-    def peft_step() -> None:
-        logits = other(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].index_select(-1, answers)
-        cross_entropy(logits.float(), labels).backward()
+    def peft_step(step: int) -> None:
+        prompts = [encoded.examples[i] for i in batch_numbers(seed, step, len(encoded), rows)]
+        size = max(len(e.prompt) for e in prompts)
+        ids = torch.tensor([[0] * (size - len(e.prompt)) + list(e.prompt) for e in prompts], device=DEVICE)
+        mask = torch.tensor([[0] * (size - len(e.prompt)) + [1] * len(e.prompt) for e in prompts], device=DEVICE)
+        labels = torch.tensor([e.label for e in prompts], device=DEVICE)
+        out = other(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        cross_entropy(out.logits[:, -1].index_select(-1, answers).float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    figures["peft_step_ms"] = timed(peft_step, options.repeats)
-    note(begin, f"PEFT step {figures['peft_step_ms']:.1f} ms")
-    for anchors in (3, 10):
-        model.set_curve(CurveSpec.slots(anchors), _stack(model, anchors))
-        for capture in (False, True):
-            config = LoopConfig(batch_size=rows, capture=capture)
-            program = _Anchors(model, encoded, encoded, config, anchors)
-            model.train()
-            stepper = Stepper(program, model.factors, model.spec.mask, STEP, capture)
-            parts = program.parts(0)
-            key = f"{anchors}_anchors_{'captured' if capture else 'eager'}"
-            figures[f"{key}_ms"] = timed(lambda: stepper(parts, 1.0), options.repeats)  # noqa: B023
-            figures["batches_ms"] = host_time(lambda: program.parts(0), options.repeats)  # noqa: B023
-            figures[f"{key}_with_batches_ms"] = timed(lambda: stepper(program.parts(0), 1.0), options.repeats)  # noqa: B023
-        figures[f"{anchors}_fine_tunes_over_ours"] = (
-            anchors * figures["peft_step_ms"] / figures[f"{key}_with_batches_ms"]
-        )
-        note(begin, f"{anchors} anchors {figures[f'{key}_with_batches_ms']:.1f} ms")
+    for step in range(2):
+        peft_step(step)
+    figures["peft_s"] = seconds(lambda: [peft_step(step) for step in range(options.steps)])
+    note(begin, f"PEFT {figures['peft_s']:.2f} s for one fine-tune")
+    for anchors in (3, 10) if DEVICE.type == "cuda" else (3,):
+        reset_memory()
+        model.set_curve(CurveSpec.slots(anchors), stacked(random_adapters(model, anchors)))
+        program = _Anchors(model, encoded, encoded, LoopConfig(batch_size=rows, seed=0), anchors)
+        model.train()
+        stepper = Stepper(program, model.factors, model.spec.mask, STEP)
+
+        def fit(program: Any = program, stepper: Any = stepper) -> None:
+            for step in range(options.steps):
+                stepper(program.parts(step), 1.0)
+
+        figures[f"{anchors}_anchors_s"] = seconds(fit)
+        figures[f"{anchors}_anchors_tokens"] = sum(p.batch.tokens for p in program.parts(0))
+        figures[f"{anchors}_anchors_batches_s"] = seconds(lambda: [program.parts(s) for s in range(options.steps)])  # noqa: B023
+        figures[f"{anchors}_fine_tunes_over_ours"] = anchors * figures["peft_s"] / figures[f"{anchors}_anchors_s"]
+        note(begin, f"{anchors} anchors {figures[f'{anchors}_anchors_s']:.2f} s")
         report("anchors", options, figures)
     show("anchors", figures)
 
 
-def host_time(function: Callable[[], Any], repeats: int) -> float:
-    """Median milliseconds of work on the host: laying out batches should not be slower than the step."""
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found)
-
-
-def _stack(model: Any, count: int) -> dict[str, torch.Tensor]:
-    adapters = random_adapters(model, count)
-    return {n: torch.stack([a[n] for a in adapters]) for n in adapters[0]}
+def seconds(function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
 def build(shape: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A model with random weights: Qwen2.5-7B's or SmolLM2-135M's shapes, or a small one for the CPU."""
     torch.manual_seed(0)
-    dtype = dtype or (torch.bfloat16 if shape != "small" else torch.float32)
+    # CPU cores without bfloat16 units would make a slow reference.
+    dtype = dtype or (torch.float32 if shape == "small" or DEVICE.type == "cpu" else torch.bfloat16)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -220,12 +221,14 @@ def reset_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def report(name: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
+def report(name: str, options: argparse.Namespace, figures: dict[str, Any], command: str = "") -> None:
     """Write the figures with versions and device; called as often as there are new ones."""
     options.out.mkdir(parents=True, exist_ok=True)
     env = environment()
-    env["command"] = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
-    env["command"] += "" if options.compile else " --no-compile"
+    if not command:
+        command = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
+        command += "" if options.compile else " --no-compile"
+    env["command"] = command
     path = options.out / f"{name}-{options.shape}-{DEVICE.type}.json"
     path.write_text(
         json.dumps({"benchmark": name, "shape": options.shape, **figures, "environment": env}, indent=2) + "\n"

@@ -25,7 +25,7 @@ def quantise(base: nn.Module) -> nn.Module:
             continue
         bias = module.bias is not None
         new = bnb.nn.Linear4bit(module.in_features, module.out_features, bias, torch.bfloat16, quant_type="nf4")
-        new.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         if bias:
             new.bias = nn.Parameter(module.bias.data, requires_grad=False)
         parent, _, child = name.rpartition(".")

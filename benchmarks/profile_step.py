@@ -61,15 +61,16 @@ def main() -> None:
     for compiled in (False, True) if options.compile else (False,):
         if compiled:
             model.compile_layers()
-        model.set_curve(CurveSpec(1, 2), model.fresh_points(CurveSpec(1, 2)))
-        step, _ = ours(model, encoded, rows, True)
+        for name, segments in (("points", 1), ("step", 1), ("step_s4", 4)):
+            spec = CurveSpec(segments, 2)
+            model.set_curve(spec, model.fresh_points(spec))
 
-        def points() -> torch.Tensor:
-            return model.point_log_probs(prompt, slot_times(8))
+            def points() -> torch.Tensor:
+                return model.point_log_probs(prompt, slot_times(8))
 
-        for name, function in (("step", step), ("points", points)):
-            model.train(name == "step")
-            with torch.set_grad_enabled(name == "step"):
+            function = points if name == "points" else ours(model, encoded, rows, True)[0]
+            model.train(name != "points")
+            with torch.set_grad_enabled(name != "points"):
                 found = kernels(function, min(options.repeats, 5))
             by_kind: Counter[str] = Counter()
             for key, ms, _ in found:
@@ -86,7 +87,6 @@ def main() -> None:
             for k, ms, count in found[: options.top]:
                 print(f"   {ms:8.2f} ms {count:6.0f} x {k[:100]}")
             report("profile_step", options, figures)
-        del step
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ def lines(results: Path) -> list[str]:
     return out
 
 
+def write_table(page: Path, table: list[str]) -> None:
+    """Put a table between the marks of a page."""
+    text = page.read_text()
+    before, after = text.split(START)[0], text.split(END)[1]
+    page.write_text(f"{before}{START}\n" + "\n".join(table) + f"\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder with the JSON files")
@@ -83,9 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     table = lines(options.out)
     print("\n".join(table))
-    text = options.readme.read_text()
-    before, after = text.split(START)[0], text.split(END)[1]
-    options.readme.write_text(f"{before}{START}\n" + "\n".join(table) + f"\n{END}{after}")
+    write_table(options.readme, table)
 
 
 if __name__ == "__main__":

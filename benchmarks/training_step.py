@@ -6,7 +6,6 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -149,38 +148,37 @@ def main() -> None:
     twins = [copy.deepcopy(base, shared(base)) for _ in range(2)]
     model = curve_model(base, r, CurveSpec(1, 2))
     adapter = random_adapters(model, 1)[0]
-    for rows, tokens in sizes:
-        name = f"{rows}x{tokens}"
-        encoded = synthetic(rows, tokens, base.config.vocab_size)
+    figures |= {f"{rows}x{tokens}": {"losses": {}} for rows, tokens in sizes}
+
+    def done(size: tuple[int, int], key: str, measure: Callable[..., tuple[dict[str, Any], float]], *more: Any) -> None:
+        rows, tokens = size
+        found = figures[f"{rows}x{tokens}"]
+        try:
+            found[key], found["losses"][key] = measure(*more, options.repeats)
+        except RuntimeError as error:  # memory, a compiler: the other figures are worth having
+            found[key] = {"failed": str(error).splitlines()[0][:200]}
+        summarise(found, flop * rows * tokens, rate)
+        note(begin, f"{rows}x{tokens} {key}: {json.dumps(rounded(found[key]))}")
+        report("training_step", options, figures)
+
+    data = {size: synthetic(*size, base.config.vocab_size) for size in sizes}
+    # PEFT first: graphs of ours would hold memory that it needs.
+    for size, encoded in data.items():
         ids = torch.tensor([e.prompt for e in encoded.examples], device=DEVICE)
         labels = torch.tensor([e.label for e in encoded.examples], device=DEVICE)
-        found: dict[str, Any] = {"losses": {}}
-        figures[name] = found
-
-        def done(key: str, measure: Callable[[], tuple[dict[str, Any], float]]) -> None:
-            try:
-                found[key], found["losses"][key] = measure()  # noqa: B023
-            except RuntimeError as error:  # memory, a compiler: the other figures are worth having
-                found[key] = {"failed": str(error).splitlines()[0][:200]}  # noqa: B023
-            summarise(found, flop * rows * tokens, rate)  # noqa: B023
-            note(begin, f"{name} {key}: {json.dumps(rounded(found[key]))}")  # noqa: B023
-            report("training_step", options, figures)
-
         for key, cast in (("peft", True), ("peft_adapters_bf16", False)):
-            done(key, partial(measure_peft, twins[0], r, adapter, cast, ids, labels, options.repeats))
-        first = rows == sizes[0][0]
+            done(size, key, measure_peft, twins[0], r, adapter, cast, ids, labels)
+    for size, encoded in data.items():
         runs = [("captured", True, 1), ("captured", True, 4)]
-        for kind, capture, segments in [("eager", False, 1), *runs] if first else runs:
-            measure = partial(measure_ours, model, encoded, rows, segments, capture, options.repeats)
-            done(f"curve_s{segments}_{kind}", measure)
-        if options.compile:
+        for kind, capture, segments in [("eager", False, 1), *runs] if size == sizes[0] else runs:
+            done(size, f"curve_s{segments}_{kind}", measure_ours, model, encoded, size[0], segments, capture)
+    if options.compile:
+        compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
+        compiled.compile_layers()
+        for size, encoded in data.items():
             torch._dynamo.reset()  # each size as a run of one length would have it
-            compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
-            compiled.compile_layers()
-            for segments in (1, 4) if first else (1,):
-                measure = partial(measure_ours, compiled, encoded, rows, segments, True, options.repeats)
-                done(f"curve_s{segments}_compiled", measure)
-            del compiled, measure
+            for segments in (1, 4) if size == sizes[0] else (1,):
+                done(size, f"curve_s{segments}_compiled", measure_ours, compiled, encoded, size[0], segments, True)
     show("training_step", figures)
 
 

@@ -10,9 +10,10 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve.batching import collate, evaluation_batches, tree_mask
+from loracurve.batching import _padded, collate, evaluation_batches, packed_rows, tree_mask
 from loracurve.inference import predict
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.tasks import Encoded, Example
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 
@@ -83,3 +84,41 @@ def test_rows_of_one_example_share_a_unit_where_choices_cannot_be_packed(tmp_pat
     batch = collate(encoded, [3, 4, 5], packing=False)
     assert batch.units is not None
     assert torch.bincount(batch.units).tolist() == [encoded.examples[i].n_choices for i in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("scoring", ["text", "letter"])
+def test_few_shapes_fill_equal_rows_for_each_slot(tmp_path: Path, scoring: str) -> None:
+    encoded = made_task(tmp_path, "qwen2", scoring).encode("train")
+    numbers, slots = list(range(24)), [m for m in range(3) for _ in range(8)]
+    rows = 3
+    batch = collate(encoded, numbers, 128, slots=slots, pad_to=32, rows=rows)
+    assert batch.row_slots is not None and batch.slots is not None and batch.ends is not None
+    assert torch.bincount(batch.row_slots).tolist() == [rows] * 3
+    assert batch.slots.tolist() == slots and batch.index.tolist() == numbers
+    assert batch.input_ids.shape[1] % 32 == 0
+    model = CurveModel(tiny("qwen2", torch.float64, 600), lora_config("qwen2"), CurveSpec.slots(3))
+    model.set_curve(model.spec, random_points(model))
+    alone = collate(encoded, numbers, 1, slots=slots)
+    eye = torch.eye(3, dtype=torch.float64)
+    assert model.arrange(batch, eye)[1].kind == "points"
+    with torch.inference_mode():
+        torch.testing.assert_close(model.scores(batch, eye), model.scores(alone, eye), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_a_split_follow_its_lengths() -> None:
+    def split(*sizes: int) -> Encoded:
+        examples = [Example(str(i), tuple(range(n)), (), 0, 2) for i, n in enumerate(sizes)]
+        return Encoded(examples, "answer", (1, 2), ("a", "b"), "sum", 0)
+
+    varied = split(*[10] * 15, 90)  # 15 tokens on average; 16 examples of which one has 90: 240 in all
+    assert packed_rows(varied, 16, 64) == 4
+    assert packed_rows(varied, 16, 10_000) == 16  # such a row would be longer than all of them
+    assert packed_rows(split(*[20] * 16), 16, 64) == 16  # equal lengths: nothing to save
+    assert packed_rows(varied, 1, 64) == 1
+
+
+def test_padded_sizes_are_few() -> None:
+    assert [_padded(s, 1) for s in (1, 13, 1000)] == [1, 13, 1000]
+    assert [_padded(s, 32) for s in (1, 32, 200, 256, 257, 513, 1000, 1025)] == [32, 32, 224, 256, 320, 640, 1024, 1280]
+    sizes = {_padded(s, 32) for s in range(1, 4096)}
+    assert len(sizes) <= 32 and all(_padded(s, 32) < max(1.25 * s, s + 32) + 1 for s in range(1, 4096))

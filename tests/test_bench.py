@@ -84,6 +84,20 @@ def test_shipped_suites_parse(name: str) -> None:
     assert len({fingerprint(suite, c) for c in cells_of(suite)}) == len(cells_of(suite))
 
 
+EVIDENCE = Path(__file__).parents[1] / "results" / "suites"
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.yaml")), ids=lambda p: p.stem)
+def test_suites_of_the_evidence_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EVIDENCE.parents[1])
+    suite = load_suite(path)
+    assert len({fingerprint(suite, c) for c in cells_of(suite)}) == len(cells_of(suite))
+    if path.stem == "choices_baselines":  # one store: what is done of the other suite is done of this one
+        first = load_suite(EVIDENCE / "choices.yaml")
+        more = {fingerprint(suite, c) for c in cells_of(suite)}
+        assert {fingerprint(first, c) for c in cells_of(first)} < more
+
+
 @pytest.mark.parametrize("name", ["default", "blob", "laplace_lora", "authors"])
 def test_profiles_parse_and_are_all_that_is_shipped(name: str) -> None:
     assert load_suite("smoke", ["--profile", name]).profile == name

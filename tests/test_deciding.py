@@ -12,6 +12,7 @@ from loracurve import metrics
 from loracurve.bench.deciding import (
     counts_above_chance,
     deep_ensemble_equivalent,
+    ensemble_auroc,
     ensemble_scores,
     holm,
     novel_share,
@@ -22,7 +23,8 @@ from loracurve.bench.detecting import verdicts
 from loracurve.bench.tables import Table
 from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.metrics import Interval
-from loracurve.resampling import interval_of, resample_counts, resampled_aurc, resampled_auroc
+from loracurve.predictive import Predictive
+from loracurve.resampling import interval_of, resample_counts, resampled_aurc, resampled_auroc, resampled_ece
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -62,6 +64,17 @@ def test_ensemble_scores_equal_a_plain_loop() -> None:
     assert scores["nll"][1] == pytest.approx(sum(nll) / 3, abs=1e-12)
     assert scores["brier"][1] == pytest.approx(sum(brier) / 3, abs=1e-12)
     assert len(scores["nll"]) == 3
+
+
+def test_ensembles_detect_errors_as_their_averages_do() -> None:
+    test, labels = (2 * drawn(3, 50, 3)).log_softmax(-1), torch.arange(50) % 3
+    found = ensemble_auroc(test, labels)
+    pairs = [Predictive.from_log_probs(test[[a, b]]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    for by, name in (("MI", "mutual_information"), ("entropy", "entropy")):
+        by_hand = [metrics.auroc(getattr(p, name), ~p.correct(labels)).value for p in pairs]
+        assert found[by][1] == pytest.approx(sum(v for v in by_hand if v is not None) / 3, abs=1e-6)  # type: ignore[index]
+    assert found["MI"][0] is None and len(found["entropy"]) == 3
+    assert ensemble_auroc(test[:1], test[0].argmax(-1))["entropy"] == [None]  # no errors
 
 
 def test_members_with_independent_errors_make_larger_ensembles_better() -> None:
@@ -122,6 +135,17 @@ def test_resampled_measures_equal_those_of_the_resamples() -> None:
         chosen = torch.arange(50).repeat_interleave(row)
         assert auroc[r].item() == pytest.approx(metrics.auroc(scores[chosen], positive[chosen]).value, abs=1e-6)
         assert aurc[r].item() == pytest.approx(metrics.aurc(scores[chosen], positive[chosen]), abs=1e-9)
+
+
+def test_resampled_calibration_errors_equal_those_of_the_resamples() -> None:
+    probs, labels = (2 * drawn(60, 3)).softmax(-1), torch.arange(60) % 3
+    counts = resample_counts(60, seed=3, resamples=10)
+    found = resampled_ece(probs.max(-1).values, probs.argmax(-1) == labels, counts)
+    for r, row in enumerate(counts.long()):
+        chosen = torch.arange(60).repeat_interleave(row)
+        assert found[r].item() == pytest.approx(
+            metrics.expected_calibration_error(probs[chosen], labels[chosen]), abs=1e-6
+        )
 
 
 def test_a_resample_without_positives_is_left_out() -> None:

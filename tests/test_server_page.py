@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from browser import Browser
+from browser import CHROMIUM, Browser
 from made_runs import QUICK, base_folder, command, config_file, data_folder
 
 from loracurve.run import open_run
@@ -20,7 +19,6 @@ from loracurve.server.options import ServeConfig
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 from loracurve.server.app import make_app  # noqa: E402
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import lora_config, tiny
 from tokenizers_made import bert_style, eos_style, llama_style, qwen_style, smollm_style
 
 from loracurve.errors import UserError
+from loracurve.evaluation import predict_split
+from loracurve.model import CurveModel, CurveSpec
 from loracurve.tasks import TEMPLATES, Dataset, Row, Task, TaskConfig, load_task, read_dataset
 from loracurve.tasks.templates import custom_template, fields_of
 from loracurve.tasks.tokens import answer_tokens
@@ -142,6 +145,37 @@ def test_rows_in_and_out_of_distribution_have_the_same_format(tmp_path: Path) ->
     assert text == "Question: why?\nA. p\nB. q\nAnswer:"
     with pytest.raises(UserError, match="without any"):
         mine.encode_rows([Row("t", text="no choices")])
+
+
+def test_foreign_rows_borrow_what_they_lack(tmp_path: Path) -> None:
+    tokenizer = qwen_style()
+    rows = [Row("s", 1, text="rust", text2="damp"), Row("m", 2, question="why?", choices=("p", "q", "r"))]
+    mine = load_task(questions(tmp_path / "q", scoring="text"), tokenizer)
+    encoded = mine.encode_foreign(rows)
+    assert [e.label for e in encoded.examples] == [None, None]
+    prompts = [shown(tokenizer, e.prompt) for e in encoded.examples]
+    assert prompts == ["Question: rust damp\nAnswer:", "Question: why?\nAnswer:"]
+    choices = [[shown(tokenizer, c).strip() for c in e.choices] for e in encoded.examples]
+    assert choices[0] in [q["choices"] for q in QUESTIONS] and choices[1] == ["p", "q", "r"]
+    assert mine.encode_foreign(rows[:1]).examples == encoded.examples[:1], "which one depends on the id alone"
+    # All rows have the same choices, and a passage each: so do the foreign ones.
+    for scoring in ("text", "label", "letter"):
+        passages = TaskConfig(folder(tmp_path / "p", PASSAGES, "multiple_choice", ("no", "yes")), scoring)  # type: ignore[arg-type]
+        foreign = load_task(passages, tokenizer).encode_foreign(rows).examples
+        assert [e.n_choices for e in foreign] == [2, 2]
+        assert all(shown(tokenizer, e.prompt).startswith("Passage: it is red\nQuestion: ") for e in foreign)
+
+
+def test_texts_of_the_same_choices_score_as_their_words(tmp_path: Path) -> None:
+    tokenizer = qwen_style()
+    base = tiny("qwen2", torch.float64, len(tokenizer))
+    model = CurveModel(base, lora_config("qwen2"), CurveSpec(1, 1))
+    t = torch.tensor([0.0], dtype=torch.float64)
+    found = []
+    for scoring in ("text", "label"):
+        config = TaskConfig(folder(tmp_path, PASSAGES, "multiple_choice", ("no", "yes")), scoring)  # type: ignore[arg-type]
+        found.append(predict_split(model, load_task(config, tokenizer).encode("test"), t).probs)
+    torch.testing.assert_close(*found)
 
 
 def test_choice_texts(tokenizer: Any, tmp_path: Path) -> None:
@@ -355,6 +389,7 @@ def test_word_sentiment_task() -> None:
         ("arc_challenge", "text", "validation"),
         ("boolq", "label", "test"),
         ("winogrande_s", "text", "train"),
+        ("winogrande_m", "text", "test"),
         ("mmlu_anatomy", "letter", "validation"),
         ("sst2", "letter", "test"),
         ("mrpc", "letter", "test"),
@@ -374,6 +409,7 @@ def test_no_example_is_dropped(name: str, scoring: Any, split: str) -> None:
     assert task.labels(split).tolist() == [example.label for example in encoded.examples]
     assert all(0 <= example.label < example.n_choices for example in encoded.examples if example.label is not None)
     assert max(len(example.prompt) for example in encoded.examples) <= 512
+    assert all(bool(example.given) == name.startswith("winogrande") for example in encoded.examples)
 
 
 def test_real_wordpiece_tokenizer() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracurve.tasks.encoding import Encoded, Example
+from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.tokens import common_prefix
 
-__all__ = ["Batch", "collate", "evaluation_batches", "tree_mask"]
+__all__ = ["Batch", "collate", "evaluation_batches", "packed_rows", "tree_mask"]
 
 
 @dataclass
@@ -110,24 +110,20 @@ class _Row:
         self.ends[start:stop] = [len(self.tokens)] * (stop - start)
 
 
-def _own_tokens(example: Example) -> int:
-    return len(example.prompt) + sum(len(c) - 1 for c in example.choices)
-
-
 # Packed rows need a mask and longer attention: they must save at least this part of the padded tokens.
 WORTH_PACKING = 0.2
 
 
-def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
+def _pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`.
 
     One example a row where packing would save little: prompts of like length without a long common prefix.
     """
-    prefix = common_prefix([examples[i].prompt for i in numbers])
+    prefix = common_prefix([encoded.examples[i].prompt for i in numbers])
     rows: list[list[int]] = []
     used = longest = 0
     for place, i in enumerate(numbers):
-        own = _own_tokens(examples[i]) - prefix
+        own = encoded.sizes[i] - prefix
         if rows and used + own <= row_tokens:
             rows[-1].append(place)
             used += own
@@ -135,10 +131,34 @@ def _pack(examples: Sequence[Example], numbers: Sequence[int], row_tokens: int) 
             rows.append([place])
             used = prefix + own
         longest = max(longest, used)
-    apart = len(numbers) * max(_own_tokens(examples[i]) for i in numbers)
+    apart = len(numbers) * max(encoded.sizes[i] for i in numbers)
     if len(rows) * longest > (1 - WORTH_PACKING) * apart:
         return [[place] for place in range(len(numbers))]
     return rows
+
+
+def packed_rows(encoded: Encoded, examples: int, row_tokens: int) -> int:
+    """How many rows of about `row_tokens` so many examples of a split fill on average; one each where packing them
+    would save little. The same for all batches of a size, so that few shapes occur."""
+    rows = max(round(examples * sum(encoded.sizes) / len(encoded) / row_tokens), 1)
+    # What the longest of so many examples has, typically: rows of one example would all be padded to it.
+    longest = sorted(encoded.sizes)[len(encoded) * (examples - 1) // examples]
+    return rows if rows * row_tokens < (1 - WORTH_PACKING) * examples * longest else examples
+
+
+def _balance(sizes: Sequence[int], slots: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Examples of `sizes` tokens in `count` rows for each slot, of like lengths: the longest first, each into the row
+    with the fewest tokens."""
+    groups: list[list[int]] = []
+    for places in slots:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        used = [0] * count
+        for p in sorted(places, key=lambda p: -sizes[p]):
+            shortest = used.index(min(used))
+            rows[shortest].append(p)
+            used[shortest] += sizes[p]
+        groups += rows
+    return groups
 
 
 def collate(
@@ -148,6 +168,7 @@ def collate(
     packing: bool = True,
     slots: Sequence[int] | None = None,
     pad_to: int = 1,
+    rows: int | None = None,
 ) -> Batch:
     """Lay out the examples `numbers` of a split as one batch.
 
@@ -158,6 +179,7 @@ def collate(
         packing: whether the model takes 4-D masks; else every example, and for `text` every choice, has its own row.
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
         pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
+        rows: packed examples fill this many rows of like length for each slot, whatever `row_tokens`.
     """
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
@@ -165,14 +187,16 @@ def collate(
         groups = [[p] for p in range(len(numbers))]
         batch = _collate_sequences(encoded, numbers, labels, pad_to)
     else:
-        groups = []
-        for slot in sorted(set(slots)) if slots else [None]:
-            places = [p for p in range(len(numbers)) if slots is None or slots[p] == slot]
-            if packing:
-                packed = _pack(examples, [numbers[p] for p in places], row_tokens)
+        of_slots = [[p for p in range(len(numbers)) if not slots or slots[p] == s] for s in sorted(set(slots or [0]))]
+        if not packing or row_tokens == 1:
+            groups = [[p] for places in of_slots for p in places]
+        elif rows is not None:
+            groups = _balance([encoded.sizes[i] for i in numbers], of_slots, min(rows, *map(len, of_slots)))
+        else:
+            groups = []
+            for places in of_slots:
+                packed = _pack(encoded, [numbers[p] for p in places], row_tokens)
                 groups += [[places[p] for p in group] for group in packed]
-            else:
-                groups += [[p] for p in places]
         batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
     if slots:
         of_examples = torch.tensor(slots)
@@ -211,17 +235,19 @@ def _collate_rows(
                 read.append((len(rows) - 1, asks, 0, p))
             for c, choice in enumerate(example.choices):
                 if c and not packing:
+                    row.close(start, stop)
                     row = _Row([], [], [])
                     row.chain(example.prompt, 0)
                     rows.append(row)
                     units.append(p)
                 branch = row.chain(choice[:-1], len(example.prompt))
                 places = [asks, *range(branch, branch + len(choice) - 1)]
-                read += [
-                    (len(rows) - 1, place, token, p * width + c) for place, token in zip(places, choice, strict=True)
-                ]
+                skipped = example.given[c] if example.given else 0
+                scored = list(zip(places, choice, strict=True))[skipped:]
+                read += [(len(rows) - 1, place, token, p * width + c) for place, token in scored]
             row.close(start, stop)
         row.close(0, prefix)
+    read.sort(key=lambda entry: entry[3])  # in the examples' order, whatever rows they lie in
     return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
 
 
@@ -237,10 +263,10 @@ def _tensors(
     pad_to: int,
 ) -> Batch:
     """Pad the rows and turn the read-outs into tensors."""
-    size = _ceil(max(len(r.tokens) for r in rows), pad_to)
+    size = _padded(max(len(r.tokens) for r in rows), pad_to)
     if encoded.scoring == "text":
         # Read-outs that fill up the shape belong to one choice too many, which is dropped after summing.
-        read = read + [(0, 0, 0, len(numbers) * width)] * (_ceil(len(read), pad_to) - len(read))
+        read = read + [(0, 0, 0, len(numbers) * width)] * (_padded(len(read), pad_to) - len(read))
     input_ids = torch.tensor([r.tokens + [0] * (size - len(r.tokens)) for r in rows])
     row_index, place, targets, owner = (torch.tensor(column) for column in zip(*read, strict=True))
     batch = Batch(
@@ -272,14 +298,17 @@ def _tensors(
     return batch
 
 
-def _ceil(size: int, multiple: int) -> int:
+def _padded(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple, of larger ones for larger sizes: four in each octave, a quarter more at most."""
+    if multiple > 1:
+        multiple <<= max((size // multiple).bit_length() - 3, 0)
     return -(-size // multiple) * multiple
 
 
 def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor, pad_to: int) -> Batch:
     """Whole sequences with a padding mask, for sequence classifiers."""
     examples = [encoded.examples[i] for i in numbers]
-    size = _ceil(max(len(e.prompt) for e in examples), pad_to)
+    size = _padded(max(len(e.prompt) for e in examples), pad_to)
     pad = encoded.pad_id
     batch = Batch(
         torch.tensor([[*e.prompt, *[pad] * (size - len(e.prompt))] for e in examples]),
@@ -302,7 +331,7 @@ def evaluation_batches(
     No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
-    sizes = [_own_tokens(encoded.examples[i]) for i in order]
+    sizes = [encoded.sizes[i] for i in order]
     start = 0
     while start < len(order):
         stop, longest, total = start, 0, 0

@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "map_tensors"]
+__all__ = ["Captured", "capturing", "map_tensors"]
 
 logger = logging.getLogger("loracurve")
 
-# Eager calls before a shape is captured: they fill optimiser states and the allocator, and count as real ones.
+# Eager calls before the first shape is captured: they fill optimiser states and the allocator, and count as real ones.
+# Further shapes need one, which finds kernels and compiles.
 WARM_UP = 2
 # Shapes worth a graph; each holds its activations, in one pool shared by all.
 MOST_GRAPHS = 24
+
+
+def capturing() -> bool:
+    """Whether what is launched now becomes part of a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -96,7 +102,8 @@ class Captured:
         key = _signature(inputs)
         if (found := self.graphs.get(key)) is not None:
             for place, value in zip(found.inputs, _tensors(inputs), strict=True):
-                place.copy_(value, non_blocking=True)
+                # From pinned memory a copy does not wait for the work before it: the next batch is laid out meanwhile.
+                place.copy_(value if value.is_cuda else value.pin_memory(), non_blocking=True)
             found.graph.replay()
             return found.output.clone()
         assert self.stream is not None
@@ -105,7 +112,7 @@ class Captured:
         with torch.cuda.stream(self.stream):
             moved = map_tensors(inputs, lambda t: t.to(self.device, copy=True))
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] > WARM_UP and len(self.graphs) < MOST_GRAPHS:
+            if self.seen[key] > (1 if self.graphs else WARM_UP) and len(self.graphs) < MOST_GRAPHS:
                 output = self._capture(key, moved)
             else:
                 output = self.function(moved)

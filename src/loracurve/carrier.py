@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loracurve import curve
 from loracurve.batching import Batch, tree_mask
 from loracurve.capture import Captured, map_tensors
+from loracurve.causal import PlainCausal
 from loracurve.compiling import compile_layers
 from loracurve.errors import UserError
 from loracurve.inference import evaluation_mode
@@ -54,6 +55,7 @@ class CurveCarrier(nn.Module):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
         self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
+        self.plain_causal = PlainCausal(base, self.replication.stack, self.route)
         self._trees: bool | None = None
         self._graphs: Captured | None = None
         self._merged_graphs: Captured | None = None
@@ -199,6 +201,7 @@ class CurveCarrier(nn.Module):
                 layer.route = self._route_for(own, layout, rows)
         else:
             self._set_route(self._route_for(coefficients, layout, rows))
+        self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
         replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
@@ -285,7 +288,9 @@ class CurveCarrier(nn.Module):
         if self.replication.stack is None:
             logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
             return
-        compile_layers(self.model.get_submodule(self.replication.stack).children(), **options)
+        _ = self.supports_trees  # found out before: its odd shapes shall not be compiled for
+        layers = self.model.get_submodule(self.replication.stack).children()
+        compile_layers(layers, self.plain_causal, **options)
 
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.

@@ -58,6 +58,8 @@ class Route:
     """[P] the row of each position."""
     token_ids: Tensor | None = None
     """[C] rows of the output head that are wanted; None: all."""
+    plain: bool = False
+    """Whether rows are plain causal ones: every token attends to all before it in its row."""
     shared: _Shared | None = None
     """What the siblings of the layer that ran last will want."""
 
@@ -262,7 +264,7 @@ class CurveLinear(CurveLayer):
         return windowed_coefficients(_expand(self.route.coefficients, rows), self.route.windows, self.route.degree)
 
     def _add(self, y: Tensor, hidden: Tensor, rows: int) -> Tensor:
-        """y + s B(t) hidden in the memory of y, [M, n_out] or [W or G, M, n_out]."""
+        """y + s B(t) hidden, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
         route = self.route
         if route.kind == "points":
             assert route.groups is not None
@@ -270,6 +272,9 @@ class CurveLinear(CurveLayer):
         else:
             hidden = expand(hidden, self._row_coefficients(rows) * self.scaling)
             b = windowed(self.B.to(y.dtype), route.windows, route.degree).flatten(1, 2)
+        if torch.compiler.is_compiling():
+            # The sum becomes a part of what reads it; a sum in place would copy y first, as large as an output is.
+            return y + (hidden[0] @ b[0] if len(b) == 1 else torch.bmm(hidden, b))
         return y.addmm_(hidden[0], b[0]) if len(b) == 1 else y.baddbmm_(hidden, b)
 
 

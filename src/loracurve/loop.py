@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.errors import UserError
@@ -64,7 +64,8 @@ class LoopConfig:
     row_tokens: int = 256
     """Short examples are packed into rows of up to this many tokens."""
     capture: bool = True
-    """On a GPU, capture whole steps in CUDA graphs; rows are then padded to a few lengths and hold one example each."""
+    """On a GPU, capture whole steps in CUDA graphs; each then has as many rows, filled evenly and padded to a few
+    lengths."""
     compile: bool = False
     """On a GPU, compile the decoder layers: a minute or so at the start, then steps of large models are faster."""
     gradient_checkpointing: bool = False
@@ -223,7 +224,11 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Random states, which only dropout needs again (noise of layers draws by keys), cannot be read inside CUDA graphs.
+    dropping = any(getattr(m, "p", 0) > 0 for m in base.modules() if isinstance(m, nn.Dropout))
+    dropping |= any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(base.config).items())
+    keywords = {"use_reentrant": False, "preserve_rng_state": dropping}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loracurve.metrics import Interval
 
-__all__ = ["interval_of", "resample_counts", "resampled_auroc", "resampled_aurc"]
+__all__ = ["interval_of", "resample_counts", "resampled_auroc", "resampled_aurc", "resampled_ece"]
 
 
 def resample_counts(examples: int, seed: int, resamples: int = 1000) -> Tensor:
@@ -43,6 +43,14 @@ def resampled_aurc(uncertainty: Tensor, errors: Tensor, counts: Tensor) -> Tenso
     inverse = harmonic[n_after.long()] - harmonic[n_before.long()]
     rate = wrong / size.clamp_min(1)
     return (wrong_before * inverse + rate * (size - n_before * inverse)).sum(1) / total
+
+
+def resampled_ece(confidence: Tensor, correct: Tensor, counts: Tensor, bins: int = 15) -> Tensor:
+    """`metrics.expected_calibration_error` of each resample, ``[R]``."""
+    place = (confidence.double() * bins).floor().long().clamp(max=bins - 1)
+    gaps = torch.zeros(len(counts), bins, dtype=torch.float64)
+    gaps.index_add_(1, place, counts * (correct.double() - confidence.double()))
+    return gaps.abs().sum(1) / counts.sum(1)
 
 
 def interval_of(estimate: float, values: Tensor, level: float = 0.95) -> Interval:

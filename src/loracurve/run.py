@@ -215,7 +215,7 @@ def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
     sets = {name: task.encode(name) for name in task.dataset.splits if name not in ("train", "validation")}
     for data in config.ood:
         dataset = open_dataset(data)
-        sets[f"ood:{dataset.name}"] = task.encode_rows(dataset.rows("test"), f"ood:{dataset.name}", labelled=False)
+        sets[f"ood:{dataset.name}"] = task.encode_foreign(dataset.rows("test"), f"ood:{dataset.name}")
     if "test" not in sets:
         raise UserError(f"{task.dataset.name}: expected a test split, found {', '.join(task.dataset.splits)}")
     return sets

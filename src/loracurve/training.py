@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from loracurve import curve
-from loracurve.batching import Batch, collate, evaluation_batches
+from loracurve.batching import Batch, collate, evaluation_batches, packed_rows
 from loracurve.bootstrap import BootstrapWeights
 from loracurve.corruption import corrupt, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
@@ -217,7 +217,11 @@ def _collate(
 ) -> Batch:
     """A training batch: packed where that saves work, of few shapes where steps are captured."""
     if config.capture and model.device.type == "cuda":
-        return collate(encoded, numbers, 1, model.supports_trees, slots, pad_to=CAPTURED_LENGTHS)
+        # An example with a point of its own has a row of its own; so has a text, whose read-outs come in any number.
+        apart = encoded.scoring == "lm" or (isinstance(config, FitConfig) and not config.share_points)
+        row_tokens = 1 if apart else config.row_tokens
+        rows = packed_rows(encoded, -(-config.batch_size // config.accumulation), row_tokens)
+        return collate(encoded, numbers, row_tokens, model.supports_trees, slots, CAPTURED_LENGTHS, rows)
     return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
 
 

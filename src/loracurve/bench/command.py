@@ -27,14 +27,14 @@ def bench(
         jobs: cells that run side by side. Default: one for each GPU, without GPUs one (with Ray one for each node).
         seconds: start no further cell after this time.
         retry: run cells again that failed.
-        tables_only: make the tables from what is in the folder, without running anything.
+        tables_only: make tables and page from what is in the folder, without running anything.
         executor: processes of this machine, or the workers of a Ray cluster.
         address: address of the Ray cluster, auto for one started on this machine. Default: what RAY_ADDRESS says, else
             a cluster of this machine alone.
     """
     from loracurve.bench.reporting import write_tables
     from loracurve.bench.runner import run_suite
-    from loracurve.bench.suite import cells_of
+    from loracurve.bench.suite import cells_of, scans_of
 
     folder = Path(out)
     try:
@@ -42,7 +42,7 @@ def bench(
             run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
     finally:
         if (folder / "suite.yaml").is_file():
-            tables = write_tables(suite, folder)
+            tables = write_tables(suite, folder, page=True)
             missing = sum(len(t.rows) for t in tables if t.name == "left_out")
-            total = len(cells_of(suite))
-            print(f"{total - missing} of {total} cells have results; tables: {folder / 'tables.md'}")
+            total = len(cells_of(suite)) + len(scans_of(suite))
+            print(f"{total - missing} of {total} cells have results; tables.md and report.html are in {folder}")

@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.metrics import brier_per_example
-from loracurve.objective import mixture_log_probs, negative_log_likelihood
+from loracurve.objective import entropy, jensen_shannon, mixture_log_probs, negative_log_likelihood
 from loracurve.randomness import generator
+from loracurve.resampling import resampled_auroc
 
 __all__ = [
     "counts_above_chance",
     "deep_ensemble_equivalent",
+    "ensemble_auroc",
     "ensemble_scores",
     "holm",
     "novel_share",
@@ -74,6 +77,35 @@ def ensemble_scores(
         scores["nll"].append(nll)
         scores["brier"].append(brier)
     return scores
+
+
+def ensemble_auroc(
+    test: Tensor, labels: Tensor, most: int = 120, seed: int = 0
+) -> dict[Literal["MI", "entropy"], list[float | None]]:
+    """Mean AUROC of error detection by ensembles of 1, 2, ... M of M members, over the subsets of `ensemble_scores`.
+
+    Args:
+        test: ``[M, E, C]`` log-probabilities of the members.
+
+    Returns:
+        By mutual information (None for one member) and by entropy, each a list of M; None where no subset has both
+        errors and right answers.
+    """
+    out: dict[Literal["MI", "entropy"], list[float | None]] = {"MI": [], "entropy": []}
+    once = torch.ones(1, len(labels), dtype=torch.float64)
+    for size in range(1, len(test) + 1):
+        found = []
+        weights = torch.full((size,), 1 / size, dtype=torch.float64)
+        for subset in subsets_of(len(test), size, most, seed):
+            points = test[list(subset)].double()
+            average = mixture_log_probs(points, weights)
+            wrong = average.argmax(-1) != labels
+            by = (jensen_shannon(points, weights), entropy(average))
+            found.append(torch.cat([resampled_auroc(scores, wrong, once) for scores in by]))
+        information, total = torch.stack(found).nanmean(0).tolist()
+        out["MI"].append(None if size == 1 or math.isnan(information) else information)
+        out["entropy"].append(None if math.isnan(total) else total)
+    return out
 
 
 def deep_ensemble_equivalent(score: float, ensembles: Sequence[float]) -> int | None:

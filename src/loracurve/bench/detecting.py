@@ -94,6 +94,13 @@ def _scores_of(done: list[CellResult]) -> list[tuple[str, str]]:
 
 def _resampled(result: CellResult, where: str, score: str, measure: str) -> Resampled:
     """A measure of a cell and its values over resamples, which are the same for all methods and seeds."""
+    key = (where, score, measure)
+    if key not in result.resampled:
+        result.resampled[key] = _resample(result, *key)
+    return result.resampled[key]
+
+
+def _resample(result: CellResult, where: str, score: str, measure: str) -> Resampled:
     test, task = result.test, result.cell.task
     scores, counts = getattr(test, _SCORES[score]), _counts(task, "test", len(test))
     if where == "errors":

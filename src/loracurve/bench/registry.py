@@ -7,7 +7,7 @@ from typing import Any
 
 from loracurve.errors import UserError, nearest
 
-__all__ = ["METHODS", "method_class", "method_name"]
+__all__ = ["METHODS", "ONE_MODE", "method_class", "method_name"]
 
 METHODS: dict[str, str] = {
     "single": "loracurve.baselines.single:Single",
@@ -24,6 +24,9 @@ METHODS: dict[str, str] = {
     "flat_lora": "loracurve.baselines.flat_lora:FlatLoRA",
     "curve": "loracurve.baselines.curve:Curve",
 }
+
+# Methods that train one adapter and stay around it.
+ONE_MODE = ("single", "mc_dropout", "swag", "laplace", "ivon", "blob", "flat_lora")
 
 
 def method_class(name: str) -> type[Any]:

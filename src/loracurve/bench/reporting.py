@@ -6,6 +6,10 @@ from pathlib import Path
 
 from loracurve.bench.deciding_tables import comparisons, deciding
 from loracurve.bench.detecting import detection, detection_differences, verdicts
+from loracurve.bench.goals import goals
+from loracurve.bench.landscape_tables import along_curves, barriers
+from loracurve.bench.page import write_suite_page
+from loracurve.bench.questions import against_discrete, weighted_points
 from loracurve.bench.results import CellResult, Results, read_results, seed_of, stacked, write_metrics
 from loracurve.bench.setting import anchors_folder
 from loracurve.bench.suite import SuiteConfig
@@ -16,22 +20,30 @@ from loracurve.storage import atomic_write, read_json
 __all__ = ["write_tables"]
 
 
-def write_tables(suite: SuiteConfig, out: str | Path) -> list[Table]:
+def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> list[Table]:
     """Read the store of a suite and write metrics.parquet, tables.md and tables/NAME.{md,tex,csv}.
 
     Everything but `costs` is a function of the predictions alone, equal to the byte whenever these are.
+
+    Args:
+        page: write report.html and the folder figures too.
     """
     out = Path(out)
     results = read_results(suite, out)
     write_metrics(results, out / "metrics.parquet")
     differences = detection_differences(results)
-    tables = [summary(results), *deciding(results, out), verdicts(results, differences), uncertainty(results)]
+    decided = deciding(results, out)
+    tables = [summary(results), goals(results, decided[-1], differences), *decided, verdicts(results, differences)]
+    tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
+    tables += [*barriers(results, out), along_curves(results)]
     tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]
     tables = [t for t in [*tables, costs(results, out), left_out(results)] if t.rows]
     for table in tables:
         write_table(table, out / "tables")
     text = "\n".join(t.markdown() for t in tables)
     atomic_write(out / "tables.md", lambda p: p.write_text(text))
+    if page and results.done:
+        write_suite_page(results, tables, out)
     return tables
 
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from loracurve import metrics
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.bench.deciding import counts_above_chance, tempered_scores
-from loracurve.bench.store import Predictions, read_predictions, record_of
-from loracurve.bench.suite import Cell, SuiteConfig, cells_of, full_ensemble
+from loracurve.bench.store import Predictions, read_predictions, record_of, write_frame
+from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig, cells_of, full_ensemble, scans_of
 from loracurve.calibration import apply_temperature
 from loracurve.objective import negative_log_likelihood
 from loracurve.predictive import Predictive
 from loracurve.randomness import stream_seed
-from loracurve.storage import atomic_write
 
 __all__ = [
     "CellResult",
@@ -47,6 +44,8 @@ class CellResult:
     cell: Cell
     record: Mapping[str, Any]
     predictions: Predictions
+    resampled: dict[tuple[str, str, str], tuple[float | None, Tensor]] = field(default_factory=dict)
+    """measures over resamples by set, score and measure, kept by `detecting`, which needs them for each reference"""
 
     @property
     def test(self) -> Predictive:
@@ -122,6 +121,8 @@ class Results:
     failed: dict[Cell, str]
     """with the reason"""
     missing: list[Cell]
+    scans: dict[Cell, dict[str, Any]] = field(default_factory=dict)
+    """records of the scans of anchors that are done"""
 
     def seeds(self, task: str, method: str) -> list[CellResult]:
         """The cells of a method on a task that are done, in the order of the seeds."""
@@ -153,16 +154,18 @@ class Results:
 
 def read_results(suite: SuiteConfig, out: Path) -> Results:
     """Read what is there of a suite; raises UserError for cells made with other options."""
-    done, failed, missing = {}, {}, []
-    for cell in cells_of(suite):
+    done, failed, missing, scans = {}, {}, [], {}
+    for cell in [*cells_of(suite), *scans_of(suite)]:
         record = record_of(suite, cell, out)
         if record is None:
             missing.append(cell)
         elif record["status"] == "failed":
             failed[cell] = record["reason"]
+        elif cell.method == LANDSCAPE:
+            scans[cell] = record
         else:
             done[cell] = CellResult(cell, record, read_predictions(cell.folder(out) / "predictions.parquet"))
-    return Results(suite, done, failed, missing)
+    return Results(suite, done, failed, missing, scans)
 
 
 def write_metrics(results: Results, path: Path) -> pd.DataFrame:
@@ -176,8 +179,7 @@ def write_metrics(results: Results, path: Path) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=["task", "seed", "method", "set", "metric", "value", "reason"])
     frame["value"] = frame["value"].astype("float64")
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+    write_frame(frame, path)
     return frame
 
 

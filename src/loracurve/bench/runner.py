@@ -17,19 +17,22 @@ from typing import Any
 import torch
 import yaml
 
-from loracurve.baselines.base import Setting
+from loracurve.baselines.base import Fitted, Setting
+from loracurve.baselines.curve import Curve
 from loracurve.bench.cluster import import_ray, run_on_ray
+from loracurve.bench.landscapes import along_curve, scan_anchors
 from loracurve.bench.memory import PeakMemory
 from loracurve.bench.options import fingerprint, options_of, plain
 from loracurve.bench.pool import run_in_pool
 from loracurve.bench.setting import Shared, anchors_folder, open_shared, remove_work, train_anchors
-from loracurve.bench.store import record_of, write_predictions
-from loracurve.bench.suite import Cell, Executor, SuiteConfig, cells_of, method_of
+from loracurve.bench.store import record_of, write_frame, write_predictions
+from loracurve.bench.suite import LANDSCAPE, Cell, Executor, SuiteConfig, cells_of, method_of, scans_of
 from loracurve.environment import environment
 from loracurve.errors import UserError, one_line
 from loracurve.locking import has_results, locked
 from loracurve.lora_space import ControlPoints
 from loracurve.storage import atomic_write, write_json
+from loracurve.tasks.data import subset
 
 __all__ = ["Group", "prepare", "run_one", "run_suite"]
 
@@ -84,7 +87,8 @@ class Group:
             "environment": environment(),
         }
         try:
-            record |= {"status": "done"} | self._fit_and_predict(cell, folder)
+            work = self._scan if cell.method == LANDSCAPE else self._fit_and_predict
+            record |= {"status": "done"} | work(cell, folder)
         except (UserError, torch.OutOfMemoryError) as error:
             reason = str(error) if isinstance(error, UserError) else "the device ran out of memory"
             record |= {"status": "failed", "reason": one_line(reason)}
@@ -104,13 +108,44 @@ class Group:
             predicted = {name: fitted.predict(encoded) for name, encoded in self.shared.sets.items()}
             predict_seconds = time.perf_counter() - started
         write_predictions(folder / "predictions.parquet", predicted, self.shared.sets)
-        return {
+        return self._along(cell, fitted) | {
             "passes": fitted.passes,
             "cost": fitted.cost,
             "notes": fitted.notes,
             "fit_seconds": fit_seconds,
             "predict_seconds": predict_seconds,
             "predicted_rows": sum(len(e) for e in self.shared.sets.values()),
+            "peak_memory_bytes": memory.bytes,
+        }
+
+    def _along(self, cell: Cell, fitted: Fitted) -> dict[str, Any]:
+        """Figures along a trained curve that was just predicted with, where the suite asks for a landscape."""
+        method, options = method_of(self.suite, cell.method), self.suite.landscape
+        if not (options.pairs and isinstance(method, Curve) and method.inference == "curve"):
+            return {}
+        task = self.shared.task
+        rows = task.encode_rows(subset(task.dataset.rows("train"), options.local_rows), "train rows")
+        t = fitted.notes["average"]["t"]
+        return {"along": along_curve(self.shared.model, t, rows, options, self.seed)}
+
+    def _scan(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """Scan paths between the anchors."""
+        sets, anchors = self.shared.sets, self.anchors()
+        with PeakMemory() as memory:
+            started = time.perf_counter()
+            try:
+                found, frames = scan_anchors(self.shared.model, anchors, sets, self.suite.landscape)
+            finally:
+                self.close()  # the base weights may be of another dtype now
+            seconds = time.perf_counter() - started
+        for name, frame in frames.items():
+            write_frame(frame, folder / f"{name}.parquet")
+        return found | {
+            "passes": 0,
+            "cost": 0.0,
+            "fit_seconds": 0.0,
+            "predict_seconds": seconds,
+            "predicted_rows": sum(found["rows"].values()),
             "peak_memory_bytes": memory.bytes,
         }
 
@@ -123,7 +158,7 @@ def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
     """
     if has_results(out) and not (out / "suite.yaml").is_file():
         raise UserError(f"{out}: expected the folder of a suite, found other files; choose another --out")
-    cells = cells_of(suite)
+    cells = [*cells_of(suite), *scans_of(suite)]
     for cell in cells:
         if record_of(suite, cell, out) is not None:
             remove_work(cell.folder(out))

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import torch
@@ -25,7 +25,10 @@ from loracurve.tasks import HUB, Dataset, Encoded, Row, Task, load_task, open_da
 from loracurve.tasks.data import subset
 from loracurve.training import fit_anchors
 
-__all__ = ["Shared", "anchors_folder", "open_shared", "remove_work", "train_anchors"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Shared", "anchors_folder", "open_sets", "open_shared", "remove_work", "train_anchors"]
 
 
 @dataclass
@@ -43,24 +46,15 @@ class Shared:
 def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
     """Load the base model and tokenise the sets of a task; the same whatever was opened before."""
     options: SuiteTask = suite.tasks[name]
-    config = options.to_task(_place(suite, options.data or name))
     classifier = options.scoring == "head"
-    labels = len(open_dataset(config.data, config.seed).labels) if classifier else None
+    labels = len(open_dataset(_place(suite, options.data or name), options.seed).labels) if classifier else None
     torch.manual_seed(seed)  # weights that no checkpoint holds (a new head) come from the global generator
     if suite.model.name == TINY:
         base, tokenizer = tiny_model(suite.model.dtype)
     else:
         model = suite.model
         base, tokenizer = load_base(model.name, classifier, model.dtype, labels, model.trust_remote_code)
-    task = load_task(config, tokenizer, model_window(base))
-    sets = {"validation": task.encode("validation"), "test": task.encode("test")}
-    if suite.train_rows:
-        sets["train"] = task.encode_rows(subset(task.dataset.rows("train"), suite.train_rows), "train rows")
-    for kind, names in (("shift", options.shift), ("ood", options.ood)):
-        for other in names:
-            rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
-            short = f"{kind}:{other.rstrip('*_')}"
-            sets[short] = task.encode_rows(rows, short, labelled=kind == "shift")
+    task, sets = open_sets(suite, name, tokenizer, model_window(base))
     lora = suite.lora.to_peft(suite.model.name, classifier)
     model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
     known = {s: labels_of(e) for s, e in sets.items() if not s.startswith("ood:")}
@@ -68,6 +62,23 @@ def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
     if missing:
         raise UserError(f"{name}, {missing}: expected a label on every row, found some without")
     return Shared(model_with_curve, task, sets, known)
+
+
+def open_sets(
+    suite: SuiteConfig, name: str, tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> tuple[Task, dict[str, Encoded]]:
+    """A task for a tokenizer, and the sets that its methods predict (see `Shared`)."""
+    options: SuiteTask = suite.tasks[name]
+    task = load_task(options.to_task(_place(suite, options.data or name)), tokenizer, window)
+    sets = {"validation": task.encode("validation"), "test": task.encode("test")}
+    if suite.train_rows:
+        sets["train"] = task.encode_rows(subset(task.dataset.rows("train"), suite.train_rows), "train rows")
+    for kind, names in (("shift", options.shift), ("ood", options.ood)):
+        for other in names:
+            rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
+            short = f"{kind}:{other.rstrip('*_')}"
+            sets[short] = task.encode_rows(rows, short) if kind == "shift" else task.encode_foreign(rows, short)
+    return task, sets
 
 
 def _place(suite: SuiteConfig, data: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loracurve.bench.options import made_with
-from loracurve.bench.suite import Cell, SuiteConfig
+from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
 from loracurve.errors import UserError, one_line
 from loracurve.predictive import Predictive
 from loracurve.storage import atomic_write, read_json, read_table
 from loracurve.tasks import Encoded
 
-__all__ = ["Predictions", "read_predictions", "record_of", "write_predictions"]
+__all__ = ["Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def _predictions_in(table: pa.Table) -> Predictions:
     return out
 
 
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """Write a data frame as Parquet, atomically."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
 def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | None:
     """The record of a cell that is done or has failed, None for one that is still to be run.
 
@@ -113,9 +120,8 @@ def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | Non
     if not _is_record(record):
         raise UserError(f"{path}: expected the record of a cell, found something else; delete its folder and run again")
     if not made_with(record["options"], suite, cell):
-        raise UserError(
-            f"{path.parent}: {cell} was made with other options; give the method another name or choose another --out"
-        )
+        remedy = "delete this folder" if cell.method == LANDSCAPE else "give the method another name"
+        raise UserError(f"{path.parent}: {cell} was made with other options; {remedy} or choose another --out")
     return record
 
 

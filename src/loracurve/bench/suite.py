@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from loracurve.baselines.base import Method
 from loracurve.baselines.ensembles import Ensemble
+from loracurve.bench.landscapes import LandscapeConfig
 from loracurve.config import LoraOptions, ModelConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
 from loracurve.tasks import Scoring, TaskConfig
 
 __all__ = [
+    "LANDSCAPE",
     "Cell",
     "Executor",
     "SuiteConfig",
@@ -23,11 +25,13 @@ __all__ = [
     "cells_of",
     "full_ensemble",
     "method_of",
+    "scans_of",
     "slug",
 ]
 
 Executor = Literal["processes", "ray"]
 """What runs cells side by side: processes of this machine, or the workers of a Ray cluster."""
+LANDSCAPE = "landscape"  # stands for a method's name in the cell of a scan
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class SuiteConfig:
     """Rows of each further set at most, drawn by the hash of their ids."""
     references: list[str] = field(default_factory=list)
     """Methods that all others are compared with. Default: ensembles of 5 and of all anchors, where they take part."""
+    landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
+    """Paths between the anchors of every task and seed, scanned after its cells, and figures along trained curves."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "methods", "seeds"):
@@ -100,7 +106,10 @@ class SuiteConfig:
             raise UserError(f"expected anchors and samples >= 1, found {self.anchors} and {self.samples}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: expected different ones, found {self.seeds}")
-        slugs: dict[str, str] = {}
+        if self.landscape.pairs >= self.anchors:
+            found = f"{self.landscape.pairs} of {self.anchors}"
+            raise UserError(f"landscape.pairs: expected fewer pairs than anchors, found {found}")
+        slugs = {LANDSCAPE: f"{LANDSCAPE} (the scan of the anchors)"}
         for name in [*self.tasks, *self.methods]:
             if slugs.setdefault(slug(name), name) != name:
                 raise UserError(f"names {slugs[slug(name)]!r} and {name!r} are too alike for folders; rename one")
@@ -138,14 +147,21 @@ def cells_of(suite: SuiteConfig) -> list[Cell]:
     return [Cell(task, seed, method) for task in suite.tasks for seed in suite.seeds for method in methods]
 
 
+def scans_of(suite: SuiteConfig) -> list[Cell]:
+    """The scans of the anchors, one for each task and seed; none where the suite asks for none."""
+    return [Cell(t, s, LANDSCAPE) for t in suite.tasks for s in suite.seeds] if suite.landscape.pairs else []
+
+
 def full_ensemble(suite: SuiteConfig) -> str:
     """Name of the ensemble of all anchors, which every suite has: its members are what others are measured by."""
     whole = Ensemble(suite.anchors)
     return next((n for n, m in suite.methods.items() if m == whole), f"ensemble {suite.anchors}")
 
 
-def method_of(suite: SuiteConfig, name: str) -> Method:
-    """The method of a cell."""
+def method_of(suite: SuiteConfig, name: str) -> Any:
+    """The method of a cell, or what the scan of the anchors is to do."""
+    if name == LANDSCAPE:
+        return suite.landscape
     found: Method = suite.methods[name] if name in suite.methods else Ensemble(suite.anchors)
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from loracurve.metrics import Interval
 from loracurve.storage import atomic_write
 
-__all__ = ["Table", "Value", "write_table"]
+__all__ = ["Table", "Value", "shown", "write_table"]
 
 Value = str | int | float | Interval | None
 
@@ -33,14 +33,14 @@ class Table:
         if self.notes:
             lines += [self.notes, ""]
         lines += ["| " + " | ".join(self.columns) + " |"]
-        lines += ["|" + "|".join("---" if self._is_text(i) else "---:" for i in range(len(self.columns))) + "|"]
-        lines += ["| " + " | ".join(_text(v).replace("|", "/") for v in row) + " |" for row in self.rows]
+        lines += ["|" + "|".join("---" if self.is_text(i) else "---:" for i in range(len(self.columns))) + "|"]
+        lines += ["| " + " | ".join(shown(v).replace("|", "/") for v in row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
         """A tabular for package booktabs."""
-        alignment = "".join("l" if self._is_text(i) else "r" for i in range(len(self.columns)))
-        rows = [" & ".join(_escape(_text(v)) for v in row) + r" \\" for row in self.rows]
+        alignment = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
+        rows = [" & ".join(_escape(shown(v)) for v in row) + r" \\" for row in self.rows]
         head = " & ".join(_escape(c) for c in self.columns) + r" \\"
         begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
         return "\n".join([f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", end, ""])
@@ -63,7 +63,7 @@ class Table:
             writer.writerow(cells)
         return buffer.getvalue()
 
-    def _is_text(self, column: int) -> bool:
+    def is_text(self, column: int) -> bool:
         return any(isinstance(row[column], str) for row in self.rows)
 
 
@@ -77,11 +77,12 @@ def _write(path: Path, text: str) -> None:
     atomic_write(path, lambda p: p.write_text(text))
 
 
-def _text(value: Value) -> str:
+def shown(value: Value) -> str:
+    """A value as readers see it."""
     if isinstance(value, Interval):
         if math.isnan(value.low):
-            return _text(value.estimate)
-        return f"{_text(value.estimate)} [{_text(value.low)}, {_text(value.high)}]"
+            return shown(value.estimate)
+        return f"{shown(value.estimate)} [{shown(value.low)}, {shown(value.high)}]"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):

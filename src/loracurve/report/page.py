@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ from loracurve.report.run_data import RunData, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.storage import atomic_write, write_json
 
-__all__ = ["about", "write_figures", "write_page"]
+__all__ = ["about", "images_of", "render", "write_figures", "write_page"]
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
@@ -61,9 +61,20 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         ) from error
     for run in runs:
         write_json(run.folder / "figures" / "report.json", numbers[run.name])
+    return render(parts, "metrics.json, scan/scan.json and figures/report.json", out)
+
+
+def render(parts: Mapping[str, Any], numbers: str, out: Path) -> Path:
+    """Write a page of title, runs (name and line), sections (title, lead, blocks) and perhaps a table `together`.
+
+    Args:
+        numbers: the files in which the numbers are, for the footer.
+    """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(**parts, made=time.strftime("%Y-%m-%d"), version=_version())
+    text = environment.from_string(source).render(
+        **parts, numbers=numbers, made=time.strftime("%Y-%m-%d"), version=_version()
+    )
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
     return out
 
@@ -81,7 +92,7 @@ def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> li
         for run in concerned:
             block = section.make(run)
             numbers[run.name] |= block.numbers
-            blocks.append({"run": run.name, "block": block, "images": _images(run, block)})
+            blocks.append({"run": run.name, "block": block, "images": images_of(run.folder, block)})
         if blocks:
             sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
     return sections
@@ -105,11 +116,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _images(run: RunData, block: Block) -> list[dict[str, str]]:
-    """Save the figures of a block, and the PNGs as data addresses."""
+def images_of(folder: Path, block: Block) -> list[dict[str, str]]:
+    """Save the figures of a block to FOLDER/figures, and the PNGs as data addresses."""
     images = []
     for name, words, figure in block.figures:
-        png, _ = figures.save(figure, run.folder / "figures", name)
+        png, _ = figures.save(figure, folder / "figures", name)
         data = base64.b64encode(png.read_bytes()).decode()
         images.append({"words": words, "source": f"data:image/png;base64,{data}"})
     return images

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loracurve.errors import UserError
 from loracurve.tasks.data import Dataset, Row, as_text
+from loracurve.tasks.gaps import fillings, given_lengths
 from loracurve.tasks.templates import LETTERS, Template, fields_of, label_word
 from loracurve.tasks.tokens import answer_tokens, choice_tokens, fit_fields, leading_tokens, tokenise
 
@@ -28,6 +29,7 @@ class Example:
     `prompt` begins with the special tokens that the tokenizer puts in front. `choices` are the continuations: one for
     each choice ("text"), the completion alone ("lm"), none otherwise. `n_choices` is how many of the classes this row
     has: of the shared answer ids only the first `n_choices` count. `token_types` belong to `prompt` (encoders).
+    `given`: how many tokens at the start of each choice are read but not scored; empty: none.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Example:
     label: int | None
     n_choices: int
     token_types: tuple[int, ...] | None = None
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Encoded:
     def token_offsets(self) -> list[int]:
         """For "lm": number of each example's first completion token when all are counted, and the total at the end."""
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each example: its prompt and its choices but for their last tokens, which are only predicted."""
+        return [len(e.prompt) + sum(len(choice) - 1 for choice in e.choices) for e in self.examples]
 
     @cached_property
     def most_choices(self) -> int:
@@ -135,6 +143,7 @@ class Encoder:
         answer_ids: tuple[int, ...] | None = None
         choices: list[tuple[tuple[int, ...], ...]] = [()] * len(rows)
         types: list[tuple[int, ...] | None] = [None] * len(rows)
+        given: list[tuple[int, ...]] = [()] * len(rows)
         kind: Literal["answer", "text", "head"] = "answer"
         if self.scoring == "head":
             kind = "head"
@@ -143,11 +152,16 @@ class Encoder:
             types = [token_types for _, token_types in inputs]
         elif self.scoring == "text":
             kind = "text"
-            pairs = choice_tokens(self.tokenizer, [self._prompt(values) for values in fields], answers)
+            texts = [self._prompt(values) for values in fields]
+            pairs = choice_tokens(self.tokenizer, texts, answers)
+            if self.template.gap:
+                starts = [[given for given, _ in self._fillings(row)] for row in rows]
+                given = given_lengths(self.tokenizer, texts, starts, pairs)
             prompts = [(*self.lead, *prompt) for prompt, _ in pairs]
             choices = [tuple(tuple(choice) for choice in continuations) for _, continuations in pairs]
-            for name, prompt, row_choices in zip(names, prompts, choices, strict=True):
-                if not prompt or not all(row_choices):
+            for name, prompt, row_choices, skipped in zip(names, prompts, choices, given, strict=True):
+                predictable = bool(prompt) or (bool(skipped) and min(skipped) > 0)
+                if not predictable or not all(row_choices):
                     raise UserError(
                         f"example {name!r}: expected a prompt and choices with tokens of their own, found none"
                     )
@@ -155,7 +169,9 @@ class Encoder:
             texts = [self._prompt(values) for values in fields]
             bare, answer_ids = answer_tokens(self.tokenizer, texts, answers[0] if answers else (), names)
             prompts = [(*self.lead, *prompt) for prompt in bare]
-        examples = [Example(*parts) for parts in zip(names, prompts, choices, labels, counts, types, strict=True)]
+        examples = [
+            Example(*parts) for parts in zip(names, prompts, choices, labels, counts, types, given, strict=True)
+        ]
         return Encoded(examples, kind, answer_ids, classes, self.normalise, truncated, self.tokenizer.pad_token_id or 0)
 
     def _answers(self, rows: Sequence[Row], classes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -166,11 +182,16 @@ class Encoder:
             shared = self.template.fixed_answers
         elif self.scoring == "letter":
             shared = tuple(f"{space}{letter}" for letter in LETTERS[: len(classes)])
+        elif self.template.gap:
+            return [tuple(given + scored for given, scored in self._fillings(row)) for row in rows]
         elif self.own_choices:
             return [tuple(f"{space}{choice.strip()}" for choice in row.choices) for row in rows]
         else:
             shared = tuple(f"{space}{label_word(label)}" for label in self.labels)
         return [shared] * len(rows)
+
+    def _fillings(self, row: Row) -> list[tuple[str, str]]:
+        return fillings(as_text(row) if row.question is None else row.question, row.choices)
 
     def _label(self, row: Row, count: int, labelled: bool) -> int | None:
         own_kind = (self.kind == "multiple_choice") == bool(row.choices)

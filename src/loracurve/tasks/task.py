@@ -13,6 +13,8 @@ import torch
 from loracurve.errors import UserError, nearest
 from loracurve.tasks.data import Dataset, Row, read_dataset, split_validation, subset
 from loracurve.tasks.encoding import Encoded, Encoder
+from loracurve.tasks.foreign import adopted
+from loracurve.tasks.gaps import has_gap
 from loracurve.tasks.hub import HUB, load_from_hub
 from loracurve.tasks.templates import TEMPLATES, Template, custom_template, default_template
 from loracurve.tasks.word_sentiment import word_sentiment
@@ -139,6 +141,11 @@ class Task:
             )
         return encoded
 
+    def encode_foreign(self, rows: Sequence[Row], name: str = "rows") -> Encoded:
+        """Tokenise rows of other data, of any kind, out of distribution: without labels, in this task's form
+        (`foreign.adopted`)."""
+        return self.encode_rows(adopted(rows, self.dataset), name, labelled=False)
+
     def labels(self, split: str) -> torch.Tensor:
         """Labels of a split, LongTensor [rows]. Raises UserError where a row has none."""
         rows = self.dataset.rows(split)
@@ -239,6 +246,8 @@ def _template(config: TaskConfig, dataset: Dataset) -> Template | None:
         template = TEMPLATES[config.template]
     elif dataset.name == "word_sentiment" and scoring == "label":
         template = TEMPLATES["word_sentiment"]
+    elif scoring == "text" and all(has_gap(row.question) for row in rows):
+        template = TEMPLATES["choice_gap"]
     else:
         template = default_template(dataset.kind, scoring, has_second)
     if (template.kind, template.form) != (dataset.kind, scoring):

@@ -14,6 +14,7 @@ from typing import Literal
 
 from loracurve.errors import UserError, nearest
 from loracurve.tasks.data import Kind, Row, as_text
+from loracurve.tasks.gaps import split_gap
 
 __all__ = ["LETTERS", "TEMPLATES", "Template", "custom_template", "default_template", "fields_of", "label_word"]
 
@@ -33,8 +34,9 @@ class Template:
 
     `answer` shows the continuation: " {letter}", " {label}", " {choice}", the custom answers, or "" for a head.
     `fixed_answers` are a template's own answer words in class order, where it has any. With `pair` the two fields go
-    to the tokenizer as text and text_pair, and `prompt` only describes them. Change the text, raise the version:
-    results name ``name@version:hash``.
+    to the tokenizer as text and text_pair, and `prompt` only describes them. With `gap` the prompt ends where the
+    question has its gap, a choice fills it, and what follows is scored. Change the text, raise the version: results
+    name ``name@version:hash``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Template:
     answer: str
     fixed_answers: tuple[str, ...] | None = None
     pair: bool = False
+    gap: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -72,6 +75,7 @@ def _table() -> dict[str, Template]:
         Template("choice_letter_context", 1, choice, "letter", f"{passage}{question}{options}Answer:", " {letter}"),
         Template("choice_text", 1, choice, "text", f"{question}Answer:", " {choice}"),
         Template("choice_text_context", 1, choice, "text", f"{passage}{question}Answer:", " {choice}"),
+        Template("choice_gap", 1, choice, "text", "{question}", "{choice}{rest}", gap=True),
         Template("choice_label", 1, choice, "label", f"{question}Answer:", " {label}"),
         Template("choice_label_context", 1, choice, "label", f"{passage}{question}Answer:", " {label}"),
         Template("choice_head", 1, choice, "head", "{question}", ""),
@@ -154,7 +158,8 @@ def fields_of(template: Template, row: Row, classes: Sequence[str] | None) -> di
     """
     main = MAIN_FIELD[template.kind]
     own = getattr(row, main)
-    values = {main: own if own is not None else as_text(row)}
+    text = own if own is not None else as_text(row)
+    values = {main: split_gap(text)[0] if template.gap else text}
     second = "context" if template.kind == "multiple_choice" else "text2"
     values[second] = (getattr(row, second) or "") if own is not None else ""
     if "options" in template.fields:
