@@ -5,16 +5,17 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint format mypy wheel docs clean
+.PHONY: help env quickstart test lint format mypy wheel docs audit clean
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 CHECK := build/wheel-check
 DOCS := .venv-docs
+AUDIT := .venv-audit
 
 help:
-	@echo "make quickstart | test | lint | format | mypy | wheel | docs | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make quickstart | test | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
 
 env: $(READY)
 
@@ -75,15 +76,26 @@ docs: $(DOCS)/.ready
 	@rm build/docs.log
 	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
 
-$(DOCS)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -m venv $(DOCS)
+# What tests/test_dependencies.py leaves: whether a pinned version has a known vulnerability, where that can be asked.
+audit: $(AUDIT)/.ready
+	@mkdir -p build
+	@if $(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv \
+		--progress-spinner off --timeout 15 > build/audit.log 2>&1; then tail -n 1 build/audit.log; \
+	elif grep -q '^[A-Za-z_.]*\(ConnectionError\|ServiceError\|Timeout\): ' build/audit.log; then \
+		echo "vulnerabilities: not checked, their database cannot be reached"; \
+	else cat build/audit.log; exit 1; fi
+	@rm build/audit.log
+
+# Environments of tools alone: an extra without the library.
+$(DOCS)/.ready $(AUDIT)/.ready: .venv-%/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(@D)
 	@wanted=$$($(PYTHON) -c 'import tomllib; \
-		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'); \
-	$(DOCS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$wanted
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])'); \
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$wanted
 	@touch $@
 
 clean:
 	@[ ! -e $(READY) ] || rm -rf $(VENV)
-	@rm -rf .venv $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv $(DOCS) $(AUDIT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf src/*.egg-info

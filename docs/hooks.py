@@ -16,7 +16,9 @@ PAGES = {
     "../benchmarks/README.md": "evidence/benchmarks.md",
     "../CONTRIBUTING.md": "project/contributing.md",
     "../CHANGELOG.md": "project/changelog.md",
-    "../examples/trainer.py": "trainer-example.md",
+    "../examples/trainer.py": "trainer-examples.md",
+    "../examples/session.py": "session.md",
+    "../examples/sft.py": "trainer-examples.md",
 }
 
 

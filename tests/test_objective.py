@@ -252,10 +252,12 @@ def test_shares_of_a_batch_add_up_to_its_hinge():
         assert jsd[shares[0]].mean() > tau > jsd[shares[1]].mean()
         config = ObjectiveConfig("hinge", 5, tau=tau)
         whole, _ = objective(logits.log_softmax(-1), labels, config)
-        parts = [
-            objective(logits[:, s].log_softmax(-1), labels[s], config, whole=lambda _: jsd.mean())[0] * len(labels[s]) / 5
-            for s in shares
-        ]
+
+        def of(s, config=config):
+            log_probs = logits[:, s].log_softmax(-1)
+            return objective(log_probs, labels[s], config, whole=lambda _: jsd.mean())[0] * len(labels[s]) / 5
+
+        parts = [of(s) for s in shares]
         (expected,), (found,) = (torch.autograd.grad(loss, logits) for loss in (whole, sum(parts)))
         assert sum(parts).item() == pytest.approx(whole.item())
         torch.testing.assert_close(found, expected)

@@ -86,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
         known = self.server.model is None or asked["model"] in self.server.model.peft_config
         if self.path != "/v1/completions" or not known:
             return self._send(404, b'{"error": {"message": "The model does not exist."}}')
+        if isinstance(asked["prompt"], list) and len(asked["prompt"]) > 1024:
+            return self._send(400, b'{"error": {"message": "prompt list length exceeds the maximum"}}')
         if mood == "broken":
             return self._send(500, b"out\nof memory")
         if mood == "page":
@@ -288,3 +290,35 @@ def test_what_is_wrong_before_anything_is_asked(
         ServedCurve(server.url, exported[1]).choices("a", [" one", " one"])
     with pytest.raises(UserError, match="expected a server, found none"):
         ServedCurve("http://127.0.0.1:9", exported[1], timeout=2).next_token("a")
+
+
+def test_many_prompts_are_several_requests(
+    exported: tuple[Path, Path, Path], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, texts = ServedCurve(server.url, exported[1]), [f"Text: a story of {i} parts\nLabel:" for i in range(5)]
+    whole = client.choices(texts, [" no", " yes", " negative"]).probs
+    assert [len(asked["prompt"]) for asked in server.asked] == [15] * 3
+    server.asked = []
+    monkeypatch.setattr("loracurve.serving.client._MOST_PROMPTS", 7)  # two texts of three answers
+    torch.testing.assert_close(client.choices(texts, [" no", " yes", " negative"]).probs, whole, atol=1e-9, rtol=0)
+    assert [len(asked["prompt"]) for asked in server.asked] == [6] * 6 + [3] * 3
+
+
+def test_tokens_that_are_named_by_number_are_refused(canned: Server, tmp_path: Path) -> None:
+    listed = {"tokens": ["token_id:7"], "top_logprobs": [{"token_id:7": -0.1, "token_id:9": -3.0}]}
+    canned.canned = {"a": {"finish_reason": "length", "logprobs": listed}}
+    client = ServedCurve(canned.url, index_file(tmp_path, {"a": 1.0}))
+    assert client.next_token("x").tokens == ("token_id:7", "token_id:9")
+    with pytest.raises(UserError, match="expected tokens as text, found 'token_id:7'; .*return-tokens-as-token-ids"):
+        client.generate("x", 2)
+
+
+def test_the_example_of_the_page_runs(
+    exported: tuple[Path, Path, Path], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported[1].parent)
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block.replace("http://127.0.0.1:8000", server.url), names)
+    assert names["predictive"].probs.shape == (1, 2)

@@ -247,3 +247,20 @@ def test_what_cannot_be_shared_is_said_in_one_line(
         CurveModel.from_pretrained("nobody/nothing", tiny("qwen2"))
     with pytest.raises(UserError, match="expected a curve folder, found no curve_config.json"):
         CurveModel.from_pretrained("nothing", tiny("qwen2"))
+
+
+def test_the_example_of_the_page_runs(
+    runs: dict[str, Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = runs["label"] / "curve"
+    in_cache(tmp_path / "cache", "OWNER/NAME", {p.name: p.read_bytes() for p in curve.iterdir()})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "sharing.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    pushed = 'push_to_hub("OWNER/OTHER", base="org/tiny")'  # this one's base is a folder
+    names: dict[str, Any] = {}
+    exec(block.replace('push_to_hub("OWNER/OTHER")', pushed), names)
+    assert torch.equal(logits(names["model"]), model_of(runs["label"])[1])
+    points = hub.repositories["OWNER/OTHER"]["control_points.safetensors"]
+    assert points == (curve / "control_points.safetensors").read_bytes()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from made_runs import base_folder
 from tiny import adapters_on, lora_config, peft_twin, random_points, tiny
+from tokenizers_made import qwen_style
 from transformers import TrainingArguments
 
 from loracurve.errors import UserError
@@ -148,17 +149,20 @@ def test_anchors_stay_and_the_curve_learns(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_equals_one_in_one_piece(tmp_path: Path) -> None:
-    examples = rows()
+    examples, tokenizer = rows(), qwen_style()
 
     def run(folder: Path, resume: bool = False, **options: Any) -> CurveModel:
         model, _ = built(spec=CurveSpec.anchored(2))
         args = arguments(folder, save_strategy="steps", save_steps=2, **options)
-        CurveTrainer(model, args, points=2, train_dataset=examples).train(resume_from_checkpoint=resume or None)
+        trainer = CurveTrainer(model, args, points=2, train_dataset=examples, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume or None)
         return model
 
     whole = run(tmp_path / "whole")
     files = sorted(p.name for p in (tmp_path / "whole" / "checkpoint-2").iterdir())
-    assert {"curve_config.json", "control_points.safetensors"} <= set(files) and "model.safetensors" not in files
+    assert {"curve_config.json", "control_points.safetensors", "tokenizer.json"} <= set(
+        files
+    ) and "model.safetensors" not in files
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     resumed = run(tmp_path / "again", resume=True)
     for a, b in zip(whole.factors, resumed.factors, strict=True):
@@ -211,20 +215,20 @@ def test_options_that_would_do_something_else_are_refused(tmp_path: Path) -> Non
         CurveTrainer(model, arguments(tmp_path)).compute_loss(model, {"input_ids": torch.ones(1, 3).long()})
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+def run_example(name: str, folder: Path, *options: object) -> str:
+    """What a script of examples/ prints, run as a user runs it."""
     root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder)}
+    command = [sys.executable, str(root / "examples" / name), *map(str, options)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr[-2000:]
+    return said.stdout
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "qwen2")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["the film is good and plain", "it was a dull story", ""] * 12))
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, str(root / "examples" / "trainer.py"), "--model", base, "--text", text]
-    said = subprocess.run(
-        [*map(str, command), "--out", str(tmp_path / "out"), "--steps", "3"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    assert "eval_loss" in said.stdout
+    said = run_example("trainer.py", tmp_path, "--model", base, "--text", text, "--out", tmp_path / "out", "--steps", 3)
+    assert "eval_loss" in said
     assert CurveModel.from_pretrained(tmp_path / "out" / "curve").spec == CurveSpec(2, 2)

@@ -191,10 +191,11 @@ def test_rows_with_their_own_points_have_the_gradient_of_single_points(tmp_path:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) -> None:
     found = []
     for checkpointing in (False, True):
-        model, _, task = build("qwen2", tmp_path / str(checkpointing), CurveSpec(1, 2))
+        model, _, task = build("qwen2", tmp_path / str(checkpointing), CurveSpec(1, 2), lora_dropout=dropout)
         fit(model, task, FitConfig(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
         found.append(model.control_points())
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])

@@ -18,7 +18,8 @@ __all__ = ["Captured", "capturing", "map_tensors"]
 
 logger = logging.getLogger("loracurve")
 
-# Eager calls before a shape is captured: they fill optimiser states and the allocator, and count as real ones.
+# Eager calls before the first shape is captured: they fill optimiser states and the allocator, and count as real ones.
+# Further shapes need one, which finds kernels and compiles.
 WARM_UP = 2
 # Shapes worth a graph; each holds its activations, in one pool shared by all.
 MOST_GRAPHS = 24
@@ -111,7 +112,7 @@ class Captured:
         with torch.cuda.stream(self.stream):
             moved = map_tensors(inputs, lambda t: t.to(self.device, copy=True))
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] > WARM_UP and len(self.graphs) < MOST_GRAPHS:
+            if self.seen[key] > (1 if self.graphs else WARM_UP) and len(self.graphs) < MOST_GRAPHS:
                 output = self._capture(key, moved)
             else:
                 output = self.function(moved)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.distributed import backend, is_main, on_main, same_everywhere, world
@@ -252,7 +252,11 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Random states, which only dropout needs again (noise of layers draws by keys), cannot be read inside CUDA graphs.
+    dropping = any(getattr(m, "p", 0) > 0 for m in base.modules() if isinstance(m, nn.Dropout))
+    dropping |= any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(base.config).items())
+    keywords = {"use_reentrant": False, "preserve_rng_state": dropping}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
     try:
         yield
     finally:

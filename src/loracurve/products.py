@@ -15,13 +15,14 @@ __all__ = ["combine", "contract", "expand", "windowed", "windowed_coefficients"]
 
 
 class _Windows(torch.autograd.Function):
-    """[S d + 1, ...] -> [S, d + 1, ...]. A slice's own gradient would be padded to the size of the whole stack."""
+    """[S d + 1, ...] -> [S, d + 1, ...], a view. A slice's own gradient would be padded to the size of the stack."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, count: int, degree: int) -> Tensor:
         ctx.degree = degree
-        starts = stack[:-1].reshape(count, degree, *stack.shape[1:])
-        return torch.cat([starts, stack[degree::degree].unsqueeze(1)], dim=1)
+        stack = stack.contiguous()
+        # Neighbouring windows overlap in the control point that they share.
+        return stack.as_strided((count, degree + 1, *stack.shape[1:]), (degree * stack.stride(0), *stack.stride()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from loracurve.errors import UserError
 from loracurve.inference import quadrature
@@ -33,6 +35,7 @@ _FIXED = {
     "gradient_checkpointing": (False, "call gradient_checkpointing_enable() of the base before it is wrapped"),
     "fp16": (False, "load the base in float16"),
     "bf16": (False, "load the base in bfloat16; control points stay float32"),
+    "neftune_noise_alpha": (None, "noise on embeddings is not supported"),
 }
 
 
@@ -57,6 +60,8 @@ class CurveTrainer(Trainer):
             depend on each other (closed, smooth, one factor shared).
     """
 
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = _FIXED
+
     def __init__(
         self,
         model: CurveModel,
@@ -71,7 +76,7 @@ class CurveTrainer(Trainer):
         check_sampling(sampling, points)
         if sampling == "arc-length":
             raise UserError("sampling: expected another than arc-length, which loracurve.fit has; use stratified")
-        for name, (wanted, advice) in _FIXED.items():
+        for name, (wanted, advice) in self.fixed.items():
             if getattr(args, name) != wanted:
                 raise UserError(f"{name}: expected {wanted}, found {getattr(args, name)}; {advice}")
         if options.get("compute_loss_func") is not None:
@@ -82,7 +87,8 @@ class CurveTrainer(Trainer):
             raise UserError(
                 "expected control points that are free, found closed, smooth or shared ones; use loracurve.fit"
             )
-        super().__init__(model=model, args=args, **options)
+        super().__init__(model=self._inspected(model), args=args, **options)
+        self.model = self.model_wrapped = self.callback_handler.model = model
         self.curve, self.points, self.sampling = model, points, sampling
         self.objective_config = objective or ObjectiveConfig()
         self.tau = resolve_tau(self.objective_config, None)
@@ -90,14 +96,20 @@ class CurveTrainer(Trainer):
         # What Trainer would find by looking at CurveModel.forward, which takes anything.
         self.label_names = ["labels"]
         self._signature_columns: Any = [*inspect.signature(model.model.forward).parameters, "label", "label_ids"]
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         self._drawn = (-1, 0)
-        # Trainer's TensorBoard callback asks the model's config for this, which PEFT's configs don't have.
+        # Trainer asks the model's config for these (the second one to align special tokens), which PEFT's don't have.
         vars(model.config)["to_json_string"] = lambda: json.dumps(model.config.to_dict(), default=sorted)
+        base: Any = model.model
+        vars(model.config)["get_text_config"] = base.config.get_text_config
         if not model.spec.mask.all():
             for factor in model.factors:
                 mask = model.spec.mask.to(factor).view(-1, *[1] * (factor.dim() - 1))
                 factor.register_hook(lambda gradient, mask=mask: gradient * mask)
+
+    def _inspected(self, model: CurveModel) -> nn.Module:
+        """The model as the Trainer above this one wants to see it while it is set up."""
+        return model
 
     def compute_loss(
         self,
@@ -117,10 +129,10 @@ class CurveTrainer(Trainer):
             rows, labels = log_probs[:, :, :-1].flatten(1, 2), labels[:, 1:].flatten()
         if model.training:
             loss, _ = objective(rows, labels, self.objective_config, tau=self.tau)
-            return (loss, {"loss": loss, "logits": log_probs}) if return_outputs else loss
+            return (loss, CausalLMOutput(loss=loss, logits=log_probs)) if return_outputs else loss
         known = labels != -100
         loss = negative_log_likelihood(mixture_log_probs(rows[:, known]), labels[known]).mean()
-        return (loss, {"loss": loss, "logits": mixture_log_probs(log_probs)}) if return_outputs else loss
+        return (loss, CausalLMOutput(loss=loss, logits=mixture_log_probs(log_probs))) if return_outputs else loss
 
     def prediction_step(
         self,

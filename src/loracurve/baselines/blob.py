@@ -70,7 +70,7 @@ class BLoB:
     def fit(self, setting: Setting) -> Fitted:
         """Train one adapter from scratch."""
         config = setting.training
-        one = OneAdapter(setting.model, fresh_adapter(setting))
+        one = OneAdapter(setting.model, fresh_adapter(setting), config.capture)
         batches = max(round(len(setting.task.encode("train")) / config.batch_size), 1)
         learner = GaussianAdapter(one, self, config, batches, config.seed)
         result = train(setting, one, learner, config, "BLoB")

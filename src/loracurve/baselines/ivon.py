@@ -49,7 +49,7 @@ class IVON:
     def fit(self, setting: Setting) -> Fitted:
         """Train one adapter from scratch; raises UserError where ivon-opt is not installed."""
         config = setting.training
-        one = OneAdapter(setting.model, fresh_adapter(setting))
+        one = OneAdapter(setting.model, fresh_adapter(setting), config.capture)
         rate = self.learning_rate or config.learning_rate / self.clip_radius
         learner = _Variational(one.values(), replace(self, learning_rate=rate))
         result = train(setting, one, learner, config, "IVON")

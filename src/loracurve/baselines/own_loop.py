@@ -17,8 +17,10 @@ from torch import Tensor
 
 from loracurve.baselines.base import Setting
 from loracurve.batching import Batch, collate
+from loracurve.capture import Captured
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll, predict_split
+from loracurve.layers import Layout
 from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor, recomputing
 from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
 from loracurve.model import CurveModel
@@ -39,11 +41,14 @@ class OneAdapter:
     Args:
         model: its curve is replaced.
         start: the adapter [1, ...] by PEFT name.
+        capture: run in CUDA graphs where the device has them.
     """
 
-    def __init__(self, model: CurveModel, start: ControlPoints) -> None:
+    def __init__(self, model: CurveModel, start: ControlPoints, capture: bool = True) -> None:
         model.set_curve(CurveSpec.slots(1), start)
         self.model = model
+        self.here = model.coefficients(slot_times(1)).to(model.device)
+        self.captured = Captured(self._nll_and_gradients, model.device, capture)
         self.names = [f"{PREFIX}{name}.{suffix}" for name, layer in model.layers.items() for suffix in layer.factors()]
 
     def values(self) -> list[Tensor]:
@@ -56,20 +61,27 @@ class OneAdapter:
         for p, value in zip(self.model.factors, values, strict=True):
             p.copy_(value)
 
-    def nll_at(self, values: Sequence[Tensor], batches: Sequence[Batch]) -> tuple[float, list[Tensor]]:
+    def nll_at(self, values: Sequence[Tensor], batches: list[Batch]) -> tuple[float, list[Tensor]]:
         """Mean NLL in nats over the examples of micro-batches, and its gradients, at an adapter."""
         self.put(values)
-        for p in self.model.factors:
+        found = self.captured(batches)
+        gradients = found[1:].split([p.numel() for p in self.model.factors])
+        return float(found[0]), [g.view_as(p) for g, p in zip(gradients, self.model.factors, strict=True)]
+
+    def _nll_and_gradients(self, batches: list[Batch]) -> Tensor:
+        """The NLL and all gradients in one tensor, which is what a captured function returns."""
+        factors = self.model.factors
+        for p in factors:
             p.grad = None
-        total, examples = 0.0, sum(len(b.labels) for b in batches)
-        here = self.model.coefficients(slot_times(1))
+        total = torch.zeros((), dtype=factors[0].dtype, device=self.model.device)
+        examples = sum(len(b.labels) for b in batches)
         for batch in batches:
-            batch = batch.to(self.model.device)
-            log_probs = self.model.scores(batch, here).log_softmax(-1)
+            log_probs = self.model.scores(batch, self.here, Layout("points")).log_softmax(-1)
             loss = negative_log_likelihood(log_probs, batch.labels).sum() / examples
             loss.backward()
-            total += float(loss.detach())
-        return total, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.factors]
+            total += loss.detach()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in factors]
+        return torch.cat([total[None], *(g.flatten() for g in found)])
 
     def stack(self, adapters: Sequence[Sequence[Tensor]]) -> ControlPoints:
         """S adapters as control points [S, ...] by PEFT name."""

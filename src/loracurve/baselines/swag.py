@@ -136,7 +136,7 @@ class SWAG:
             evaluate_every=steps,
             patience=0,
         )
-        one = OneAdapter(setting.model, start)
+        one = OneAdapter(setting.model, start, config.capture)
         learner = _Collecting(one.values(), config, self)
         train(setting, one, learner, config, "SWAG")
         draws = (generator(setting.seed, "swag", s) for s in range(setting.samples))

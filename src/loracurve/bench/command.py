@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loracurve.bench.suite import SuiteConfig
+from loracurve.bench.suite import Executor, SuiteConfig
 
 __all__ = ["bench"]
 
@@ -16,16 +16,21 @@ def bench(
     seconds: float | None = None,
     retry: bool = False,
     tables_only: bool = False,
+    executor: Executor = "processes",
+    address: str | None = None,
 ) -> None:
     """Compare methods on tasks and seeds: SUITE.yaml, or smoke, small or paper; the same command resumes.
 
     Args:
         suite: all options of a suite, from a YAML file and the command line.
         out: folder for the results, new or begun by the same suite.
-        jobs: processes that run cells side by side. Default: one for each GPU, one on the CPU.
+        jobs: cells that run side by side. Default: one for each GPU, without GPUs one (with Ray one for each node).
         seconds: start no further cell after this time.
         retry: run cells again that failed.
         tables_only: make tables and page from what is in the folder, without running anything.
+        executor: processes of this machine, or the workers of a Ray cluster.
+        address: address of the Ray cluster, auto for one started on this machine. Default: what RAY_ADDRESS says, else
+            a cluster of this machine alone.
     """
     from loracurve.bench.reporting import write_tables
     from loracurve.bench.runner import run_suite
@@ -34,7 +39,7 @@ def bench(
     folder = Path(out)
     try:
         if not tables_only:
-            run_suite(suite, folder, jobs, seconds, retry, progress=True)
+            run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
     finally:
         if (folder / "suite.yaml").is_file():
             tables = write_tables(suite, folder, page=True)

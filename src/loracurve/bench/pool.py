@@ -1,4 +1,7 @@
-"""Several processes, one cell each: every process has its own GPU, or its share of the CPU's threads."""
+"""Several processes, one cell each: every process has its own GPU, or its share of the CPU's threads.
+
+`spread` and `run_cell` are also what `bench.cluster` runs its cells with.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from loracurve.bench.suite import Cell, SuiteConfig
+from loracurve.errors import one_line
 
-__all__ = ["run_in_pool", "visible_gpus"]
+__all__ = ["Result", "run_cell", "run_in_pool", "spread", "visible_gpus"]
 
 Result = tuple[bool, list[str]]
+"""Whether a cell did not break, and what there is to say about it."""
 
 
 def run_in_pool(
@@ -32,28 +37,45 @@ def run_in_pool(
     for job in range(jobs):
         places.put(gpus[job % len(gpus)] if gpus else "")
     threads = max((os.cpu_count() or 1) // jobs, 1)
+    with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
+        return spread(cells, jobs, lambda cell: pool.submit(run_cell, suite, cell, out), end, say)
+
+
+def spread(
+    cells: list[Cell],
+    jobs: int,
+    submit: Callable[[Cell], Future[Result]],
+    end: float | None,
+    say: Callable[[str], None],
+) -> list[Cell]:
+    """Have `jobs` cells at a time run by what `submit` hands them to, and no cell before its group's anchors are there.
+
+    Returns the cells that broke.
+    """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.seed), []).append(cell)
     ready = [group.pop(0) for group in groups.values()]  # the rest waits for the group's anchors
     running: dict[Future[Result], Cell] = {}
     broken: list[Cell] = []
-    with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
-        while ready or running:
-            if end is not None and time.perf_counter() > end and ready:
-                say(f"{len(ready) + sum(map(len, groups.values()))} cells left for later, the time is up")
-                ready, groups = [], {}
-            while ready and len(running) < jobs:
-                cell = ready.pop(0)
-                running[pool.submit(_run, suite, cell, out)] = cell
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                cell = running.pop(future)
+    while ready or running:
+        if end is not None and time.perf_counter() > end and ready:
+            say(f"{len(ready) + sum(map(len, groups.values()))} cells left for later, the time is up")
+            ready, groups = [], {}
+        while ready and len(running) < jobs:
+            cell = ready.pop(0)
+            running[submit(cell)] = cell
+        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+            cell = running.pop(future)
+            try:
                 fine, lines = future.result()
-                for line in lines:
-                    say(line)
-                if not fine:
-                    broken.append(cell)
-                ready = groups.pop((cell.task, cell.seed), []) + ready
+            except Exception as error:  # the process, not the cell: killed, or gone with its machine
+                fine, lines = False, [f"{cell}: {one_line(repr(error))}"]
+            for line in lines:
+                say(line)
+            if not fine:
+                broken.append(cell)
+            ready = groups.pop((cell.task, cell.seed), []) + ready
     return broken
 
 
@@ -82,8 +104,8 @@ def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
-    """In a process of the pool: run one cell; the model stays loaded for the next one of the same task and seed."""
+def run_cell(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
+    """In another process: run one cell; the model stays loaded for the next one of the same task and seed."""
     global _group
     from loracurve.bench.runner import Group, run_one
 

@@ -19,12 +19,14 @@ import yaml
 
 from loracurve.baselines.base import Fitted, Setting
 from loracurve.baselines.curve import Curve
+from loracurve.bench.cluster import import_ray, run_on_ray
 from loracurve.bench.landscapes import along_curve, scan_anchors
 from loracurve.bench.memory import PeakMemory
 from loracurve.bench.options import fingerprint, options_of, plain
+from loracurve.bench.pool import run_in_pool
 from loracurve.bench.setting import Shared, anchors_folder, open_shared, remove_work, train_anchors
 from loracurve.bench.store import record_of, write_frame, write_predictions
-from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig, cells_of, method_of, scans_of
+from loracurve.bench.suite import LANDSCAPE, Cell, Executor, SuiteConfig, cells_of, method_of, scans_of
 from loracurve.environment import environment
 from loracurve.errors import UserError, one_line
 from loracurve.locking import has_results, locked
@@ -32,7 +34,7 @@ from loracurve.lora_space import ControlPoints
 from loracurve.storage import atomic_write, write_json
 from loracurve.tasks.data import subset
 
-__all__ = ["Group", "prepare", "run_suite"]
+__all__ = ["Group", "prepare", "run_one", "run_suite"]
 
 Say = Callable[[str], None]
 
@@ -175,39 +177,56 @@ def run_suite(
     retry: bool = False,
     progress: bool = False,
     say: Say = _say,
+    executor: Executor = "processes",
+    address: str | None = None,
 ) -> None:
     """Run what is still to be run of a suite.
 
     Args:
         suite: its options.
         out: a new folder, or one in which a suite was begun; methods, tasks and seeds may have been added since.
-        jobs: processes; 0: one for each GPU, one on the CPU.
+        jobs: cells at a time; 0: one for each GPU, without GPUs one (on a cluster: one for each node).
         seconds: start no further cell after this time.
         retry: run cells that failed once more.
         progress: bars while training.
         say: called with a line about each cell.
+        executor: processes of this machine, or workers of a Ray cluster (`bench.cluster`).
+        address: of the Ray cluster. Default: what RAY_ADDRESS says, else one of this machine alone.
 
     Raises:
-        UserError: the folder is of another suite, or another process works in it.
+        UserError: the folder is of another suite, or another process works in it; there is no such cluster.
         RuntimeError: cells broke by a fault of ours; all others have been run.
     """
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
+    if executor == "ray":
+        import_ray()
+    elif address is not None:
+        raise UserError(f"address: expected none without --executor ray, found {address!r}")
     with locked(Path(out)):
-        _run_suite(suite, Path(out), jobs, seconds, retry, progress, say)
+        _run_suite(suite, Path(out), jobs, seconds, retry, progress, say, executor, address)
 
 
 def _run_suite(
-    suite: SuiteConfig, out: Path, jobs: int, seconds: float | None, retry: bool, progress: bool, say: Say
+    suite: SuiteConfig,
+    out: Path,
+    jobs: int,
+    seconds: float | None,
+    retry: bool,
+    progress: bool,
+    say: Say,
+    executor: Executor,
+    address: str | None,
 ) -> None:
     todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
     for task, seed in {(c.task, c.seed) for c in todo if retry}:
         (anchors_folder(out, task, seed) / "failed.json").unlink(missing_ok=True)
     end = None if seconds is None else time.perf_counter() + seconds
-    jobs = jobs or max(torch.cuda.device_count(), 1)
-    if jobs > 1 and len(todo) > 1:
-        from loracurve.bench.pool import run_in_pool
-
+    if executor == "processes":
+        jobs = jobs or max(torch.cuda.device_count(), 1)
+    if todo and executor == "ray":
+        broken = run_on_ray(suite, todo, out, jobs, end, say, address)
+    elif jobs > 1 and len(todo) > 1:
         broken = run_in_pool(suite, todo, out, jobs, end, say)
     else:
         broken = []
@@ -241,7 +260,7 @@ def run_one(group: Group, cell: Cell, say: Say) -> bool:
     try:
         record = group.run(cell)
     except Exception:  # a fault of ours in one cell shall not cost the others; it is raised in the end
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip())
         return False
     if record["status"] == "failed":
         say(f"{cell}: failed: {record['reason']}")

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loracurve.baselines.base import Method
 from loracurve.baselines.ensembles import Ensemble
@@ -19,6 +19,7 @@ from loracurve.tasks import Scoring, TaskConfig
 __all__ = [
     "LANDSCAPE",
     "Cell",
+    "Executor",
     "SuiteConfig",
     "SuiteTask",
     "cells_of",
@@ -28,6 +29,8 @@ __all__ = [
     "slug",
 ]
 
+Executor = Literal["processes", "ray"]
+"""What runs cells side by side: processes of this machine, or the workers of a Ray cluster."""
 LANDSCAPE = "landscape"  # stands for a method's name in the cell of a scan
 
 

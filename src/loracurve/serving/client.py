@@ -1,7 +1,8 @@
 """A client that averages the answers of a server which holds n points of a curve as LoRA adapters.
 
 The server speaks OpenAI's completions API with `logprobs` (vLLM does) and knows each point by the name of its folder,
-as `loracurve export` wrote them. Each question is one request for each point, all of them at once.
+as `loracurve export` wrote them. Each question is one request for each point, all of them at once; many prompts are
+several.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from loracurve.tasks.tokens import common_prefix
 __all__ = ["NextToken", "ServedCurve", "ServedText"]
 
 _MOST_BYTES = 2**26  # of one answer
+_MOST_PROMPTS = 256  # in one request; vLLM takes 1024
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,13 @@ class ServedCurve:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or len(set(answers)) < 2 or len(set(answers)) < len(answers) or not all(answers):
             raise UserError(f"expected prompts and at least two different answers, found {len(texts)} and {answers}")
-        whole = [text + answer for text in texts for answer in answers]
-        asked = {"prompt": whole, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
-        scores = torch.stack([self._scores(c, len(texts), len(answers)) for c in self._ask(asked, len(whole))])
-        return Predictive.from_log_probs(scores.log_softmax(-1), self.weights)
+        parts = []
+        step = max(_MOST_PROMPTS // len(answers), 1)
+        for some in (texts[i : i + step] for i in range(0, len(texts), step)):
+            whole = [text + answer for text in some for answer in answers]
+            asked = {"prompt": whole, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+            parts.append(torch.stack([self._scores(c, len(some), len(answers)) for c in self._ask(asked, len(whole))]))
+        return Predictive.from_log_probs(torch.cat(parts, dim=1).log_softmax(-1), self.weights)
 
     def next_token(self, prompt: str) -> NextToken:
         """The averaged distribution of the token behind `prompt`; errors as `choices`."""
@@ -169,6 +174,11 @@ class ServedCurve:
         out = ServedText()
         for _ in range(max_new_tokens):
             step = self.next_token(prompt + out.text)
+            if step.tokens[0].startswith("token_id:"):
+                raise UserError(
+                    f"{self.url}: expected tokens as text, found {step.tokens[0]!r}; start the server without "
+                    "--return-tokens-as-token-ids"
+                )
             out.steps.append(step)
             if step.ends or step.tokens[0] in stop:
                 out.finish = "eos"
