@@ -34,9 +34,9 @@ from training_step import STEP
 from whole_set import encode, texts
 
 from loracurve.loop import LoopConfig, batch_numbers
+from loracurve.programs import AnchorsProgram, slot_seeds
 from loracurve.spec import CurveSpec
 from loracurve.stepping import Stepper
-from loracurve.training import _Anchors, slot_seeds
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     for anchors in (3, 10) if DEVICE.type == "cuda" else (3,):
         reset_memory()
         model.set_curve(CurveSpec.slots(anchors), stacked(random_adapters(model, anchors)))
-        program = _Anchors(model, encoded, encoded, LoopConfig(batch_size=rows, seed=0), anchors)
+        program = AnchorsProgram(model, encoded, encoded, LoopConfig(batch_size=rows, seed=0), anchors)
         model.train()
         stepper = Stepper(program, model.factors, model.spec.mask, STEP)
 

@@ -41,11 +41,11 @@ from loracurve.loop import LoopConfig, batch_numbers, recomputing, run_loop
 from loracurve.lora_space import PREFIX
 from loracurve.model import CurveModel
 from loracurve.perturbation import Perturbation
+from loracurve.programs import CAPTURED_LENGTHS, AnchorsProgram, CurveProgram
 from loracurve.spec import CurveSpec
 from loracurve.stepping import Program, StepConfig, Stepper
 from loracurve.storage import read_tensors
 from loracurve.tasks import Encoded
-from loracurve.training import CAPTURED_LENGTHS, _Anchors, _Curve
 
 LENGTHS = {"7b": (128, 384), "smollm2": (128, 384), "small": (32, 96)}
 WARM_UP = 3  # two eager steps and the one that is captured
@@ -101,13 +101,13 @@ class Sized:
         self.start(CurveSpec.slots(count))
         rows = self.rows(tokens)
         with _dropout(self.model, dropout) if dropout else nullcontext():
-            return self.step(_Anchors(self.model, rows, rows, self.training, count), self.training)
+            return self.step(AnchorsProgram(self.model, rows, rows, self.training, count), self.training)
 
     def curve(self, spec: CurveSpec, config: FitConfig, tokens: int) -> dict[str, Any]:
         self.start(spec)
         rows = self.rows(tokens)
         noise = Perturbation(config.perturbation, self.model.layers, config.steps, config.seed)
-        program = _Curve(self.model, rows, rows, config, tau=config.objective.tau or 0.1)
+        program = CurveProgram(self.model, rows, rows, config, tau=config.objective.tau or 0.1)
         with noise.attached():
             return self.step(program, config, None if config.perturbation.kind == "none" else noise)
 
@@ -174,7 +174,7 @@ class Sized:
         for name, stops in (("whole", [None]), ("parts", [2, None])):
             for stop in stops:
                 self.start(spec)
-                program = _Curve(self.model, rows, rows, config)
+                program = CurveProgram(self.model, rows, rows, config)
                 began = time.perf_counter()
                 result = run_loop(self.model, program, config, folder / name, progress=False, stop_after=stop)
                 found[f"{name}, to step {result.steps}"] = {"s": time.perf_counter() - began}

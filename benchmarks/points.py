@@ -28,8 +28,8 @@ from common import (
 )
 
 from loracurve.batching import collate
+from loracurve.programs import slot_times
 from loracurve.spec import CurveSpec
-from loracurve.training import slot_times
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from training_step import ours, r_and_sizes
 
 from loracurve.batching import collate
+from loracurve.programs import slot_times
 from loracurve.spec import CurveSpec
-from loracurve.training import slot_times
 
 # First match wins.
 KINDS = {

@@ -19,9 +19,9 @@ from loracurve.batching import collate, evaluation_batches
 from loracurve.bench.setting import open_sets
 from loracurve.bench.suite_files import load_suite
 from loracurve.loop import LoopConfig, batch_numbers
+from loracurve.programs import CAPTURED_LENGTHS, slot_seeds
 from loracurve.splits import GPU_LENGTHS, GPU_TOKENS
 from loracurve.tasks import Encoded
-from loracurve.training import CAPTURED_LENGTHS, slot_seeds
 
 ADAPTERS, STEPS = (1, 3, 10), 50
 

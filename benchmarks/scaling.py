@@ -36,11 +36,12 @@ from whole_set import encode, texts
 
 from loracurve.distributed import backend, is_main, join, leave, sum_over_processes
 from loracurve.objective import ObjectiveConfig
+from loracurve.programs import CurveProgram
 from loracurve.sharding import shard_base
 from loracurve.spec import CurveSpec
 from loracurve.splits import predict_splits
 from loracurve.stepping import StepConfig, Stepper
-from loracurve.training import FitConfig, _Curve
+from loracurve.training import FitConfig
 
 STEP = StepConfig(1e-3, (0.9, 0.999), 1e-3, 0.0, 1.0)
 WARM_UP = 4
@@ -48,7 +49,7 @@ LIMIT_S = 240
 
 
 def stepper_of(model: Any, encoded: Any, config: FitConfig) -> Callable[[], torch.Tensor]:
-    program = _Curve(model, encoded, encoded, config)
+    program = CurveProgram(model, encoded, encoded, config)
     model.train()
     stepper = Stepper(program, model.factors, model.spec.mask, STEP, config.capture and not model.sharded)
     count = iter(range(10**9))

@@ -23,8 +23,8 @@ from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, predict_split
 from loracurve.loop import LoopConfig
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.programs import slot_times
 from loracurve.tasks import Encoded, Row
-from loracurve.training import slot_times
 
 CASES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
 

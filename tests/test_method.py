@@ -24,8 +24,9 @@ from loracurve.loop import LoopConfig
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig, jensen_shannon, negative_log_likelihood
 from loracurve.perturbation import PerturbationConfig
+from loracurve.programs import AnchorsProgram, CurveProgram
 from loracurve.sampling import Sampling
-from loracurve.training import FitConfig, _Anchors, _Curve, fit, fit_anchors
+from loracurve.training import FitConfig, fit, fit_anchors
 
 
 @pytest.mark.parametrize(
@@ -202,12 +203,13 @@ def test_bootstrap_weights_multiply_the_likelihood_at_their_points(
     model.set_curve(model.spec, random_points(model))
     config = FitConfig(batch_size=6, accumulation=2, share_points=share, bootstrap=BootstrapConfig("tied", 0.4), seed=3)
     train = task.encode("train")
-    program = _Curve(model, train, task.encode("validation"), config)
-    plain = _Curve(model, train, task.encode("validation"), replace(config, bootstrap=BootstrapConfig()))
+    program = CurveProgram(model, train, task.encode("validation"), config)
+    plain = CurveProgram(model, train, task.encode("validation"), replace(config, bootstrap=BootstrapConfig()))
     weights = BootstrapWeights(3, 0.4, tied_at=(0.0, 0.5, 1.0))
     for i, (part, same) in enumerate(zip(program.parts(5), plain.parts(5), strict=True)):
         assert same.weights is None and part.weights is not None
-        t = program._points(part.batch, 5, i)
+        rows = len(part.batch.input_ids if part.batch.units is None else part.batch.labels)
+        t = program._points(part.batch, rows, 5, i)
         at = t[:, None].expand_as(part.weights) if share else t[:, part.batch.rows]
         for n, e in [(0, 0), (1, 0), (0, 2), (1, 2)]:
             expected = weights.weights(part.batch.index[e : e + 1], at[n, e : e + 1])
@@ -224,7 +226,7 @@ def test_anchors_are_trained_with_the_weights_at_their_t(tmp_path: Path) -> None
     model.set_curve(model.spec, random_points(model))
     weights = BootstrapWeights(7, 0.3)
     train = task.encode("train")
-    program = _Anchors(model, train, task.encode("validation"), LoopConfig(batch_size=4), 3, weights)
+    program = AnchorsProgram(model, train, task.encode("validation"), LoopConfig(batch_size=4), 3, weights)
     (part,) = program.parts(2)
     expected = torch.zeros(())
     for m, t in enumerate((0.0, 0.5, 1.0)):
@@ -248,7 +250,7 @@ def test_tokens_of_one_text_share_their_weight(tmp_path: Path) -> None:
     model = CurveModel(tiny("llama", vocabulary=vocabulary(task)), lora_config("llama"), CurveSpec(1, 2))
     train = task.encode("train")
     config = FitConfig(batch_size=5, bootstrap=BootstrapConfig("everywhere"))
-    (part,) = _Curve(model, train, task.encode("validation"), config).parts(0)
+    (part,) = CurveProgram(model, train, task.encode("validation"), config).parts(0)
     assert part.weights is not None
     owner = [next(e for e in range(len(train)) if i < train.token_offsets[e + 1]) for i in part.batch.index.tolist()]
     columns = {e: part.weights[:, [o == e for o in owner]] for e in owner}
@@ -279,7 +281,7 @@ def test_the_diversity_term_is_taken_on_unlabelled_text(architecture: str, tmp_p
     others = unlabelled(task, file)
     assert len(others) == 4 and all(e.label is None for e in others.examples)
     config = other_config("text", file=str(file))
-    program = _Curve(model, task.encode("train"), task.encode("validation"), config, others=others)
+    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config, others=others)
     (part,) = program.parts(0)
     assert part.other is not None and sorted(set(part.other.index.tolist())) == [0, 1, 2, 3]
     scores = model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
@@ -332,7 +334,7 @@ def test_training_with_corrupted_inputs(kind: str, tmp_path: Path) -> None:
     model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
     result = fit(model, task, other_config(kind, steps=2, accumulation=2, share_points=False), **QUIET)
     assert result.steps == 2
-    program = _Curve(
+    program = CurveProgram(
         model, task.encode("train"), task.encode("validation"), other_config(kind), ordinary_tokens(task.tokenizer)
     )
     first, again, later = (program.parts(s)[0].other for s in (0, 0, 1))
@@ -410,7 +412,7 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
     config = FitConfig(
         steps=1, batch_size=4, learning_rate=1e-2, warmup=0, weight_decay=0.5, keep="last", max_grad_norm=0.05
     )
-    program = _Curve(model, task.encode("train"), task.encode("validation"), config)
+    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
     (part,) = program.parts(0)
     # By hand: free points are the leaves, control points are made from them, the penalty is that along the curve.
     ties = {n: spec.dependence(spec.is_shared(n)) for n in start}
@@ -447,7 +449,7 @@ def test_layers_have_points_of_their_own(architecture: str, tmp_path: Path) -> N
     model, _, task = build(architecture, tmp_path, CurveSpec(2, 2), torch.float64, **options)
     model.set_curve(model.spec, random_points(model))
     config = FitConfig(steps=2, batch_size=4, layerwise=True)
-    program = _Curve(model, task.encode("train"), task.encode("validation"), config)
+    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
     (part,) = program.parts(1)
     assert part.coefficients.shape == (len(model.layers), 2, 5)
     assert len({tuple(c) for c in part.coefficients[:, 0].tolist()}) == len(model.layers)

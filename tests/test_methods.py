@@ -26,7 +26,8 @@ from loracurve.lora_space import PREFIX
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig
 from loracurve.predictive import Predictive
-from loracurve.training import fit_anchors, slot_times
+from loracurve.programs import slot_times
+from loracurve.training import fit_anchors
 
 TRAINING = LoopConfig(steps=4, batch_size=4, learning_rate=1e-2, evaluate_every=2)
 

@@ -28,7 +28,8 @@ from loracurve.evaluation import labels_of, predict_split
 from loracurve.loop import LoopConfig, batch_numbers
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.perturbation import PerturbationConfig
-from loracurve.training import fit_anchors, slot_seeds, slot_times
+from loracurve.programs import slot_seeds, slot_times
+from loracurve.training import fit_anchors
 
 LOOP = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2)
 ARCHITECTURES = {"qwen2": "letter", "encoder": "head"}

@@ -19,9 +19,10 @@ from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
 from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig
+from loracurve.programs import slot_seeds
 from loracurve.sampling import sample_points
 from loracurve.tasks import Task
-from loracurve.training import FitConfig, fit, fit_anchors, slot_seeds
+from loracurve.training import FitConfig, fit, fit_anchors
 
 QUIET = {"progress": False}
 ARCHITECTURES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
@@ -153,9 +154,9 @@ def test_training_learns_and_the_best_state_is_kept(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     seen = [h["validation_nll"] for h in result.history if "validation_nll" in h]
     assert result.validation_nll == [min(v[m] for v in seen) for m in range(2)]
-    from loracurve.training import _Anchors
+    from loracurve.programs import AnchorsProgram
 
-    now = _Anchors(model, task.encode("train"), task.encode("validation"), LoopConfig(), 2).validate()
+    now = AnchorsProgram(model, task.encode("train"), task.encode("validation"), LoopConfig(), 2).validate()
     assert now == pytest.approx(result.validation_nll, abs=1e-6)
 
 

@@ -39,13 +39,14 @@ from loracurve.lora_space import ControlPoints, load_adapter, stack_adapters
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.perturbation import Perturbation
 from loracurve.predictive import Predictive
+from loracurve.programs import slot_times
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
 from loracurve.sharding import asked_to_shard, shard_base
 from loracurve.splits import predict_splits
 from loracurve.storage import atomic_write, export_adapter, write_json
 from loracurve.tasks import Encoded, Task, load_task, open_dataset
-from loracurve.training import fit, fit_anchors, slot_times
+from loracurve.training import fit, fit_anchors
 from loracurve.tunnel_inference import tunnel_average
 
 __all__ = ["Run", "best_point", "environment", "fit_run", "new_folder", "open_run", "write_predictions"]

@@ -22,7 +22,7 @@ from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
 from loracurve.tasks import Encoded
 
-__all__ = ["Way", "folding_tokens", "keeps_precision", "predict_splits", "room_for_merged"]
+__all__ = ["Way", "folding_tokens", "keeps_precision", "laid_out_for", "predict_splits", "room_for_merged"]
 
 Way = Literal["auto", "points", "merged"]
 
@@ -66,6 +66,13 @@ def room_for_merged(model: CurveModel) -> bool:
     return free > (1 + SPARE) * sum(w.numel() * w.element_size() for w in weights)
 
 
+def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = 256) -> list[Batch]:
+    """This process's share of a split in batches of a size that suits the model's device."""
+    gpu = model.device.type == "cuda"
+    size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
+    return [*evaluation_batches(encoded, size, row_tokens, model.supports_trees, pad_to, shared=True)]
+
+
 def predict_splits(
     model: CurveModel, splits: Mapping[str, Encoded], t: Tensor, weights: Tensor | None = None, way: Way = "auto"
 ) -> dict[str, Predictive]:
@@ -79,18 +86,7 @@ def predict_splits(
 
     Several processes all call this, predict a share of the examples each, and return the whole.
     """
-    gpu = model.device.type == "cuda"
-    laid_out: dict[str, list[Batch]] = {}
-    for name, encoded in splits.items():
-        laid_out[name] = list(
-            evaluation_batches(
-                encoded,
-                GPU_TOKENS if gpu else CPU_TOKENS,
-                packing=model.supports_trees,
-                pad_to=GPU_LENGTHS if gpu else 1,
-                shared=True,
-            )
-        )
+    laid_out = {name: laid_out_for(model, encoded) for name, encoded in splits.items()}
     choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
     tokens = sum(b.tokens for batches in choice.values() for b in batches)
     pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)

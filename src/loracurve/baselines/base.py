@@ -19,9 +19,10 @@ from loracurve.loop import FitResult, LoopConfig
 from loracurve.lora_space import ControlPoints
 from loracurve.model import CurveModel
 from loracurve.predictive import Predictive
+from loracurve.programs import slot_times
 from loracurve.spec import CurveSpec
 from loracurve.tasks import Encoded, Task
-from loracurve.training import fit_anchors, slot_times
+from loracurve.training import fit_anchors
 
 __all__ = ["Fitted", "Method", "Setting", "along_curve", "fine_tune", "fit_notes", "from_adapters"]
 

@@ -10,8 +10,9 @@ from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.loop import LoopConfig
 from loracurve.perturbation import PerturbationConfig
+from loracurve.programs import slot_seeds
 from loracurve.spec import CurveSpec
-from loracurve.training import fit, slot_seeds
+from loracurve.training import fit
 
 __all__ = ["FlatLoRA"]
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from loracurve.baselines.base import Setting
-from loracurve.batching import Batch, collate
+from loracurve.batching import Batch
 from loracurve.capture import Captured
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll, predict_split
@@ -25,9 +25,9 @@ from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_f
 from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood
+from loracurve.programs import slot_seeds, slot_times, training_batch
 from loracurve.randomness import stream_seed
 from loracurve.spec import CurveSpec
-from loracurve.training import slot_seeds, slot_times
 
 __all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
 
@@ -150,8 +150,7 @@ def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfi
             torch.manual_seed(stream_seed(seed, "forward", step))
             numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
             batches = [
-                collate(train_rows, part.tolist(), config.row_tokens, model.supports_trees)
-                for part in numbers.chunk(config.accumulation)
+                training_batch(model, train_rows, part.tolist(), config) for part in numbers.chunk(config.accumulation)
             ]
             factor = learning_rate_factor(config, step)
             nll = learner.step(lambda values, b=batches: one.nll_at(values, b), step, factor)  # type: ignore[misc]

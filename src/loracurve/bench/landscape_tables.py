@@ -23,8 +23,9 @@ from loracurve.bench.tables import Table, Value
 from loracurve.diversity import pairwise_divergence
 from loracurve.metrics import Interval, bootstrap_interval
 from loracurve.objective import negative_log_likelihood
+from loracurve.programs import slot_times
 from loracurve.storage import read_table
-from loracurve.training import FitConfig, slot_times
+from loracurve.training import FitConfig
 
 __all__ = ["along_curves", "anchors_of", "barriers", "heights", "point_nll_of", "positions_of", "scans_by_task"]
 

@@ -22,11 +22,11 @@ from loracurve.landscape import Scan, lay_out, scan_paths
 from loracurve.lora_space import ControlPoints, stack_adapters
 from loracurve.model import CurveModel
 from loracurve.paths import PATHS, Path, PathName, anchor_paths, curve_path, grid, scalings_of
+from loracurve.programs import slot_times
 from loracurve.sharpness import balanced_adapter, perturbed
 from loracurve.spec import CurveSpec
 from loracurve.storage import records
 from loracurve.tasks import Encoded
-from loracurve.training import slot_times
 
 __all__ = ["LandscapeConfig", "along_curve", "scan_anchors"]
 
