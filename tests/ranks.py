@@ -52,6 +52,10 @@ def together(work: Callable[[int], Any], folder: Path, size: int = 2, join: bool
             result = work(rank)
             (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
             code = 0
+            if join:
+                # The first keeps the store: it stays until all have met, however short the work was.
+                with contextlib.suppress(RuntimeError):
+                    torch.distributed.barrier()
         except BaseException:
             traceback.print_exc()
         finally:
