@@ -26,7 +26,8 @@ class LoopState:
     best: list[Tensor]
     best_nll: list[float]
     best_step: list[int]
-    stale: int
+    stale: list[int]
+    """validations of each group since its best"""
     history: list[dict[str, Any]]
     seconds: float = 0.0
 
@@ -81,10 +82,10 @@ def load_checkpoint(
         tensors = read_tensors(folder / name)
         groups = len(state.best_nll)
         best_nll = [math.inf if v is None else float(v) for v in values["best_nll"]]
-        best_step, history = [*values["best_step"]], [*values["history"]]
-        if len(best_nll) != groups or len(best_step) != groups or any(math.isnan(v) for v in best_nll):
+        best_step, stale, history = [*values["best_step"]], [*values["stale"]], [*values["history"]]
+        if {len(best_nll), len(best_step), len(stale)} != {groups} or any(math.isnan(v) for v in best_nll):
             raise ValueError(f"expected figures of {groups} groups")
-        if not all(map(_is_count, [*best_step, values["stale"]])) or len(history) != step:
+        if not all(map(_is_count, [*best_step, *stale])) or len(history) != step:
             raise ValueError("counts that cannot be")
         if not all(isinstance(entry, dict) and isinstance(entry.get("nll"), float) for entry in history):
             raise ValueError("a history without losses")
@@ -100,7 +101,7 @@ def load_checkpoint(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: the checkpoint does not fit this run ({error}); start in a new folder") from error
-    state.step, state.stale, state.history = step, values["stale"], history
+    state.step, state.stale, state.history = step, stale, history
     state.best_nll, state.best_step, state.seconds = best_nll, best_step, seconds
     with torch.no_grad():
         for i, p in enumerate(factors):

@@ -60,7 +60,7 @@ class LoopConfig:
     evaluate_every: int = 0
     """Steps between validations; 0: after every tenth of the run."""
     patience: int = 0
-    """Stop after this many validations without improvement; 0: never."""
+    """Stop after this many validations without improvement (of all that are trained side by side); 0: never."""
     keep: Literal["best", "last"] = "best"
     """Which state remains: that of the best validation NLL, or the last."""
     row_tokens: int = 256
@@ -167,8 +167,8 @@ def run_loop(
     step_config = StepConfig(**options)
     capture = config.capture and not model.sharded
     stepper = Stepper(program, factors, model.spec.mask, step_config, capture, perturbation, model.dependences)
-    infinite = [math.inf] * program.groups
-    state = LoopState(0, [p.detach().clone() for p in factors], infinite, [0] * program.groups, 0, [])
+    groups = program.groups
+    state = LoopState(0, [p.detach().clone() for p in factors], [math.inf] * groups, [0] * groups, [0] * groups, [])
     if folder is not None and (folder / "checkpoint.json").exists():
         load_checkpoint(folder, factors, stepper.optimizer, state)
     same_everywhere(factors)
@@ -176,7 +176,7 @@ def run_loop(
     save_every = config.checkpoint_every or every
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
     look_every = 1 if accelerator.device.type == "cpu" else 20
-    finished = state.step >= config.steps or bool(config.patience and state.stale >= config.patience)
+    finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
     started, past = time.perf_counter(), state.seconds
     waiting: list[dict[str, Any]] = []
     rows: list[Tensor] = []
@@ -208,8 +208,8 @@ def run_loop(
             if validate or state.step == config.steps:
                 nll = _validate(program, state.step, folder)
                 state.history[-1]["validation_nll"] = nll
-                _keep_best(state, nll, factors)
-                finished = bool(config.patience and state.stale >= config.patience)
+                _keep_best(state, nll, factors, config.patience)
+                finished = bool(config.patience and min(state.stale) >= config.patience)
             figures = {k: v for k, v in state.history[-1].items() if isinstance(v, float)}
             accelerator.log({f"{label}/{k}": v for k, v in figures.items()}, step=state.step)
             show(state.step, figures["nll"], min(state.best_nll))
@@ -288,14 +288,16 @@ def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor]
     return None
 
 
-def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor]) -> None:
-    improved = [new < old for new, old in zip(nll, state.best_nll, strict=True)]
-    state.stale = 0 if any(improved) else state.stale + 1
-    for group, better in enumerate(improved):
-        if better:
-            state.best_nll[group], state.best_step[group] = nll[group], state.step
+def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor], patience: int) -> None:
+    size = len(factors[0]) // len(nll)
+    for group, (new, old) in enumerate(zip(nll, state.best_nll, strict=True)):
+        if patience and state.stale[group] >= patience:
+            continue  # on its own it would have stopped
+        state.stale[group] = 0 if new < old else state.stale[group] + 1
+        if new < old:
+            state.best_nll[group], state.best_step[group] = new, state.step
+            rows = slice(group * size, (group + 1) * size)
             for best, p in zip(state.best, factors, strict=True):
-                rows = slice(None) if len(improved) == 1 else group
                 best[rows].copy_(p.detach()[rows])
 
 

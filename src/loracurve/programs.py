@@ -211,15 +211,20 @@ class CurveProgram:
         other: Tensor | None = None
         if part.other is not None:
             other = self.model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
-        labels, config = part.batch.labels, self.config.objective
+        return self.loss_of(log_probs, other, part.batch.labels, part.weights, part.share)
+
+    def loss_of(
+        self, log_probs: Tensor, other: Tensor | None, labels: Tensor, weights: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`loss` of a micro-batch from its log-probabilities [n, E, C], and those of its other inputs."""
 
         def of_all(jsd: Tensor) -> Tensor:
-            total, weight = sum_over_processes(torch.stack([jsd * part.share, part.share.to(jsd)]))
+            total, weight = sum_over_processes(torch.stack([jsd * share, share.to(jsd)]))
             return total / weight
 
         whole = of_all if self.shares and self.synchronises else None
-        loss, figures = objective(log_probs, labels, config, part.weights, other, self.tau, whole)
-        return loss * part.share, torch.stack([figures[name] for name in self.figures]) * part.share
+        loss, figures = objective(log_probs, labels, self.config.objective, weights, other, self.tau, whole)
+        return loss * share, torch.stack([figures[name] for name in self.figures]) * share
 
     def validate(self) -> list[float]:
         spec = self.model.spec

@@ -38,7 +38,8 @@ class Program(Protocol):
     """What is trained: the loop asks it for micro-batches, losses and validation figures."""
 
     groups: int
-    """Independent things trained side by side (anchors), each clipped, validated and kept on its own; 1 for a curve."""
+    """Independent things trained side by side (anchors, curves), each clipped, validated and kept on its own; as many
+    consecutive control points belong to each."""
     figures: tuple[str, ...]
     """Names of what `loss` returns beside the loss."""
     synchronises: bool
@@ -212,7 +213,7 @@ class Stepper:
         return loss, values
 
     def _clip(self) -> Tensor:
-        """Clip gradients jointly for a curve, by slot for anchors; returns the largest norm before clipping."""
+        """Clip the gradients of each group jointly; returns the largest norm before clipping."""
         grads: list[Tensor] = [p.grad for p in self.factors if p.grad is not None]
         limit = self.config.max_grad_norm
         if self.program.groups == 1:
@@ -221,9 +222,10 @@ class Stepper:
                 # AdamW's fused kernel divides by this while it reads the gradients.
                 self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()  # type: ignore[attr-defined]
             return norm
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+        groups = self.program.groups
+        norms = torch.stack([g.reshape(groups, -1).norm(dim=1) for g in grads]).norm(dim=0)
         if limit > 0:
-            scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+            scale = (limit / (norms + 1e-6)).clamp(max=1.0).repeat_interleave(len(grads[0]) // groups)
             torch._foreach_mul_(grads, [_column(scale, g) for g in grads])
         return norms.max()
 

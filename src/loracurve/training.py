@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,14 +15,15 @@ from loracurve.distributed import join, world
 from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.loop import FitResult, LoopConfig, run_loop
-from loracurve.lora_space import initial_control_points
+from loracurve.lora_space import ControlPoints, initial_control_points
 from loracurve.model import CurveModel
 from loracurve.objective import ObjectiveConfig, resolve_tau
 from loracurve.perturbation import Perturbation
 from loracurve.programs import AnchorsProgram, CurveProgram, slot_seeds
+from loracurve.several import CurvesProgram, StackedSpec, check_side_by_side
 from loracurve.tasks import Task
 
-__all__ = ["FitConfig", "fit", "fit_anchors"]
+__all__ = ["FitConfig", "fit", "fit_anchors", "fit_curves"]
 
 
 def fit_anchors(
@@ -71,6 +74,75 @@ def fit(
             the curve, a file of other inputs that cannot be read.
     """
     config = config or FitConfig()
+    others = _prepare(model, task, config, loop)
+    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config, **others)
+    settled: dict[str, float] = {}
+    if config.objective.jsd == "hinge":
+        settled = _hinge_target(program, config.objective)
+        program.tau = settled["tau"]
+    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    with noise.attached():
+        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
+        result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
+    result.settled = settled
+    return result
+
+
+def fit_curves(
+    model: CurveModel,
+    task: Task,
+    config: FitConfig,
+    curves: Sequence[ControlPoints],
+    seeds: Sequence[int],
+    folder: Path | None = None,
+    **loop: object,
+) -> tuple[FitResult, list[ControlPoints]]:
+    """Train R curves of one shape side by side in one pass: each is what `fit` makes of it alone with its seed.
+
+    Each has its own data order, points, random draws, hinge target, clipping, validation and best snapshot. Only
+    dropout differs from R separate fits, and one loss that is not finite ends them all.
+
+    Args:
+        model: its `spec` is the shape of all curves; afterwards it carries the curve that it carried before.
+        task: with train and validation rows.
+        config: how each curve is trained; its `seed` is not used.
+        curves: R times control points by PEFT name, [K, ...] each, where the curves start, anchors among them
+            (`CurveModel.fresh_points`, or `control_points` of an anchored model).
+        seeds: R seeds, one for each curve.
+        folder: as for `fit_anchors`.
+        loop: as for `fit_anchors`.
+
+    Returns:
+        One result, with best steps and validation NLL of each curve and losses that are means over the curves; its
+        `settled` has the figures of curve r under names that end in `_r`. And R times trained control points.
+
+    Raises:
+        UserError: as `fit`; options that curves cannot have side by side.
+    """
+    spec, own = model.spec, model.control_points()
+    if not curves or len(curves) != len(seeds):
+        raise UserError(f"seeds: expected one for each of the curves, found {len(seeds)} for {len(curves)}")
+    check_side_by_side(config)
+    others = _prepare(model, task, config, loop)
+    shape = StackedSpec.of(spec, len(seeds))
+    try:
+        model.set_curve(shape, shape.stacked(curves))
+        program = CurvesProgram(model, task.encode("train"), task.encode("validation"), config, seeds, **others)
+        settled: dict[str, float] = {}
+        if config.objective.jsd == "hinge":
+            for r, each in enumerate(program.programs):
+                target = _hinge_target(each, config.objective)
+                each.tau = target["tau"]
+                settled |= {f"{name}_{r}": value for name, value in target.items()}
+        result = run_loop(model, program, config, folder, **{"label": "curves", **loop})  # type: ignore[arg-type]
+        result.settled = settled
+        return result, shape.apart(model.control_points())
+    finally:
+        model.set_curve(spec, own)
+
+
+def _prepare(model: CurveModel, task: Task, config: FitConfig, loop: dict[str, object]) -> dict[str, Any]:
+    """Refuse what cannot be trained, meet other processes, move the model; returns what other inputs are made of."""
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     config.check_curve(model.spec)
@@ -89,19 +161,10 @@ def fit(
             "corruption.kind: expected another than text for language modelling in several processes, found text; "
             "train in one process"
         )
-    vocabulary = ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None
-    others = None if corruption.file is None else unlabelled(task, corruption.file)
-    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config, vocabulary, others)
-    settled: dict[str, float] = {}
-    if config.objective.jsd == "hinge":
-        settled = _hinge_target(program, config.objective)
-        program.tau = settled["tau"]
-    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
-    with noise.attached():
-        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
-        result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
-    result.settled = settled
-    return result
+    return {
+        "vocabulary": ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None,
+        "others": None if corruption.file is None else unlabelled(task, corruption.file),
+    }
 
 
 def _hinge_target(program: CurveProgram, config: ObjectiveConfig) -> dict[str, float]:
