@@ -1,7 +1,7 @@
 """R curves of one shape in one pass (`fit_curves`) against R fits one after the other, on prompts of real lengths.
 
 The same steps, rows and points; everything from the first step on is in the seconds (capture, laying out batches), but
-no validation. `--own-points` gives each row points of its own.
+no validation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def main() -> None:
         steps={"type": int, "default": 100 if DEVICE.type == "cuda" else 5},
         curves={"type": int, "default": 3},
         rows={"type": int, "default": 16},
-        **{"own-points": {"action": "store_true"}},
     )
     if options.shape == "7b":
         options.shape = "smollm2"
@@ -51,7 +50,7 @@ def main() -> None:
     encoded = encode(texts(None, 1000), base.config.vocab_size)
     model = curve_model(base, 8, spec)
     curves = [stacked(random_adapters(model, spec.size))] * count
-    config = FitConfig(batch_size=options.rows, share_points=not options.own_points)
+    config = FitConfig(batch_size=options.rows)
 
     def run(program: Any, steps: int = options.steps) -> float:
         model.train()
@@ -72,7 +71,6 @@ def main() -> None:
         return run(CurvesProgram(model, encoded, encoded, config, range(count)), steps)
 
     figures: dict[str, Any] = {"curves": count, "rows": options.rows, "points": config.points, "steps": options.steps}
-    figures["own_points"] = options.own_points
     apart(2)
     together(2)
     # Taken in turn, so that what else runs on the machine falls on both.

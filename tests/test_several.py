@@ -83,12 +83,7 @@ CASES: dict[str, tuple[str, CurveSpec, dict[str, Any]]] = {
     "anchored": ("llama", ANCHORED, {"objective": ObjectiveConfig("hinge", 5.0), "weight_decay": 0.1}),
     "mixture": ("encoder", CurveSpec(2, 2), {"objective": ObjectiveConfig("mixture", 0.5), **UNCLIPPED}),
     "head": ("encoder", ANCHORED, {"objective": ObjectiveConfig("hinge", 5.0), "weight_decay": 0.1}),
-    "own points": ("qwen2", CurveSpec(2, 2), {"share_points": False, "row_tokens": 64}),
-    "own, anchored": (
-        "llama",
-        ANCHORED,
-        {"share_points": False, "sampling": "quasi-random", "bootstrap": BootstrapConfig("everywhere")},
-    ),
+    "everywhere": ("llama", ANCHORED, {"sampling": "quasi-random", "bootstrap": BootstrapConfig("everywhere")}),
     "tied": ("encoder", ANCHORED, {"bootstrap": BootstrapConfig("tied"), **UNCLIPPED}),
     "closed": ("qwen2", CurveSpec(3, 2, closed=True), {"sampling": "arc-length", "row_tokens": 1}),
     "smooth": ("encoder", CurveSpec(2, 3, smooth=True), {"weight_decay": 0.1, **UNCLIPPED}),
@@ -160,6 +155,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     ("options", "line"),
     [
         ({"perturbation": PerturbationConfig("flat_lora")}, "perturbation.kind: expected none .* found flat_lora"),
+        ({"share_points": False}, "share_points: expected true for several curves side by side, found false"),
         ({"layerwise": True}, "layerwise: expected false"),
         ({"keep": "last", "patience": 2}, "keep: expected best .* with patience, found last"),
     ],
@@ -185,9 +181,8 @@ def test_curves_that_do_not_fit_are_refused_and_the_model_stays(tmp_path: Path) 
     assert all(torch.equal(p, before[n]) for n, p in model.control_points().items())
 
 
-@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "lm"])
-def test_joined_batches_score_as_they_do_apart(kind: str, even: bool, tmp_path: Path) -> None:
+def test_joined_batches_score_as_they_do_apart(kind: str, tmp_path: Path) -> None:
     model, task, _ = build(kind, CurveSpec(1, 2), tmp_path)
     encoded = task.encode("train")
     # Packed behind masks, plain rows, and read-outs that fill up the shape.
@@ -197,28 +192,25 @@ def test_joined_batches_score_as_they_do_apart(kind: str, even: bool, tmp_path: 
         collate(encoded, [5, 8, 6], 1, pad_to=8),
     ]
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    joined = join_batches(batches, even)
-    assert len(joined.input_ids) == (3 * max(len(b.input_ids) for b in batches) if even else sum(map(_rows, batches)))
+    joined = join_batches(batches)
+    assert len(joined.input_ids) == 3 * max(len(b.input_ids) for b in batches)
     expected = torch.cat([model.point_log_probs(b, t) for b in batches], 1)
     torch.testing.assert_close(model.point_log_probs(joined, t), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(joined.labels, torch.cat([b.labels for b in batches]))
     assert torch.equal(joined.index, torch.cat([b.index for b in batches]))
 
 
-def _rows(batch: Any) -> int:
-    return len(batch.input_ids)
-
-
-def in_one_pass(kind: str, share: bool, folder: Path, rank: int = 0) -> tuple[FitResult, list[dict[str, Tensor]]]:
+def in_one_pass(kind: str, corrupt: str, folder: Path, rank: int = 0) -> tuple[FitResult, list[dict[str, Tensor]]]:
     model, task, curves = build(kind, ANCHORED, folder / str(rank))
-    options = {"objective": ObjectiveConfig("hinge", 5.0), "share_points": share, "accumulation": 2, "row_tokens": 1}
-    return fit_curves(model, task, options_of(**options), curves, SEEDS, **QUIET)
+    corruption = CorruptionConfig(corrupt)  # type: ignore[arg-type]
+    options = {"objective": ObjectiveConfig("hinge", 5.0), "accumulation": 2, "row_tokens": 1}
+    return fit_curves(model, task, options_of(corruption=corruption, **options), curves, SEEDS, **QUIET)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("encoder", True), ("qwen2", False)])
-def test_two_processes_train_what_one_does(kind: str, share: bool, tmp_path: Path) -> None:
-    one, expected = in_one_pass(kind, share, tmp_path / "one")
-    for result, points in together(partial(in_one_pass, kind, share, tmp_path / "two"), tmp_path / "ranks"):
+@pytest.mark.parametrize(("kind", "corrupt"), [("encoder", "none"), ("qwen2", "tokens")])
+def test_two_processes_train_what_one_does(kind: str, corrupt: str, tmp_path: Path) -> None:
+    one, expected = in_one_pass(kind, corrupt, tmp_path / "one")
+    for result, points in together(partial(in_one_pass, kind, corrupt, tmp_path / "two"), tmp_path / "ranks"):
         assert result.best_step == one.best_step
         assert result.validation_nll == pytest.approx(one.validation_nll, rel=1e-5)
         for mine, other in zip(points, expected, strict=True):

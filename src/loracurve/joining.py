@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from loracurve.batching import Batch
 __all__ = ["join_batches"]
 
 
-def join_batches(batches: Sequence[Batch], even: bool) -> Batch:
-    """Batches of one split, or of like ones, as one: rows and examples of the first, then of the second, ...
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Batches of one task as one: rows and examples of the first, then of the second, ...
 
-    `even`: with as many rows for each, empty ones where a batch has fewer.
+    Each has equally many rows in it; where a batch has fewer, empty ones.
     """
     if any(b.ends is not None for b in batches):
         batches = [_as_trees(b) for b in batches]
@@ -27,12 +26,12 @@ def join_batches(batches: Sequence[Batch], even: bool) -> Batch:
     if any(b.choice_mask is not None for b in batches):
         batches = [b if b.choice_mask is not None else replace(b, choice_mask=_every_choice(b)) for b in batches]
     most, width = (max(b.input_ids.shape[i] for b in batches) for i in (0, 1))
-    *starts, height = accumulate((most if even else len(b.input_ids) for b in batches), initial=0)
+    starts = [i * most for i in range(len(batches))]
     first = batches[0]
 
     def grid(name: str, padding: Tensor) -> Tensor:
         """A field [N, T]; `padding` [T] or [1] where a row is empty or ends."""
-        out = padding.expand(height, width).clone()
+        out = padding.expand(len(batches) * most, width).clone()
         for start, batch in zip(starts, batches, strict=True):
             value = getattr(batch, name)
             out[start : start + len(value), : value.shape[1]] = value

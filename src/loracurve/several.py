@@ -19,7 +19,6 @@ from loracurve.batching import Batch
 from loracurve.errors import UserError
 from loracurve.fit_config import FitConfig
 from loracurve.joining import join_batches
-from loracurve.layers import Layout
 from loracurve.lora_space import ControlPoints
 from loracurve.model import CurveModel
 from loracurve.programs import CurveProgram
@@ -34,6 +33,7 @@ def check_side_by_side(config: FitConfig) -> None:
     """Refuse what curves cannot have side by side; raises UserError."""
     for name, expected, found in (
         ("perturbation.kind", "none", config.perturbation.kind),  # its draws are made for all rows
+        ("share_points", "true", str(config.share_points).lower()),  # rows would cost the control points of all curves
         ("layerwise", "false", str(config.layerwise).lower()),
         ("keep", "best", config.keep if config.patience else "best"),  # the last state is not that of one's own end
     ):
@@ -112,10 +112,6 @@ class CurveView:
         before, size = self.number * self.spec.size, self.spec.size * self.count
         return F.pad(coefficients, (before, size - self.spec.size - before))
 
-    def arrange(self, batch: Batch, coefficients: Tensor) -> tuple[Tensor, Layout]:
-        points = Layout("points" if coefficients.dim() == 2 else "rows", len(coefficients))
-        return coefficients.flatten(0, -2), points
-
     def point_log_probs(self, batch: Batch, t: Tensor) -> Tensor:
         return self.model.point_log_probs(batch, self.among_all(self.coefficients(t.to("cpu", torch.float64))))
 
@@ -156,14 +152,12 @@ class CurvesProgram:
         return [self._joined(parts) for parts in zip(*(p.parts(step) for p in self.programs), strict=True)]
 
     def _joined(self, parts: Sequence[Part]) -> Part:
-        layout = parts[0].layout
-        even = layout.kind == "points"  # equal groups of rows at one point each
-        apart = [p.coefficients.unflatten(0, (layout.replicas, -1)) for p in parts]
-        together = [view.among_all(c) for view, c in zip(self.views, apart, strict=True)]
+        coefficients = [v.among_all(p.coefficients) for v, p in zip(self.views, parts, strict=True)]
         part = JoinedPart(
-            join_batches([p.batch for p in parts], even),
-            torch.cat(together, 1).flatten(0, 1),
-            layout,
+            join_batches([p.batch for p in parts]),
+            # Rows lie in equal groups by point, and by curve within.
+            torch.stack(coefficients, 1).flatten(0, 1),
+            parts[0].layout,
             torch.ones(()),
             labels=tuple(p.batch.labels for p in parts),
             shares=tuple(p.share for p in parts),
@@ -171,7 +165,7 @@ class CurvesProgram:
         )
         others = [p.other for p in parts if p.other is not None]
         if others:
-            part.other, part.others = join_batches(others, even), tuple(len(b.labels) for b in others)
+            part.other, part.others = join_batches(others), tuple(len(b.labels) for b in others)
         return part
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
