@@ -125,6 +125,8 @@ class CurveProgram:
 
     groups = 1
     figures = ("nll", "jsd")
+    even_rows = False
+    """every batch of a size fills as many rows (`training_batch`)"""
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class CurveProgram:
         total = sum(_labels(self.train, chunk) for chunk in chunks)
         parts = []
         for i, chunk in enumerate(chunks):
-            batch = training_batch(self.model, self.train, share(chunk), self.layout)
+            batch = self._batch(self.train, share(chunk))
             rows = len(chunk) if self.shares else len(batch.input_ids if batch.units is None else batch.labels)
             t, of_step = self._points(batch, rows, step, i), torch.tensor(len(batch.labels) / total)
             if self.config.layerwise:
@@ -165,6 +167,9 @@ class CurveProgram:
             part.other = self._other(batch, chunk, step, i)
             parts.append(part)
         return parts
+
+    def _batch(self, encoded: Encoded, numbers: Sequence[int]) -> Batch:
+        return training_batch(self.model, encoded, numbers, self.layout, even_rows=self.even_rows)
 
     def _chunks(self, seed: int, step: int, encoded: Encoded) -> list[list[int]]:
         c = self.config
@@ -198,10 +203,10 @@ class CurveProgram:
         if kind == "text":
             assert self.others is not None
             others = self._chunks(stream_seed(seed, "unlabelled"), step, self.others)[part]
-            return training_batch(self.model, self.others, share(others), self.layout)
+            return self._batch(self.others, share(others))
         assert self.vocabulary is not None
         draw = generator(seed, "corruption", step, part)
-        whole = training_batch(self.model, self.train, chunk, self.layout) if self.shares else batch
+        whole = self._batch(self.train, chunk) if self.shares else batch
         copy, visible = corrupt(whole, kind, self.config.corruption.rate, self.vocabulary, draw)
         copy = copy if copy.attention_mask is not None else replace(copy, visible=visible)
         return _corrupted_share(batch, copy) if self.shares else copy
@@ -255,17 +260,25 @@ def _corrupted_share(batch: Batch, corrupted: Batch) -> Batch:
 
 
 def training_batch(
-    model: CurveModel, encoded: Encoded, numbers: Sequence[int], config: LoopConfig, slots: list[int] | None = None
+    model: CurveModel,
+    encoded: Encoded,
+    numbers: Sequence[int],
+    config: LoopConfig,
+    slots: list[int] | None = None,
+    even_rows: bool = False,
 ) -> Batch:
-    """A training batch: packed where that saves work, of few shapes where steps are captured."""
-    if config.capture and model.device.type == "cuda":
-        # An example with a point of its own has a row of its own; so has a text, whose read-outs come in any number.
-        apart = encoded.scoring == "lm" or (isinstance(config, FitConfig) and not config.share_points)
-        row_tokens = 1 if apart else config.row_tokens
-        examples = -(-config.batch_size // (config.accumulation * world()[1]))
-        rows = packed_rows(encoded, examples, row_tokens)
-        return collate(encoded, numbers, row_tokens, model.supports_trees, slots, CAPTURED_LENGTHS, rows)
-    return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
+    """A training batch: packed where that saves work, of few shapes where steps are captured, or with as many rows as
+    any other of its size."""
+    captured = config.capture and model.device.type == "cuda"
+    if not (captured or even_rows):
+        return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
+    # An example with a point of its own has a row of its own; so has a text, whose read-outs come in any number.
+    apart = captured and (encoded.scoring == "lm" or (isinstance(config, FitConfig) and not config.share_points))
+    row_tokens = 1 if apart else config.row_tokens
+    examples = -(-config.batch_size // (config.accumulation * world()[1]))
+    rows = packed_rows(encoded, examples, row_tokens)
+    pad_to = CAPTURED_LENGTHS if captured else 1
+    return collate(encoded, numbers, row_tokens, model.supports_trees, slots, pad_to, rows)
 
 
 def _numbers(encoded: Encoded, batch: Batch) -> Tensor:

@@ -147,6 +147,9 @@ class CurvesProgram:
         own: list[Any] = [(v, replace(config, seed=s)) for v, s in zip(self.views, seeds, strict=True)]
         self.programs = [CurveProgram(view, train, validation, c, **more) for view, c in own]
         self.synchronises = self.programs[0].synchronises
+        for program in self.programs:
+            # Where draws are made by token, rows stay as they are for a curve alone.
+            program.even_rows = config.corruption.kind not in ("tokens", "attention")
 
     def parts(self, step: int) -> list[Part]:
         return [self._joined(parts) for parts in zip(*(p.parts(step) for p in self.programs), strict=True)]
