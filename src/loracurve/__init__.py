@@ -28,7 +28,7 @@ from loracurve.objective import ObjectiveConfig
 from loracurve.predictive import Predictive
 from loracurve.run import fit_run, open_run
 from loracurve.tasks import Task, TaskConfig, load_task
-from loracurve.training import FitConfig, fit, fit_anchors
+from loracurve.training import FitConfig, fit, fit_anchors, fit_curves
 
 try:
     __version__ = version("loracurve")
@@ -57,6 +57,7 @@ __all__ = [
     "conformal_quantile",
     "fit",
     "fit_anchors",
+    "fit_curves",
     "fit_run",
     "fit_temperature",
     "generate",
