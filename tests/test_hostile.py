@@ -415,7 +415,7 @@ def json_of(world: Path, what: str) -> tuple[Path, Callable[[], object]]:
 
     def load() -> None:
         optimizer = torch.optim.AdamW(factors)
-        state = LoopState(0, [p.detach().clone() for p in factors], [0.0], [0], 0, [])
+        state = LoopState(0, [p.detach().clone() for p in factors], [0.0], [0], [0], [])
         load_checkpoint(folder, factors, optimizer, state)
 
     return folder / "checkpoint.json", load

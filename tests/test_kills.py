@@ -190,7 +190,7 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     optimizer.step()  # there are moments now
 
     def state() -> LoopState:
-        return LoopState(0, [torch.zeros_like(factors[0])], [math.inf], [0], 0, [])
+        return LoopState(0, [torch.zeros_like(factors[0])], [math.inf], [0], [0], [])
 
     def save(start: int) -> None:
         for step in range(start, start + 10_000):
@@ -202,14 +202,14 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
                 [factors[0].detach().clone()],
                 [float(step)],
                 [step],
-                0,
+                [0],
                 [{"step": i + 1, "nll": 0.5} for i in range(step)],
             )
             save_checkpoint(tmp_path, factors, optimizer, done)
 
     draw, reached = random.Random(0), 1
     save_checkpoint(
-        tmp_path, factors, optimizer, LoopState(1, [factors[0].clone()], [1.0], [1], 0, [{"step": 1, "nll": 0.5}])
+        tmp_path, factors, optimizer, LoopState(1, [factors[0].clone()], [1.0], [1], [0], [{"step": 1, "nll": 0.5}])
     )
     for _ in range(15):
         assert killed(lambda: save(reached), draw.uniform(0.01, 0.15))  # noqa: B023

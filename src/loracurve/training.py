@@ -113,8 +113,9 @@ def fit_curves(
         loop: as for `fit_anchors`.
 
     Returns:
-        One result, with best steps and validation NLL of each curve and losses that are means over the curves; its
-        `settled` has the figures of curve r under names that end in `_r`. And R times trained control points.
+        One result with best step and validation NLL of each curve; in its history losses are sums over the curves, NLL
+        and divergence means, and `settled` has the figures of curve r under names that end in `_r`. And the R curves'
+        trained control points.
 
     Raises:
         UserError: as `fit`; options that curves cannot have side by side.
