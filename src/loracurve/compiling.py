@@ -66,4 +66,4 @@ def compile_layers(layers: Iterable[nn.Module], prepare: Prepare, **options: Any
 def run_as_they_are(layers: Iterable[nn.Module]) -> None:
     """Undo `compile_layers`."""
     for layer in layers:
-        layer._compiled_call_impl = None  # type: ignore[assignment]
+        layer._compiled_call_impl = None
