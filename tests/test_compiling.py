@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_training import build as build_task
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
 
 from loracurve.batching import Batch
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.perturbation import PerturbationConfig
+from loracurve.training import FitConfig, fit
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +74,14 @@ def test_where_nothing_can_be_compiled_layers_run_as_they_are(caplog: pytest.Log
                 assert torch.equal(found, value)
     (record,) = (r for r in caplog.records if r.name == "loracurve")
     assert "without compiled layers" in record.message and "no compiler here" in record.message
+
+
+def test_layers_run_as_they_are_again_for_noise(tmp_path: Path) -> None:
+    model, _, task = build_task("llama", tmp_path, CurveSpec(1, 2))
+    model.compile_layers(backend="aot_eager")
+    layer = model.model.get_decoder().layers[0]
+    assert layer._compiled_call_impl is not None
+    noise = PerturbationConfig("lora_space", 0.1)
+    fit(model, task, FitConfig(steps=1, batch_size=4, points=1, perturbation=noise), progress=False)
+    assert layer._compiled_call_impl is None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-NOT_TESTED = {"quant", "tracking"}
+NOT_TESTED = {"tracking"}
 """Extras that the tests' environment lacks, so that nothing of them is pinned."""
 INSTALLERS = {"pip", "setuptools", "wheel", "loracurve"}
 

@@ -14,7 +14,8 @@ import test_scan_report
 import test_serving
 import test_sharing
 import torch
-from made import write_rows
+from made import made_task, vocabulary, write_rows
+from ranks import together
 from test_frame import DOCUMENTS, ROOT, fenced
 from test_trainer import arguments, rows
 from tiny import lora_config, tiny
@@ -78,11 +79,28 @@ def test_the_average_of_the_export_page_is_the_library_s() -> None:
     torch.testing.assert_close(names["average"](logits, weights).double(), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_the_script_of_the_page_on_several_gpus_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_in("docs/how-to/gpus.md")
+    task = made_task(tmp_path, "qwen2", "letter")
+
+    def work(rank: int) -> float:
+        names: dict[str, Any] = {"config": lora_config("qwen2"), "task": task, "t": torch.tensor([0.0, 0.5, 1.0])}
+        names |= {"base": tiny("qwen2", vocabulary=vocabulary(task)), "labels": task.labels("test")}
+        exec(block.replace("steps=600", "steps=2, batch_size=4"), names)
+        return float(names["predictive"].negative_log_likelihood(names["labels"]).mean())
+
+    first, second = together(work, tmp_path / "results")
+    assert first == second > 0
+    assert (tmp_path / "curve" / "control_points.safetensors").is_file()
+
+
 RUN_BY = {
     "README.md": test_frame.test_readme_python_example_runs,
     "docs/bench.md": test_the_suite_of_the_bench_page_runs,
     "docs/generate.md": test_the_text_of_the_generation_page_runs,
     "docs/how-to/export.md": test_the_average_of_the_export_page_is_the_library_s,
+    "docs/how-to/gpus.md": test_the_script_of_the_page_on_several_gpus_runs,
     "docs/landscape.md": test_scan_report.test_the_notebook_example_runs,
     "docs/serving.md": test_serving.test_the_example_of_the_page_runs,
     "docs/sharing.md": test_sharing.test_the_example_of_the_page_runs,

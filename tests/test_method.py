@@ -191,6 +191,77 @@ def test_captured_steps_are_those_that_are_not(noise: str, models: dict[str, Any
     assert found[0] == pytest.approx(found[1], rel=1e-3), "replayed graphs follow the seeds of their step"
 
 
+# ---- points in several passes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("qwen2", {"objective": ObjectiveConfig("bonus", 0.5)}),
+        ("llama", {"objective": ObjectiveConfig("hinge", 5.0, tau=0.5), "corruption": CorruptionConfig("tokens", 0.5)}),
+        ("qwen2", {"share_points": False}),
+        ("encoder", {"layerwise": True, "objective": ObjectiveConfig("mixture", 0.5)}),
+    ],
+)
+def test_points_in_several_passes_have_the_same_gradients_in_less_memory(
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, _, task = build(architecture, tmp_path, CurveSpec(2, 2), torch.float64, lora_dropout=0.0)
+    model.set_curve(model.spec, random_points(model))
+    model.train()
+    train, validation = task.encode("train"), task.encode("validation")
+    found, kept_in_one = [], 0
+    for passes in (1, 2, 4):
+        config = FitConfig(points=4, point_passes=passes, batch_size=6, seed=3, **options)
+        program = CurveProgram(model, train, validation, config, ordinary_tokens(task.tokenizer), tau=0.5)
+        (part,) = program.parts(2)
+        kept: list[int] = []
+
+        def keep(x: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, figures = program.loss(part)
+        found.append((loss, *figures, *torch.autograd.grad(loss, model.factors)))
+        kept_in_one = sum(kept) if passes == 1 else kept_in_one
+        assert passes == 1 or sum(kept) < 0.1 * kept_in_one
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_passes_draw_the_same_dropout_again(tmp_path: Path) -> None:
+    model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2), torch.float64, lora_dropout=0.5)
+    model.set_curve(model.spec, random_points(model))
+    model.train()
+    train, validation = task.encode("train"), task.encode("validation")
+    program = CurveProgram(model, train, validation, FitConfig(points=2, point_passes=2, batch_size=4))
+    (part,) = program.parts(0)
+
+    def value() -> torch.Tensor:
+        torch.manual_seed(1)
+        return program.loss(part)[0]
+
+    found = torch.autograd.grad(value(), model.factors)
+    with torch.no_grad():
+        for p, direction in zip(model.factors, found, strict=True):
+            p += 1e-3 * direction
+        up = value()
+        for p, direction in zip(model.factors, found, strict=True):
+            p -= 2e-3 * direction
+        down = value()
+    slope = sum(float(g.square().sum()) for g in found)
+    assert float(up - down) / 2e-3 == pytest.approx(slope, rel=1e-2), "the gradient is that of the masks of the loss"
+
+
+def test_passes_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(UserError, match="point_passes: expected 1 to 2"):
+        FitConfig(point_passes=3)
+    with pytest.raises(UserError, match="point_passes: expected 1 with perturbation.kind flat_lora"):
+        FitConfig(point_passes=2, perturbation=PerturbationConfig("flat_lora", 0.1))
+
+
 # ---- weights of the examples
 
 

@@ -91,6 +91,7 @@ CASES: dict[str, tuple[str, CurveSpec, dict[str, Any]]] = {
     "tokens": ("qwen2", CurveSpec(1, 2), {"objective": HINGE, "corruption": CorruptionConfig("tokens", 0.05)}),
     "attention": ("llama", CurveSpec(1, 2), {"objective": HINGE, "corruption": CorruptionConfig("attention", 0.05)}),
     "lm": ("lm", CurveSpec(1, 2), {"accumulation": 2, "sampling": "half-period"}),
+    "passes": ("encoder", CurveSpec(1, 2), {"points": 3, "point_passes": 2, **UNCLIPPED}),
 }
 
 

@@ -7,7 +7,11 @@ lc.fit(model, task, lc.FitConfig(steps=300))
 predictive = lc.predict_split(model, task.encode("test"), t)
 """
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
+
+# PEFT imports bitsandbytes where there is one, which on a CPU warns that it lacks kernels that would make it faster.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from loracurve.bases import load_base
 from loracurve.calibration import (

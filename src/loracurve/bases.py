@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,9 +23,10 @@ from loracurve.errors import UserError
 from loracurve.locking import is_running
 from loracurve.storage import flush
 
-__all__ = ["Dtype", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
+__all__ = ["Dtype", "Quantisation", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantisation = Literal["none", "nf4", "int8"]
 
 
 def load_base(
@@ -32,6 +35,7 @@ def load_base(
     dtype: Dtype = "auto",
     num_labels: int | None = None,
     trust_remote_code: bool = False,
+    quantise: Quantisation = "none",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model or a sequence classifier with its tokenizer.
 
@@ -41,14 +45,19 @@ def load_base(
         dtype: `auto` takes the checkpoint's own.
         num_labels: size of a new classification head.
         trust_remote_code: allow code from the hub; off unless asked for.
+        quantise: hold the linear maps' weights in 4 (nf4, doubly quantised) or 8 bits, as QLoRA does (Dettmers et al.
+            2023, arXiv 2305.14314); they are multiplied in `dtype`, for `auto` in bfloat16.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, or bitsandbytes is not installed.
     """
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if (gguf := _single_gguf(name)) is not None:
         extra |= _gguf_options(gguf)
+    if quantise != "none":
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        extra |= _quantised_options(quantise, getattr(torch, dtype), gguf)
     try:
         model = kind.from_pretrained(
             name,
@@ -90,6 +99,22 @@ def _gguf_options(file: str) -> dict[str, Any]:
     packed_by_default = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": packed_by_default(dequantize=True)} if packed_by_default else {}
     return {"gguf_file": file, **plain}
+
+
+def _quantised_options(quantise: Quantisation, dtype: torch.dtype, gguf: str | None) -> dict[str, Any]:
+    """Options that quantise weights while they are loaded."""
+    if gguf is not None:
+        raise UserError(f"model.quantise: expected none for the GGUF file {gguf}, found {quantise}; set it to none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantise: {quantise} needs the package bitsandbytes, found none; pip install 'loracurve[quant]'"
+        )
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    how: Any = {"load_in_4bit": True, **four} if quantise == "nf4" else {"load_in_8bit": True}
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(**how),
+        "device_map": {"": PartialState().device},
+    }
 
 
 def model_window(model: nn.Module) -> int | None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracurve.distributed import world
+
 __all__ = ["Captured", "capturing", "map_tensors"]
 
 logger = logging.getLogger("loracurve")
@@ -123,8 +125,10 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators():
             graph.register_generator_state(generator)
+        # Threads that watch over other processes ask for events meanwhile.
+        mode = "global" if world()[1] == 1 else "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 output = self.function(inputs)
         except RuntimeError as error:
             logger.warning("running without CUDA graphs: %s", str(error).splitlines()[0])

@@ -17,7 +17,7 @@ from loracurve import curve
 from loracurve.batching import Batch, tree_mask
 from loracurve.capture import Captured, map_tensors
 from loracurve.causal import PlainCausal
-from loracurve.compiling import compile_layers
+from loracurve.compiling import compile_layers, run_as_they_are
 from loracurve.errors import UserError
 from loracurve.inference import evaluation_mode
 from loracurve.layers import Layout, OutputHead, Route
@@ -305,6 +305,11 @@ class CurveCarrier(nn.Module):
         _ = self.supports_trees  # found out before: its odd shapes shall not be compiled for
         layers = self.model.get_submodule(self.replication.stack).children()
         compile_layers(layers, self.plain_causal, **options)
+
+    def run_layers_as_they_are(self) -> None:
+        """Undo `compile_layers`."""
+        if self.replication.stack is not None:
+            run_as_they_are(self.model.get_submodule(self.replication.stack).children())
 
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.

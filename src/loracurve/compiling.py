@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["compile_layers"]
+__all__ = ["compile_layers", "run_as_they_are"]
 
 logger = logging.getLogger("loracurve")
 
@@ -61,3 +61,9 @@ def compile_layers(layers: Iterable[nn.Module], prepare: Prepare, **options: Any
             continue
         call: Any = layer._call_impl
         layer._compiled_call_impl = _Fallback(layer, torch.compile(call, **options), prepare, shared)
+
+
+def run_as_they_are(layers: Iterable[nn.Module]) -> None:
+    """Undo `compile_layers`."""
+    for layer in layers:
+        layer._compiled_call_impl = None

@@ -9,7 +9,7 @@ from typing import Literal
 import peft
 import torch
 
-from loracurve.bases import Dtype
+from loracurve.bases import Dtype, Quantisation
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment
 from loracurve.inference import Rule, quadrature
@@ -32,6 +32,9 @@ class ModelConfig:
     """Dtype of the frozen base weights; `auto` takes the checkpoint's."""
     trust_remote_code: bool = False
     """Allow code that comes with a hub model to run."""
+    quantise: Quantisation = "none"
+    """Hold the frozen weights of linear maps in 4 (nf4) or 8 bits (int8) with bitsandbytes. Nothing can then be folded
+    into them: no scans, and points are run together."""
     shard: bool = False
     """With several processes, spread the frozen weights of the layers over them (FSDP2) instead of having them whole in
     each."""

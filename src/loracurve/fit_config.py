@@ -25,6 +25,9 @@ class FitConfig(LoopConfig):
     passes."""
     share_points: bool = True
     """All rows of a batch are run at the same points; otherwise each row has its own."""
+    point_passes: int = 1
+    """Passes into which the points of a step are divided. With more than one, memory is that of one of them, for a
+    further forward pass in all; gradients are the same."""
     layerwise: bool = False
     """Every adapted map has points of its own, drawn independently, instead of one t for the whole model."""
     sampling: Sampling = "stratified"
@@ -46,6 +49,8 @@ class FitConfig(LoopConfig):
         super().__post_init__()
         if self.points < 1 or self.evaluation_points < 1:
             raise UserError(f"points: expected at least 1, found {min(self.points, self.evaluation_points)}")
+        if not 1 <= self.point_passes <= self.points:
+            raise UserError(f"point_passes: expected 1 to {self.points} (points), found {self.point_passes}; change it")
         self._check_perturbation()
         if self.objective.jsd != "none" and self.points < 2:
             raise UserError(f"a JSD term needs points >= 2, found {self.points}")
@@ -109,6 +114,11 @@ class FitConfig(LoopConfig):
             raise UserError(
                 f"points: expected 1 with perturbation.kind {noise.kind}, whose ascent step belongs to one t in each "
                 f"micro-batch, found {self.points}; set points to 1"
+            )
+        if self.point_passes > 1 and noise.kind in ("flat_lora", "lora_space"):
+            raise UserError(
+                f"point_passes: expected 1 with perturbation.kind {noise.kind}, whose noise is drawn for all points "
+                f"together, found {self.point_passes}; set it to 1"
             )
         if self.compile and noise.kind in ("flat_lora", "lora_space"):
             raise UserError(

@@ -217,7 +217,7 @@ class CurveLinear(CurveLayer):
         """The layer under noise; without siblings, because factors and draws are this layer's own."""
         a, b = self._perturbed_factors(noise)
         hidden = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype)) * self.scaling
-        y = self.base_layer(x.reshape(len(a), -1, x.shape[-1])).baddbmm_(hidden, b.to(x.dtype))
+        y = self._sum(self.base_layer(x.reshape(len(a), -1, x.shape[-1])), hidden, b.to(x.dtype))
         return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -272,10 +272,16 @@ class CurveLinear(CurveLayer):
         else:
             hidden = expand(hidden, self._row_coefficients(rows) * self.scaling)
             b = windowed(self.B.to(y.dtype), route.windows, route.degree).flatten(1, 2)
+        return self._sum(y, hidden, b)
+
+    def _sum(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
+        """y + hidden b for hidden [G, M, k] and b [G, k, n_out], in the memory of y where that can be."""
         if torch.compiler.is_compiling():
             # The sum becomes a part of what reads it; a sum in place would copy y first, as large as an output is.
-            return y + (hidden[0] @ b[0] if len(b) == 1 else torch.bmm(hidden, b))
-        return y.addmm_(hidden[0], b[0]) if len(b) == 1 else y.baddbmm_(hidden, b)
+            return y + (hidden[0] @ b[0] if y.dim() == 2 else torch.bmm(hidden, b))
+        if not self.base_layer.weight.is_floating_point():  # what a quantised layer returns may be a view
+            return torch.addmm(y, hidden[0], b[0]) if y.dim() == 2 else torch.baddbmm(y, hidden, b)
+        return y.addmm_(hidden[0], b[0]) if y.dim() == 2 else y.baddbmm_(hidden, b)
 
 
 class CurveDense(CurveLayer):

@@ -28,7 +28,7 @@ from loracurve.perturbation import Perturbation
 from loracurve.randomness import generator, stream_seed
 from loracurve.stepping import Program, StepConfig, Stepper
 
-__all__ = ["FitResult", "LoopConfig", "batch_numbers", "learning_rate_factor", "recomputing", "run_loop"]
+__all__ = ["FitResult", "LoopConfig", "batch_numbers", "has_dropout", "learning_rate_factor", "recomputing", "run_loop"]
 
 Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 
@@ -246,16 +246,21 @@ def _processes(config: LoopConfig, device: torch.device, sharded: bool) -> dict[
     }
 
 
+def has_dropout(base: Any) -> bool:
+    """Whether what is computed again needs the random states of its first time, which CUDA graphs cannot read. Noise of
+    layers draws by keys."""
+    own = any(m.p > 0 for m in base.modules() if isinstance(m, nn.Dropout))
+    options = vars(base.config)
+    return own or any("drop" in name and isinstance(p, float) and p > 0 for name, p in options.items())
+
+
 @contextmanager
 def recomputing(base: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing of a Hugging Face model inside the block; afterwards it is as before, hooks included."""
     if not on:
         yield
         return
-    # Random states, which only dropout needs again (noise of layers draws by keys), cannot be read inside CUDA graphs.
-    dropping = any(getattr(m, "p", 0) > 0 for m in base.modules() if isinstance(m, nn.Dropout))
-    dropping |= any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(base.config).items())
-    keywords = {"use_reentrant": False, "preserve_rng_state": dropping}
+    keywords = {"use_reentrant": False, "preserve_rng_state": has_dropout(base)}
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
     try:
         yield

@@ -207,6 +207,9 @@ def _curve_linear(name: str, module: LoraLayer, route: Route) -> CurveLinear:
     base = module.get_base_layer()
     if not isinstance(base, nn.Linear) and type(base).__name__ not in ("Conv1D", "Linear4bit", "Linear8bitLt"):
         raise UserError(f"LoRA target {name} is a {type(base).__name__}; only linear maps lie on a curve")
+    if hasattr(base, "support_avx512bf16_for_cpu"):
+        # bitsandbytes packs such weights anew at the first evaluation on a CPU, and from then on gives no gradients.
+        base.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
     rank, scaling = module.r[adapter], module.scaling[adapter]
     return CurveLinear(base, route, rank, scaling, dropout, int(module.in_features or 0), int(module.out_features or 0))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from loracurve import curve
 from loracurve.batching import Batch, collate, packed_rows
@@ -16,7 +17,7 @@ from loracurve.distributed import share, sum_over_processes, world
 from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
 from loracurve.layers import Layout
-from loracurve.loop import LoopConfig, batch_numbers
+from loracurve.loop import LoopConfig, batch_numbers, has_dropout
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood, objective
 from loracurve.randomness import generator, stream_seed
@@ -212,10 +213,8 @@ class CurveProgram:
         return _corrupted_share(batch, copy) if self.shares else copy
 
     def loss(self, part: Part) -> tuple[Tensor, Tensor]:
-        log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
-        other: Tensor | None = None
-        if part.other is not None:
-            other = self.model.scores(part.other, part.coefficients, part.layout).log_softmax(-1)
+        log_probs = self.log_probs(part.batch, part.coefficients, part.layout)
+        other = None if part.other is None else self.log_probs(part.other, part.coefficients, part.layout)
         return self.loss_of(log_probs, other, part.batch.labels, part.weights, part.share)
 
     def loss_of(
@@ -230,6 +229,28 @@ class CurveProgram:
         whole = of_all if self.shares and self.synchronises else None
         loss, figures = objective(log_probs, labels, self.config.objective, weights, other, self.tau, whole)
         return loss * share, torch.stack([figures[name] for name in self.figures]) * share
+
+    def log_probs(self, batch: Batch, coefficients: Tensor, layout: Layout) -> Tensor:
+        """[n, E, C] at the points of a micro-batch; in several passes nothing is kept but these, and each pass is run
+        again when its gradient is wanted (exact, as in Gao et al. 2021, arXiv 2101.06983)."""
+
+        def run(c: Tensor, where: Layout) -> Tensor:
+            return self.model.scores(batch, c, where).log_softmax(-1)
+
+        passes, n = self.config.point_passes, layout.replicas
+        if passes == 1:
+            return run(coefficients, layout)
+        several = coefficients.dim() == 2 and len(coefficients) > n  # of each point, by rows or groups of them
+        by_point = coefficients.unflatten(0, (n, -1)) if several else coefficients
+        found = []
+        for part in by_point.chunk(passes, dim=1 if self.config.layerwise else 0):
+            points = part.shape[1 if self.config.layerwise else 0]
+            own = part.flatten(0, 1) if several else part
+            keep = has_dropout(self.model.model)
+            found.append(
+                checkpoint(run, own, Layout(layout.kind, points), use_reentrant=False, preserve_rng_state=keep)
+            )
+        return torch.cat(found)
 
     def validate(self) -> list[float]:
         spec = self.model.spec

@@ -110,9 +110,8 @@ def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn
     labels = len(open_dataset(config.task.data, config.task.seed).labels) if classifier else None
     # Weights that no checkpoint holds (a new pooler or head) come from the global generator: the same at each opening.
     torch.manual_seed(config.curve_training.seed)
-    base, tokenizer = load_base(
-        config.model.name, classifier, config.model.dtype, labels, config.model.trust_remote_code
-    )
+    model = config.model
+    base, tokenizer = load_base(model.name, classifier, model.dtype, labels, model.trust_remote_code, model.quantise)
     return base, load_task(task_config, tokenizer, model_window(base))
 
 

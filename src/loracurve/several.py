@@ -92,17 +92,16 @@ class CurveView:
 
     def __init__(self, model: CurveModel, number: int) -> None:
         assert isinstance(model.spec, StackedSpec)
-        self.model, self.number, self.spec = model, number, model.spec.shape
-        self.count = model.spec.count
+        self._whole, self.number, self.spec, self.count = model, number, model.spec.shape, model.spec.count
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        return getattr(self._whole, name)
 
     @property
     def factors(self) -> list[Tensor]:
         """The curve's control points, a stacked tensor [K, ...] for each factor."""
         size = self.spec.size
-        return [p[self.number * size : (self.number + 1) * size] for p in self.model.factors]
+        return [p[self.number * size : (self.number + 1) * size] for p in self._whole.factors]
 
     def coefficients(self, t: Tensor) -> Tensor:
         return curve.coefficients(t, self.spec.segments, self.spec.degree)
@@ -113,7 +112,7 @@ class CurveView:
         return F.pad(coefficients, (before, size - self.spec.size - before))
 
     def point_log_probs(self, batch: Batch, t: Tensor) -> Tensor:
-        return self.model.point_log_probs(batch, self.among_all(self.coefficients(t.to("cpu", torch.float64))))
+        return self._whole.point_log_probs(batch, self.among_all(self.coefficients(t.to("cpu", torch.float64))))
 
 
 @dataclass
@@ -142,7 +141,7 @@ class CurvesProgram:
         seeds: Sequence[int],
         **more: Any,
     ) -> None:
-        self.model, self.groups = model, len(seeds)
+        self.groups = len(seeds)
         self.views = [CurveView(model, r) for r in range(len(seeds))]
         own: list[Any] = [(v, replace(config, seed=s)) for v, s in zip(self.views, seeds, strict=True)]
         self.programs = [CurveProgram(view, train, validation, c, **more) for view, c in own]
@@ -175,8 +174,7 @@ class CurvesProgram:
         assert isinstance(part, JoinedPart)
 
         def apart(batch: Batch, examples: Sequence[int]) -> Sequence[Tensor]:
-            log_probs = self.model.scores(batch, part.coefficients, part.layout).log_softmax(-1)
-            return log_probs.split([*examples], dim=1)
+            return self.programs[0].log_probs(batch, part.coefficients, part.layout).split([*examples], dim=1)
 
         each = apart(part.batch, [len(labels) for labels in part.labels])
         others = [None] * self.groups if part.other is None else apart(part.other, part.others)

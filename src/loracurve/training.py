@@ -81,6 +81,8 @@ def fit(
         settled = _hinge_target(program, config.objective)
         program.tau = settled["tau"]
     noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
+        model.run_layers_as_they_are()
     with noise.attached():
         options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
         result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]

@@ -53,7 +53,9 @@ def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
         base, tokenizer = tiny_model(suite.model.dtype)
     else:
         model = suite.model
-        base, tokenizer = load_base(model.name, classifier, model.dtype, labels, model.trust_remote_code)
+        base, tokenizer = load_base(
+            model.name, classifier, model.dtype, labels, model.trust_remote_code, model.quantise
+        )
     task, sets = open_sets(suite, name, tokenizer, model_window(base))
     lora = suite.lora.to_peft(suite.model.name, classifier)
     model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
