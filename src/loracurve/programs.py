@@ -84,7 +84,7 @@ class AnchorsProgram:
             mine = share(places.tolist())
             numbers = [numbers[i] for numbers in drawn for i in mine]
             slots = [m for m in range(self.groups) for _ in mine]
-            batches.append(training_batch(self.model, self.train, numbers, c, slots))
+            batches.append(training_batch(self.model, self.train, numbers, c, slots, even_rows=True))
         of_examples = [b.slots for b in batches if b.slots is not None]
         counts = torch.tensor([_labels(self.train, numbers) for numbers in drawn])
         eye = torch.eye(self.groups, dtype=torch.float64)
