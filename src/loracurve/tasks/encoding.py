@@ -12,7 +12,7 @@ from loracurve.errors import UserError
 from loracurve.tasks.data import Dataset, Row, as_text
 from loracurve.tasks.gaps import fillings, given_lengths
 from loracurve.tasks.templates import LETTERS, Template, fields_of, label_word
-from loracurve.tasks.tokens import answer_tokens, choice_tokens, fit_fields, leading_tokens, tokenise
+from loracurve.tasks.tokens import answer_tokens, choice_tokens, common_prefix, fit_fields, leading_tokens, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,11 @@ class Encoded:
     def sizes(self) -> list[int]:
         """Tokens of each example: its prompt and its choices but for their last tokens, which are only predicted."""
         return [len(e.prompt) + sum(len(choice) - 1 for choice in e.choices) for e in self.examples]
+
+    @cached_property
+    def prefix(self) -> int:
+        """Tokens with which all prompts begin; packed rows hold them once."""
+        return common_prefix([e.prompt for e in self.examples])
 
     @cached_property
     def most_choices(self) -> int:
