@@ -141,10 +141,10 @@ def _pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int) -> list[lis
 def packed_rows(encoded: Encoded, examples: int, row_tokens: int) -> int:
     """How many rows of about `row_tokens` so many examples of a split fill on average; one each where packing them
     would save little. The same for all batches of a size, so that few shapes occur."""
-    own = sum(encoded.sizes) / len(encoded) - encoded.prefix
+    own = encoded.total_size / len(encoded) - encoded.prefix
     rows = max(round(examples * own / max(row_tokens - encoded.prefix, own)), 1)
     # What the longest of so many examples has, typically: rows of one example would all be padded to it.
-    longest = sorted(encoded.sizes)[len(encoded) * (examples - 1) // examples]
+    longest = encoded.sorted_sizes[len(encoded) * (examples - 1) // examples]
     packed = rows * encoded.prefix + examples * own
     return rows if rows < examples and packed < (1 - WORTH_PACKING) * examples * longest else examples
 

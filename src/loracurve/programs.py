@@ -242,11 +242,10 @@ class CurveProgram:
             return run(coefficients, layout)
         several = coefficients.dim() == 2 and len(coefficients) > n  # of each point, by rows or groups of them
         by_point = coefficients.unflatten(0, (n, -1)) if several else coefficients
-        found = []
+        found, keep = [], has_dropout(self.model.model)
         for part in by_point.chunk(passes, dim=1 if self.config.layerwise else 0):
             points = part.shape[1 if self.config.layerwise else 0]
             own = part.flatten(0, 1) if several else part
-            keep = has_dropout(self.model.model)
             found.append(
                 checkpoint(run, own, Layout(layout.kind, points), use_reentrant=False, preserve_rng_state=keep)
             )

@@ -69,6 +69,16 @@ class Encoded:
         return [len(e.prompt) + sum(len(choice) - 1 for choice in e.choices) for e in self.examples]
 
     @cached_property
+    def sorted_sizes(self) -> list[int]:
+        """`sizes`, ascending."""
+        return sorted(self.sizes)
+
+    @cached_property
+    def total_size(self) -> int:
+        """Sum of `sizes`."""
+        return sum(self.sizes)
+
+    @cached_property
     def prefix(self) -> int:
         """Tokens with which all prompts begin; packed rows hold them once."""
         return common_prefix([e.prompt for e in self.examples])
