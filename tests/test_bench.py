@@ -25,7 +25,7 @@ from loracurve.bench.pool import visible_gpus
 from loracurve.bench.registry import METHODS, method_class, method_name
 from loracurve.bench.reporting import write_tables
 from loracurve.bench.runner import run_suite
-from loracurve.bench.store import read_predictions, write_predictions
+from loracurve.bench.store import STEPS, read_predictions, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of
 from loracurve.bench.suite_files import load_suite, shipped
 from loracurve.bench.tables import Table
@@ -193,12 +193,15 @@ def test_the_tiny_model_is_always_the_same_and_answers_with_single_tokens() -> N
 # ---- the store
 
 
-def test_predictions_come_back_to_the_bit_and_small(tmp_path: Path) -> None:
+def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     rows = {"validation": 500, "test": 1500, "train": 500, "ood:x": 1000}
     sets = {
-        n: Predictive.from_log_probs(torch.randn(10, e, 2, generator=draw).log_softmax(-1)) for n, e in rows.items()
+        n: Predictive.from_log_probs((4 * torch.randn(10, e, 3, generator=draw)).log_softmax(-1)) for n, e in rows.items()
     }
+    assert sets["test"].point_log_probs is not None
+    sets["test"].point_log_probs[:, 5, 2] = -torch.inf  # a question of two choices
+    sets["test"].point_log_probs[:, 5] = sets["test"].point_log_probs[:, 5].log_softmax(-1)
     encoded = {
         n: Encoded([Example(f"{n}-{i}", (), (), i % 2, 2) for i in range(e)], "answer", (0, 1), ("a", "b"), "sum", 0)
         for n, e in rows.items()
@@ -206,10 +209,16 @@ def test_predictions_come_back_to_the_bit_and_small(tmp_path: Path) -> None:
     write_predictions(tmp_path / "p.parquet", sets, encoded)
     found = read_predictions(tmp_path / "p.parquet")
     for name, predictive in sets.items():
-        assert torch.equal(found.sets[name].point_log_probs, predictive.point_log_probs)  # type: ignore[arg-type]
+        mine, other = found.sets[name].point_log_probs, predictive.point_log_probs
+        assert mine is not None and other is not None
+        torch.testing.assert_close(mine, other, atol=1.01 / STEPS, rtol=0)
+        assert torch.equal(mine.argmax(-1), (other - other[..., :1]).mul(STEPS).round().argmax(-1))
         assert found.ids[name] == [e.id for e in encoded[name].examples]
     assert set(found.labels) == {"validation", "test", "train"} and found.labels["test"][:3].tolist() == [0, 1, 0]
     assert (tmp_path / "p.parquet").stat().st_size < 400_000
+    write_predictions(tmp_path / "again.parquet", found.sets, encoded)
+    for name, predictive in read_predictions(tmp_path / "again.parquet").sets.items():
+        assert torch.equal(predictive.point_log_probs, found.sets[name].point_log_probs)  # type: ignore[arg-type]
 
 
 # ---- running
@@ -223,8 +232,8 @@ def test_a_suite_fills_its_store(finished: tuple[SuiteConfig, Path]) -> None:
     cells = {c.method: read_predictions(c.folder(out) / "predictions.parquet") for c in cells_of(suite)}
     whole, pair, one = (cells[n].sets["test"].point_log_probs for n in ("ensemble 3", "ensemble 2", "one"))
     assert whole is not None and pair is not None and one is not None
-    torch.testing.assert_close(pair, whole[:2], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(one, whole[:1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pair, whole[:2], atol=1.01 / STEPS, rtol=0)
+    torch.testing.assert_close(one, whole[:1], atol=1.01 / STEPS, rtol=0)
     value = frame[(frame.method == "ensemble 2") & (frame.set == "test") & (frame.metric == "nll")].value.item()
     by_hand = -pair.double().exp().mean(0).log()[torch.arange(24), cells["one"].labels["test"]].mean()
     assert value == pytest.approx(by_hand.item(), abs=1e-9)
@@ -337,7 +346,7 @@ def test_several_processes_do_the_same(finished: tuple[SuiteConfig, Path], tmp_p
     for cell in cells_of(suite):
         mine, other = (read_predictions(cell.folder(o) / "predictions.parquet").sets for o in (tmp_path / "out", whole))
         for name, predictive in mine.items():
-            torch.testing.assert_close(predictive.probs, other[name].probs, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(predictive.probs, other[name].probs, atol=0.5 / STEPS, rtol=0)
 
 
 def test_the_smoke_suite_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

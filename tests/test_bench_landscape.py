@@ -26,6 +26,7 @@ from loracurve.bench.reporting import write_tables
 from loracurve.bench.results import Results, read_results, stacked
 from loracurve.bench.runner import run_suite
 from loracurve.bench.setting import open_shared
+from loracurve.bench.store import STEPS
 from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
 from loracurve.bench.suite_files import load_suite
 from loracurve.bench.tables import Table, shown
@@ -89,21 +90,21 @@ def test_the_scan_agrees_with_the_line_that_was_predicted(scanned: tuple[SuiteCo
     results = read_results(suite, out)
     line = point_nll(results, "line")  # the same five points
     assert straight.t.tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert straight.nll.tolist() == pytest.approx(line.mean(1).tolist(), abs=1e-4)
+    assert straight.nll.tolist() == pytest.approx(line.mean(1).tolist(), abs=0.3 / STEPS)
     # Three points on each piece: t* is its middle, and the excess there a difference of stored predictions.
     by_hand = [line[i] - (line[i - 1] + line[i + 1]) / 2 for i in (1, 3)]
     kept = pd.read_parquet(Cell("made", 0, LANDSCAPE).folder(out) / "excess.parquet")
     for segment, values in enumerate(by_hand):
         rows = kept[(kept.path == "straight") & (kept.segment == segment)]
-        assert rows.excess.tolist() == pytest.approx(values.tolist(), abs=1e-4)
+        assert rows.excess.tolist() == pytest.approx(values.tolist(), abs=1.01 / STEPS)
     other = point_nll(results, "line", seed=1)
     pooled = torch.stack([*by_hand, *(other[i] - (other[i - 1] + other[i + 1]) / 2 for i in (1, 3))]).mean().item()
     table = tables_of(suite, out)["barriers"]
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["pairs"] == 4 and row["test rows"] == 24 and len(table.rows) == 1
-    assert isinstance(row["straight"], Interval) and row["straight"].estimate == pytest.approx(pooled, abs=1e-4)
+    assert isinstance(row["straight"], Interval) and row["straight"].estimate == pytest.approx(pooled, abs=0.3 / STEPS)
     above = [n[i].mean() - max(n[i - 1].mean(), n[i + 1].mean()) for n in (line, other) for i in (1, 3)]
-    assert row["straight, above both ends"] == pytest.approx(float(sum(above)) / 4, abs=1e-4)
+    assert row["straight, above both ends"] == pytest.approx(float(sum(above)) / 4, abs=0.3 / STEPS)
     verdicts = [v["verdict"] for s in (0, 1) for v in record(out, LANDSCAPE, s)["verdicts"]]
     summed = [part.rsplit(" ", 1) for part in str(row["the straight one's barrier"]).split(", ")]
     assert {name: int(count) for name, count in summed} == {v: verdicts.count(v) for v in verdicts}
@@ -167,13 +168,13 @@ def test_offline_questions_agree_with_cells_that_were_run(scanned: tuple[SuiteCo
     nll = {name: stacked(results.seeds("made", name), "nll") for name in suite.methods}
     # The curve trained with the same options and averaged with these weights is a cell of its own.
     weighted = named(tables["weighted_points"], "curve")
-    assert weighted["NLL weighted"] == pytest.approx(nll["weighted"].mean().item(), abs=1e-5)
+    assert weighted["NLL weighted"] == pytest.approx(nll["weighted"].mean().item(), abs=0.2 / STEPS)
     assert weighted["weighted minus unweighted"].estimate == pytest.approx(
-        (nll["weighted"] - nll["curve"]).mean().item(), abs=1e-5
+        (nll["weighted"] - nll["curve"]).mean().item(), abs=0.2 / STEPS
     )
     hull = named(tables["against_discrete"], "curve")
-    assert hull["mix of anchors"] == pytest.approx(nll["mix"].mean().item(), abs=1e-5)
-    assert hull["minus the mix"].estimate == pytest.approx((nll["curve"] - nll["mix"]).mean().item(), abs=1e-5)
+    assert hull["mix of anchors"] == pytest.approx(nll["mix"].mean().item(), abs=0.2 / STEPS)
+    assert hull["minus the mix"].estimate == pytest.approx((nll["curve"] - nll["mix"]).mean().item(), abs=0.2 / STEPS)
     assert hull["minus SWAG"].estimate == pytest.approx((nll["curve"] - nll["SWAG"]).mean().item(), abs=1e-9)
     assert hull["anchors' JSD"] == pytest.approx(results.figure("made", "ensemble 3", "test", "pairwise_jsd"), abs=1e-9)
     assert {r[1] for r in tables["against_discrete"].rows} == {"curve", "weighted"}  # a free curve has no anchors

@@ -33,7 +33,7 @@ def inputs(rows: int = 4, size: int = 9) -> torch.Tensor:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm())
+    return float((found - expected).detach().float().norm() / expected.float().norm())
 
 
 def peft_logits(twin: peft.PeftModel, count: int, ids: torch.Tensor) -> torch.Tensor:
@@ -277,3 +277,31 @@ def test_damaged_curve_folders(tmp_path: Path) -> None:
         model.set_curve(model.spec, points | {name: points[name][:, :1]})
     with pytest.raises(UserError, match="unknown tensor"):
         model.set_curve(model.spec, points | {"base_model.model.extra.weight": points[name]})
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("tokens", [None, torch.tensor([7, 2])])
+def test_chosen_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(
+    targets: list[str], tokens: torch.Tensor | None
+) -> None:
+    model, _ = build("llama", 1, torch.bfloat16, target_modules=targets)
+    head, t = model.model.lm_head, torch.tensor([0.3], dtype=torch.float64)
+    hidden = torch.randn(2, 5, head.weight.shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
+    hidden = hidden.requires_grad_()
+    c = model.coefficients(t).expand(2, -1)
+    head.route.kind, head.route.coefficients = "rows", c.to(model.dtype)
+    head.route.positions, head.route.position_rows = torch.tensor([9, 0, 3]), torch.tensor([1, 0, 0])
+    head.route.token_ids = tokens
+    found = head(hidden)
+    chosen = hidden.detach().double().flatten(0, 1)[head.route.positions]
+    weight = head.weight.double()
+    if isinstance(head.inner, CurveLinear):
+        a, b = (torch.tensordot(c[0].double(), f.detach().double(), dims=1) for f in (head.inner.A, head.inner.B))
+        weight = weight + head.inner.scaling * b.mT @ a
+    weight = weight if tokens is None else weight[tokens]
+    assert found.dtype == torch.float32
+    tolerance = 1e-6 if targets == ["q_proj"] else 4e-3  # the low-rank part passes through r numbers in bfloat16
+    assert relative_error(found, chosen @ weight.mT) < tolerance
+    (gradient,) = torch.autograd.grad(found.square().sum(), hidden)
+    expected = 2 * (chosen @ weight.mT) @ weight
+    assert relative_error(gradient.flatten(0, 1)[head.route.positions], expected) < RELATIVE[torch.bfloat16]

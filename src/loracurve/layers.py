@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loracurve.products import combine, contract, expand, windowed, windowed_coefficients
+from loracurve.products import combine, contract, expand, read_out, windowed, windowed_coefficients
 
 if TYPE_CHECKING:
     from loracurve.perturbation import MapNoise
@@ -189,7 +189,7 @@ class CurveLinear(CurveLayer):
         ids = slice(None) if token_ids is None else token_ids
         bias = self.base_layer.bias
         weight = self.base_layer.weight if self._merged is None else self._merged
-        y = F.linear(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
+        y = read_out(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
         if self.route.kind in ("base", "merged"):
             return y
         c = self.route.coefficients
@@ -204,7 +204,7 @@ class CurveLinear(CurveLayer):
     def _add_selected(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """y + s B(t) A(t) x for inputs [P, n_in] with coefficients [P, K], in the memory of y [P, C]."""
         hidden = contract(self.dropout(x)[None, :, None], a.to(x.dtype)[None], c[None])
-        return y.addmm_(expand(hidden, c[None] * self.scaling)[0], b.to(x.dtype).flatten(0, 1))
+        return y.addmm_(expand(hidden, c[None] * self.scaling)[0].to(y.dtype), b.to(y.dtype).flatten(0, 1))
 
     def _perturbed_factors(self, noise: MapNoise) -> tuple[Tensor, Tensor]:
         """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed."""
@@ -385,4 +385,4 @@ class OutputHead(nn.Module):
             return self.inner.select(chosen, route.position_rows, route.token_ids)
         ids = slice(None) if route.token_ids is None else route.token_ids
         bias = self.inner.bias
-        return F.linear(chosen, self.inner.weight[ids], None if bias is None else bias[ids])
+        return read_out(chosen, self.inner.weight[ids], None if bias is None else bias[ids])

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["combine", "contract", "expand", "windowed", "windowed_coefficients"]
+__all__ = ["combine", "contract", "expand", "read_out", "windowed", "windowed_coefficients"]
 
 
 class _Windows(torch.autograd.Function):
@@ -68,3 +69,31 @@ def contract(x: Tensor, stack: Tensor, coefficients: Tensor) -> Tensor:
 def expand(hidden: Tensor, coefficients: Tensor) -> Tensor:
     """[W, N, T, r] and [W, N, k] -> [W, N T, k r], so that sum_k c_k (h B_k) is one product with the stacked B."""
     return (hidden[:, :, :, None, :] * coefficients[:, :, None, :, None]).flatten(3).flatten(1, 2)
+
+
+class _FloatProduct(torch.autograd.Function):
+    """x W^T in float32 for half-precision x [P, n_in] and frozen W [C, n_in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        if x.is_cuda:
+            return torch.mm(x, weight.mT, out_dtype=torch.float32)  # what the accumulators hold
+        return x.float() @ weight.mT.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, None
+
+
+def read_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits x W^T + b [P, C], float32 from half precision: bfloat16 rounds a logit of 10 to a multiple of 1/16, as much
+    as neighbouring points of a curve differ.
+
+    `weight` gets no gradient from half precision.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x, weight, bias)
+    y = _FloatProduct.apply(x, weight)
+    return y if bias is None else y + bias

@@ -101,7 +101,7 @@ def flat_lora(y: Tensor, x: Tensor, scale: Tensor, draws: Draws) -> Tensor:
     n_out = y.shape[-1]
     noise = _NoiseProduct.apply(x.reshape(-1, x.shape[-1]), n_out, draws)
     group = (len(scale), -1, n_out)
-    return torch.addcmul(y.reshape(group), noise.view(group), scale[:, None].to(y.dtype)).view(y.shape)
+    return torch.addcmul(y.reshape(group), noise.view(group).to(y.dtype), scale[:, None].to(y.dtype)).view(y.shape)
 
 
 def squared_row_norms(weight: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

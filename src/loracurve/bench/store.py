@@ -1,8 +1,9 @@
 """The store: a folder for each cell with its predictions (Parquet) and its record (JSON), which says that it is done.
 
-predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_probs`, float32, the
-log-probability of each class at each point, points outermost (-inf: no such class). Numbers of points and classes and
-the weights of the points are in the file's metadata. float32 keeps everything that the tables are made from.
+predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, float32, the
+log-odds of each class against the first at each point, points outermost (-inf: no such class). Numbers of points and
+classes and the weights of the points are in the file's metadata. Log-odds are rounded to multiples of 1/512, which
+moves a mean NLL in its fifth digit and makes files half as large.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from loracurve.predictive import Predictive
 from loracurve.storage import atomic_write, read_json, read_table
 from loracurve.tasks import Encoded
 
-__all__ = ["Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
+__all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
+
+STEPS = 512  # of the stored log-odds, in one nat
+_COMPACT: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 9,
+    "use_dictionary": ["set"],
+    "column_encoding": {"log_odds.list.element": "BYTE_STREAM_SPLIT"},
+}
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,21 @@ class Predictions:
 
 
 def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str, Encoded]) -> None:
-    """Write the predictions of a cell, atomically."""
+    """Write the predictions of a cell, atomically.
+
+    Raises:
+        ValueError: an example without a first class to compare the others with.
+    """
     found = {name: p.point_log_probs for name, p in sets.items() if p.point_log_probs is not None}
     classes = max(x.shape[2] for x in found.values())
     (points,) = {len(x) for x in found.values()}
     tables = []
     for name, log_probs in found.items():
         examples = encoded[name].examples
-        flat = pad(log_probs, (0, classes - log_probs.shape[2]), value=-torch.inf).transpose(0, 1).reshape(-1)
+        if not log_probs[:, :, 0].isfinite().all():
+            raise ValueError(f"{name}: an example without a first class, or of probability 0 in float32")
+        log_odds = pad(log_probs - log_probs[:, :, :1], (0, classes - log_probs.shape[2]), value=-torch.inf)
+        flat = ((log_odds * STEPS).round() / STEPS).transpose(0, 1).reshape(-1)
         column = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy()), points * classes)
         labels = None if name.startswith("ood:") else [e.label for e in examples]
         tables.append(
@@ -57,18 +73,18 @@ def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str
                     "set": pa.array([name] * len(examples)).dictionary_encode(),
                     "id": [e.id for e in examples],
                     "label": pa.array(labels or [None] * len(examples), pa.int32()),
-                    "log_probs": column,
+                    "log_odds": column,
                 }
             )
         )
     weights = next(iter(sets.values())).weights.tolist()
     about = {"points": points, "classes": classes, "weights": weights}
     table = pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata({"loracurve": json.dumps(about)})
-    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd", use_dictionary=["set"]))
+    atomic_write(path, lambda p: pq.write_table(table, p, **_COMPACT))
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read them back, equal to the bit."""
+    """Read them back: log-probabilities of the stored log-odds."""
     table = read_table(path)
     try:
         return _predictions_in(table)
@@ -81,14 +97,14 @@ def read_predictions(path: Path) -> Predictions:
 def _predictions_in(table: pa.Table) -> Predictions:
     about = json.loads(table.schema.metadata[b"loracurve"])
     names = np.asarray(table["set"].to_pylist())
-    flat = table["log_probs"].combine_chunks().flatten().to_numpy()
+    flat = table["log_odds"].combine_chunks().flatten().to_numpy()
     values = torch.from_numpy(flat.copy()).view(len(names), about["points"], about["classes"])
     ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
     weights = torch.tensor(about["weights"], dtype=torch.float64)
     out = Predictions({}, {}, {})
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
-        log_probs = values[torch.from_numpy(rows)].transpose(0, 1)
+        log_probs = values[torch.from_numpy(rows)].transpose(0, 1).log_softmax(-1)
         out.sets[name] = Predictive.from_log_probs(log_probs, weights)
         out.ids[name] = [ids[i] for i in rows]
         if labels[rows[0]] is not None:
