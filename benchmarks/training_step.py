@@ -169,17 +169,23 @@ def main() -> None:
         labels = torch.tensor([e.label for e in encoded.examples], device=DEVICE)
         for key, cast in (("peft", True), ("peft_adapters_bf16", False)):
             done(size, key, measure_peft, twins[0], r, adapter, cast, ids, labels)
-    for size, encoded in data.items():
-        runs = [("captured", True, 1), ("captured", True, 4)]
-        for kind, capture, segments in [("eager", False, 1), *runs] if size == sizes[0] else runs:
-            done(size, f"curve_s{segments}_{kind}", measure_ours, model, encoded, size[0], segments, capture)
+    first = sizes[0]
+
+    def plain(size: tuple[int, int], segments: int, kind: str = "captured") -> None:
+        done(size, f"curve_s{segments}_{kind}", measure_ours, model, data[size], size[0], segments, kind != "eager")
+
+    plain(first, 1)
     if options.compile:
         compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
         compiled.compile_layers()
         for size, encoded in data.items():
             torch._dynamo.reset()  # each size as a run of one length would have it
-            for segments in (1, 4) if size == sizes[0] else (1,):
+            for segments in (1, 4) if size == first else (1,):
                 done(size, f"curve_s{segments}_compiled", measure_ours, compiled, encoded, size[0], segments, True)
+    plain(first, 4)
+    for size in sizes[1:]:
+        plain(size, 1)
+    plain(first, 1, "eager")
     show("training_step", figures)
 
 

@@ -36,7 +36,8 @@ def run_in_pool(
     gpus, places = visible_gpus(torch.cuda.device_count()), context.SimpleQueue()
     for job in range(jobs):
         places.put(gpus[job % len(gpus)] if gpus else "")
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    # Beside a GPU more threads would only wait for each other.
+    threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
     with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
         return spread(cells, jobs, lambda cell: pool.submit(run_cell, suite, cell, out), end, say)
 
