@@ -197,7 +197,8 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
     draw = torch.Generator().manual_seed(0)
     rows = {"validation": 500, "test": 1500, "train": 500, "ood:x": 1000}
     sets = {
-        n: Predictive.from_log_probs((4 * torch.randn(10, e, 3, generator=draw)).log_softmax(-1)) for n, e in rows.items()
+        n: Predictive.from_log_probs((4 * torch.randn(10, e, 3, generator=draw)).log_softmax(-1))
+        for n, e in rows.items()
     }
     assert sets["test"].point_log_probs is not None
     sets["test"].point_log_probs[:, 5, 2] = -torch.inf  # a question of two choices
