@@ -33,7 +33,7 @@ ROWS: list[tuple[str, str, str, str, str, float]] = [
     ("", "the same: time / floor", "points-7b-cuda", "1x128/curve_over_floor", "<=", 1.5),
     (
         "P4a",
-        "10 points, whole data set, 135M: PEFT sorted / ours",
+        "10 points, whole data set, PEFT sorted / ours",
         "whole_set-smollm2-cuda",
         "sorted_over_ours",
         ">=",

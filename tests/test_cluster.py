@@ -96,13 +96,13 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
         text=True,
     )
     driver, end = psutil.Process(process.pid), time.monotonic() + 240
-    first, second = "made / seed 0 / one", "made / seed 1 / one"
+    second = "made / seed 1 / one"
     busy: dict[str, psutil.Process] = {}
-    while len(busy) < 2 or not list(out.glob("anchors/made/1/work-*/checkpoint.json")):
+    while second not in busy or len(busy) < 2 or not list(out.glob("anchors/made/1/work-*/checkpoint.json")):
         assert process.poll() is None and time.monotonic() < end, "the suite ended before a worker could be killed"
         time.sleep(0.01)
         busy = workers(driver)
-    assert set(busy) == {first, second}
+    assert all("seed 0" in cell for cell in busy if cell != second)  # the other worker may be a cell ahead
     busy[second].send_signal(signal.SIGKILL)
     assert not (out / "anchors" / "made" / "1" / "anchors.json").exists()  # so it was at work
     _, said = process.communicate(timeout=240)

@@ -88,10 +88,10 @@ class _FloatProduct(torch.autograd.Function):
 
 
 def read_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits x W^T + b [P, C], float32 from half precision: bfloat16 rounds a logit of 10 to a multiple of 1/16, as much
-    as neighbouring points of a curve differ.
+    """Logits x W^T + b [P, C], float32 from half precision.
 
-    `weight` gets no gradient from half precision.
+    bfloat16 would round a logit of 10 to a multiple of 1/16, as much as neighbouring points of a curve differ. `weight`
+    gets no gradient from half precision.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         return F.linear(x, weight, bias)
