@@ -1,4 +1,7 @@
-"""Where the time of a step goes: the CUDA kernels of a captured step, longest first, by kind and by name."""
+"""Where time goes: the CUDA kernels of a captured step, and of predictions, longest first, by kind and by name.
+
+`points` is one prompt at eight points, `whole_set` 128 texts of real lengths at ten, packed, `step` a training step.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch
 from common import DEVICE, arguments, build, curve_model, note, report, synthetic
 from torch.profiler import ProfilerActivity, profile
 from training_step import ours, r_and_sizes
+from whole_set import encode, texts
 
 from loracurve.batching import collate
 from loracurve.programs import slot_times
 from loracurve.spec import CurveSpec
+from loracurve.splits import predict_splits
 
 # First match wins.
 KINDS = {
@@ -25,6 +30,8 @@ KINDS = {
     "copies and casts": r"copy|memcpy|memset|cat",
     "element by element": r"elementwise|reduce",
 }
+
+SEGMENTS = {"points": 1, "whole_set": 1, "step": 1, "step_s4": 4}  # of the curve in each part
 
 
 def kernels(function: Any, repeats: int) -> list[tuple[str, float, float]]:
@@ -49,28 +56,35 @@ def kind(name: str) -> str:
 
 
 def main() -> None:
-    options = arguments(__doc__, top={"type": int, "default": 25})
+    options = arguments(
+        __doc__, top={"type": int, "default": 25}, only={"nargs": "+", "choices": [*SEGMENTS], "default": [*SEGMENTS]}
+    )
     begin = time.perf_counter()
     r, sizes = r_and_sizes(options.shape)
     rows, tokens = sizes[0]
     base = build(options.shape)
     encoded = synthetic(rows, tokens, base.config.vocab_size)
     prompt = collate(encoded, [0], 1)
+    read = encode(texts(None, 128), base.config.vocab_size)
     model = curve_model(base, r, CurveSpec(1, 2))
     figures: dict[str, Any] = {}
     for compiled in (False, True) if options.compile else (False,):
         if compiled:
             model.compile_layers()
-        for name, segments in (("points", 1), ("step", 1), ("step_s4", 4)):
-            spec = CurveSpec(segments, 2)
+        for name in options.only:
+            spec = CurveSpec(SEGMENTS[name], 2)
             model.set_curve(spec, model.fresh_points(spec))
 
             def points() -> torch.Tensor:
                 return model.point_log_probs(prompt, slot_times(8))
 
-            function = points if name == "points" else ours(model, encoded, rows, True)[0]
-            model.train(name != "points")
-            with torch.set_grad_enabled(name != "points"):
+            def whole_set() -> Any:
+                return predict_splits(model, {"test": read}, slot_times(10), way="points")
+
+            trains = name.startswith("step")
+            function = {"points": points, "whole_set": whole_set}.get(name) or ours(model, encoded, rows, True)[0]
+            model.train(trains)
+            with torch.set_grad_enabled(trains):
                 found = kernels(function, min(options.repeats, 5))
             by_kind: Counter[str] = Counter()
             for key, ms, _ in found:
