@@ -187,9 +187,8 @@ class CurveLinear(CurveLayer):
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
         ids = slice(None) if token_ids is None else token_ids
-        bias = self.base_layer.bias
         weight = self.base_layer.weight if self._merged is None else self._merged
-        y = read_out(x, (weight.mT if self.transposed else weight)[ids], None if bias is None else bias[ids])
+        y = read_out(x, weight.mT if self.transposed else weight, self.base_layer.bias, token_ids)
         if self.route.kind in ("base", "merged"):
             return y
         c = self.route.coefficients
@@ -383,6 +382,4 @@ class OutputHead(nn.Module):
         if isinstance(self.inner, CurveLinear):
             assert route.position_rows is not None
             return self.inner.select(chosen, route.position_rows, route.token_ids)
-        ids = slice(None) if route.token_ids is None else route.token_ids
-        bias = self.inner.bias
-        return read_out(chosen, self.inner.weight[ids], None if bias is None else bias[ids])
+        return read_out(chosen, self.inner.weight, self.inner.bias, route.token_ids)

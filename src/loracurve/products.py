@@ -87,12 +87,14 @@ class _FloatProduct(torch.autograd.Function):
         return grad.to(weight.dtype) @ weight, None
 
 
-def read_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits x W^T + b [P, C], float32 from half precision.
+def read_out(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
+    """Logits x W^T + b [P, C] of chosen outputs (None: all), float32 from half precision.
 
     bfloat16 would round a logit of 10 to a multiple of 1/16, as much as neighbouring points of a curve differ. `weight`
     gets no gradient from half precision.
     """
+    if ids is not None:
+        weight, bias = weight[ids], None if bias is None else bias[ids]
     if x.dtype not in (torch.bfloat16, torch.float16):
         return F.linear(x, weight, bias)
     y = _FloatProduct.apply(x, weight)
