@@ -240,7 +240,7 @@ def test_a_suite_fills_its_store(finished: tuple[SuiteConfig, Path]) -> None:
     assert value == pytest.approx(by_hand.item(), abs=1e-9)
     record = json.loads((Cell("made", 0, "curve").folder(out) / "cell.json").read_text())
     assert record["passes"] == 3 and record["cost"] == 7 and record["notes"]["steps"] == 8
-    assert not [p for p in out.glob("**/work-*")]
+    assert not [p for p in out.rglob("work-*")]
     assert (out / "environment.json").is_file() and (out / "tables.md").stat().st_size > 1000
 
 
@@ -323,12 +323,14 @@ def test_a_killed_suite_goes_on_to_the_same_bytes(finished: tuple[SuiteConfig, P
     suite, out = tmp_path / "suite.yaml", tmp_path / "out"
     suite.write_text(json.dumps(plain(reference)))
     first = start(suite, out)
-    wait_for(lambda: list(out.glob("anchors/made/0/work-*/checkpoint.json")), first)  # amid the anchors' training
+    wait_for(lambda: list((out / "anchors/made/0").glob("work-*/checkpoint.json")), first)  # amid the anchors' training
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not list(out.glob("cells/*/*/*/cell.json"))
     second = start(suite, out)
-    wait_for(lambda: list(out.glob("cells/made/0/curve/work-*/training/checkpoint.json")), second)  # amid the curve's
+    wait_for(
+        lambda: list((out / "cells/made/0/curve").glob("work-*/training/checkpoint.json")), second
+    )  # amid the curve's
     second.send_signal(signal.SIGKILL)
     second.wait()
     assert list(out.glob("cells/*/*/*/cell.json")) and not (out / "metrics.parquet").exists()

@@ -98,7 +98,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     driver, end = psutil.Process(process.pid), time.monotonic() + 240
     second = "made / seed 1 / one"
     busy: dict[str, psutil.Process] = {}
-    while second not in busy or len(busy) < 2 or not list(out.glob("anchors/made/1/work-*/checkpoint.json")):
+    while second not in busy or len(busy) < 2 or not list((out / "anchors/made/1").glob("work-*/checkpoint.json")):
         assert process.poll() is None and time.monotonic() < end, "the suite ended before a worker could be killed"
         time.sleep(0.01)
         busy = workers(driver)
@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     fitted = [line.partition(": fitted")[0] for line in said.splitlines() if ": fitted" in line]
     assert sorted(fitted) == sorted(map(str, cells_of(suite)))  # each once
-    assert not [*out.glob("**/work-*"), *out.glob("**/.*.tmp")]
+    assert not [*out.rglob("work-*"), *out.rglob(".*.tmp")]
 
     run_suite(suite, tmp_path / "alone", jobs=1)
     write_tables(suite, tmp_path / "alone")
