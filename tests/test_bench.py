@@ -25,7 +25,7 @@ from loracurve.bench.pool import visible_gpus
 from loracurve.bench.registry import METHODS, method_class, method_name
 from loracurve.bench.reporting import write_tables
 from loracurve.bench.runner import run_suite
-from loracurve.bench.store import STEPS, read_predictions, write_predictions
+from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of
 from loracurve.bench.suite_files import load_suite, shipped
 from loracurve.bench.tables import Table
@@ -216,10 +216,22 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
         assert torch.equal(mine.argmax(-1), (other - other[..., :1]).mul(STEPS).round().argmax(-1))
         assert found.ids[name] == [e.id for e in encoded[name].examples]
     assert set(found.labels) == {"validation", "test", "train"} and found.labels["test"][:3].tolist() == [0, 1, 0]
-    assert (tmp_path / "p.parquet").stat().st_size < 400_000
+    assert (tmp_path / "p.parquet").stat().st_size < 160_000
     write_predictions(tmp_path / "again.parquet", found.sets, encoded)
     for name, predictive in read_predictions(tmp_path / "again.parquet").sets.items():
         assert torch.equal(predictive.point_log_probs, found.sets[name].point_log_probs)  # type: ignore[arg-type]
+
+
+def test_packed_log_odds_come_back_however_far_they_jump(tmp_path: Path) -> None:
+    jumps = torch.tensor([[250.0, -250.0, 250.0, 0.0, 1 / STEPS, -1 / STEPS], [1e4, -1e4, 0.0, 3.5, -3.5, 0.25]])
+    found = torch.from_numpy(_unpacked(_packed(jumps[..., None].numpy())))[..., 0]
+    limit = (2**15 - 1) / STEPS
+    assert torch.equal(found, jumps.clamp(-limit, limit))
+    missing = torch.full((2, 3, 2), -torch.inf)
+    missing[1, :, 0] = torch.tensor([-255.9, 1.0, -1.0])
+    again = torch.from_numpy(_unpacked(_packed(missing.numpy())))
+    assert torch.equal(again.isneginf(), missing.isneginf())
+    torch.testing.assert_close(again[1, :, 0], missing[1, :, 0], atol=0.5 / STEPS, rtol=0)
 
 
 # ---- running

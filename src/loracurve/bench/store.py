@@ -1,9 +1,10 @@
 """The store: a folder for each cell with its predictions (Parquet) and its record (JSON), which says that it is done.
 
-predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, float32, the
-log-odds of each class against the first at each point, points outermost (-inf: no such class). Numbers of points and
-classes and the weights of the points are in the file's metadata. Log-odds are rounded to multiples of 1/512, which
-moves a mean NLL in its fifth digit and makes files half as large.
+predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those of every
+class but the first against the first at each point, points outermost, in steps of 1/128 and packed as `_packed` says.
+Numbers of points and classes and the weights of the points are in the file's metadata. The rounding moves a mean NLL in
+its fifth digit and the mutual information of an example by some 1e-6 nats; with the packing, files are a third of what
+they would be.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from loracurve.tasks import Encoded
 
 __all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
 
-STEPS = 512  # of the stored log-odds, in one nat
+STEPS = 128  # of the stored log-odds, in one nat
+_LARGEST, _NO_CLASS = 2**15 - 1, -(2**15)
 _COMPACT: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 9,
@@ -64,8 +66,8 @@ def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str
         if not log_probs[:, :, 0].isfinite().all():
             raise ValueError(f"{name}: an example without a first class, or of probability 0 in float32")
         log_odds = pad(log_probs - log_probs[:, :, :1], (0, classes - log_probs.shape[2]), value=-torch.inf)
-        flat = ((log_odds * STEPS).round() / STEPS).transpose(0, 1).reshape(-1)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy()), points * classes)
+        packed = _packed(log_odds[:, :, 1:].transpose(0, 1).numpy())
+        column = pa.FixedSizeListArray.from_arrays(pa.array(packed.reshape(-1)), points * (classes - 1))
         labels = None if name.startswith("ood:") else [e.label for e in examples]
         tables.append(
             pa.table(
@@ -83,6 +85,26 @@ def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str
     atomic_write(path, lambda p: pq.write_table(table, p, **_COMPACT))
 
 
+def _packed(log_odds: np.ndarray) -> np.ndarray:
+    """[E, n, C] float -> uint16: steps, minus those of the point before, sign in the lowest bit (zigzag).
+
+    Neighbouring points differ by little, and small numbers of either sign have a high byte of zeros.
+    """
+    steps = np.clip(np.rint(log_odds * STEPS), -_LARGEST, _LARGEST)
+    whole = np.where(np.isneginf(log_odds), _NO_CLASS, steps).astype(np.int16)
+    changes = np.diff(whole, axis=1, prepend=np.int16(0))  # modulo 2^16
+    return ((changes << 1) ^ (changes >> 15)).view(np.uint16)
+
+
+def _unpacked(packed: np.ndarray) -> np.ndarray:
+    """What `_packed` packed, float32."""
+    if packed.dtype != np.uint16:
+        raise TypeError(f"expected packed log-odds, found {packed.dtype}")
+    changes = (packed >> 1).astype(np.int16) ^ -(packed & 1).astype(np.int16)
+    whole = np.cumsum(changes, axis=1, dtype=np.int16)
+    return np.where(whole == _NO_CLASS, -np.inf, whole / STEPS).astype(np.float32)
+
+
 def read_predictions(path: Path) -> Predictions:
     """Read them back: log-probabilities of the stored log-odds."""
     table = read_table(path)
@@ -97,8 +119,9 @@ def read_predictions(path: Path) -> Predictions:
 def _predictions_in(table: pa.Table) -> Predictions:
     about = json.loads(table.schema.metadata[b"loracurve"])
     names = np.asarray(table["set"].to_pylist())
-    flat = table["log_odds"].combine_chunks().flatten().to_numpy()
-    values = torch.from_numpy(flat.copy()).view(len(names), about["points"], about["classes"])
+    packed = table["log_odds"].combine_chunks().flatten().to_numpy()
+    others = _unpacked(packed.reshape(len(names), about["points"], about["classes"] - 1))
+    values = pad(torch.from_numpy(others), (1, 0))
     ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
     weights = torch.tensor(about["weights"], dtype=torch.float64)
     out = Predictions({}, {}, {})
