@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -283,6 +284,33 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path: Path) -> None
     assert said == []
     run_suite(suite, tmp_path / "out", jobs=1, retry=True, say=said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "recorded"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_lack_of_memory_is_a_reason_and_other_faults_of_a_device_are_not(
+    error: Exception, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = little(tmp_path, methods={"one": Single()})
+
+    def fit(self: Single, setting: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Single, "fit", fit)
+    said: list[str] = []
+    if recorded:
+        run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+        assert said[0] == "made / seed 0 / one: failed: the device ran out of memory"
+    else:
+        with pytest.raises(RuntimeError, match="1 cells broke: made / seed 0 / one"):
+            run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+        assert not (Cell("made", 0, "one").folder(tmp_path / "out") / "cell.json").exists()
 
 
 def test_anchors_that_fail_are_tried_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny import lora_config, random_points, tiny
 from torch.nn.functional import cross_entropy
 
 from loracurve import curve
+from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
 from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
@@ -103,6 +104,24 @@ def test_anchors_in_one_pass_equal_separate_peft_runs(architecture: str, accumul
             # Llama's and Qwen's RMSNorm computes in float32 whatever the dtype; the encoder is float64 throughout.
             rtol, atol = (1e-9, 1e-11) if architecture == "encoder" else (1e-5, 1e-6)
             torch.testing.assert_close(found[name][m], tensor, rtol=rtol, atol=atol)
+
+
+def test_a_checkpoint_comes_back_onto_the_device_of_the_factors(tmp_path: Path) -> None:
+    """Moments and counts of steps too: a kernel that reads another device's memory ends the process."""
+    factors = [torch.ones(2, 3, requires_grad=True)]
+    optimizer = torch.optim.AdamW(factors, fused=True)
+    factors[0].grad = torch.ones(2, 3)
+    optimizer.step()
+    state = LoopState(1, [torch.zeros(2, 3)], [0.5], [1], [0], [{"step": 1, "nll": 0.5}])
+    save_checkpoint(tmp_path, factors, optimizer, state)
+    elsewhere = [torch.ones(2, 3, device="meta", requires_grad=True)]
+    other = torch.optim.AdamW(elsewhere, fused=True)
+    found = LoopState(0, [torch.zeros(2, 3, device="meta")], [math.inf], [0], [0], [])
+    load_checkpoint(tmp_path, elsewhere, other, found)
+    assert found.step == 1 and found.best_nll == [0.5]
+    assert {k: v.device.type for k, v in other.state[elsewhere[0]].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -108,8 +108,8 @@ def load_checkpoint(
             p.copy_(tensors[f"{i}.point"])
             state.best[i].copy_(tensors[f"{i}.best"])
             if step:
-                moments = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+                # The fused kernel reads the count of steps from the device too.
+                optimizer.state[p] = {k: tensors[f"{i}.{k}"].to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
     _remove_others(folder, name)
 
 

@@ -1,14 +1,15 @@
-"""Peak memory of a piece of work: of the GPU where there is one, else of the process (Linux)."""
+"""Memory of a piece of work: its peak (of the GPU where there is one, else of the process, on Linux), and its end."""
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "free_memory", "out_of_memory"]
 
 
 class PeakMemory:
@@ -33,3 +34,15 @@ class PeakMemory:
         elif self._resettable:
             found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
             self.bytes = int(found[1]) * 1024 if found else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left: allocators of our own process say so by another class than the driver."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what nothing uses: captured steps, with all their activations, hang in circles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -6,7 +6,6 @@ again gives what an uninterrupted one gives (to the bit on the CPU with the same
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ from loracurve.baselines.base import Fitted, Setting
 from loracurve.baselines.curve import Curve
 from loracurve.bench.cluster import import_ray, run_on_ray
 from loracurve.bench.landscapes import along_curve, scan_anchors
-from loracurve.bench.memory import PeakMemory
+from loracurve.bench.memory import PeakMemory, free_memory, out_of_memory
 from loracurve.bench.options import fingerprint, options_of, plain
 from loracurve.bench.pool import run_in_pool
 from loracurve.bench.setting import Shared, anchors_folder, open_shared, remove_work, train_anchors
@@ -67,14 +66,13 @@ class Group:
         """The stored anchors, trained first where there are none."""
         if self._anchors is None:
             self._anchors = train_anchors(self.suite, self.shared, self.task, self.seed, self.out, self.progress)
+            free_memory()
         return self._anchors
 
     def close(self) -> None:
         """Let go of the model, before the next one is loaded."""
         self._shared = self._anchors = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fit, predict and store one cell; a UserError or a lack of memory is recorded as the reason why it failed."""
@@ -89,9 +87,12 @@ class Group:
         try:
             work = self._scan if cell.method == LANDSCAPE else self._fit_and_predict
             record |= {"status": "done"} | work(cell, folder)
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if not (isinstance(error, UserError) or out_of_memory(error)):
+                raise
             reason = str(error) if isinstance(error, UserError) else "the device ran out of memory"
             record |= {"status": "failed", "reason": one_line(reason)}
+        free_memory()
         write_json(folder / "cell.json", record)  # last: it says that the rest is there
         remove_work(folder)
         return record
