@@ -20,8 +20,10 @@ from loracurve.causal import PlainCausal
 from loracurve.compiling import compile_layers, run_as_they_are
 from loracurve.errors import UserError
 from loracurve.inference import evaluation_mode
-from loracurve.layers import Layout, OutputHead, Route
+from loracurve.layers import CurveLinear, Layout, OutputHead, Route
 from loracurve.lora_space import PREFIX, ControlPoints, inject
+from loracurve.norms import fuse_norms
+from loracurve.products import cast_together
 from loracurve.replication import Replication
 from loracurve.scoring import class_scores, takes_tree_masks
 from loracurve.spec import CurveSpec
@@ -38,6 +40,8 @@ class CurveCarrier(nn.Module):
     """
 
     spec: CurveSpec
+    compiled: bool = False
+    """whether layers are compiled"""
     sharded: bool = False
     """whether the base's layers are spread over processes (`loracurve.sharding`), which then run in step"""
 
@@ -49,6 +53,7 @@ class CurveCarrier(nn.Module):
             self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         self.layers = inject(base, config, self.route)
         self.model = base
+        fuse_norms(base)
         self.is_classifier = "SequenceClassification" in type(base).__name__
         find_head: Any = getattr(base, "get_output_embeddings", None)
         head = None if self.is_classifier or find_head is None else find_head()
@@ -58,6 +63,8 @@ class CurveCarrier(nn.Module):
             setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
         self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
         self.plain_causal = PlainCausal(base, self.replication.stack, self.route)
+        self._maps = [layer for layer in self.layers.values() if isinstance(layer, CurveLinear)]
+        self._cast = False
         self._trees: bool | None = None
         self._graphs: Captured | None = None
         self._merged_graphs: Captured | None = None
@@ -169,7 +176,10 @@ class CurveCarrier(nn.Module):
         if batch.row_slots is not None:
             counts = torch.bincount(batch.row_slots, minlength=len(coefficients))
             if bool((counts == counts[0]).all()):
-                return coefficients, Layout("points")
+                whole = coefficients.device.type == "cpu" and torch.equal(
+                    coefficients, torch.eye(self.spec.size).to(coefficients)
+                )
+                return coefficients, Layout("points", whole=whole)
             return coefficients[batch.row_slots.to(coefficients.device)], Layout("rows")
         if coefficients.dim() == 2:
             return coefficients, Layout("points", len(coefficients))
@@ -203,6 +213,7 @@ class CurveCarrier(nn.Module):
                 layer.route = self._route_for(own, layout, rows)
         else:
             self._set_route(self._route_for(coefficients, layout, rows))
+        self._cast_factors()
         self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
         replicas = layout.replicas
         if batch.positions is not None:
@@ -303,17 +314,36 @@ class CurveCarrier(nn.Module):
             logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
             return
         _ = self.supports_trees  # found out before: its odd shapes shall not be compiled for
+        self.compiled = True
         layers = self.model.get_submodule(self.replication.stack).children()
         compile_layers(layers, self.plain_causal, **options)
 
     def run_layers_as_they_are(self) -> None:
         """Undo `compile_layers`."""
+        self.compiled = False
         if self.replication.stack is not None:
             run_as_they_are(self.model.get_submodule(self.replication.stack).children())
+
+    def _cast_factors(self) -> None:
+        """Cast the factors of all layers at once where layers would take them whole, one by one, in the next pass."""
+        route, dtype = self.route, self.dtype
+        taken = route.kind == "rows" or (route.kind == "points" and route.whole)
+        # Compiled layers cast as they read. Without gradients the copies would only outlive their layers.
+        if not (taken and torch.is_grad_enabled() and self._maps) or self.compiled or self.sharded:
+            return
+        if self._maps[0].A.dtype != dtype:
+            copies = cast_together([f for layer in self._maps for f in (layer.A, layer.B)], dtype)
+            for layer, a, b in zip(self._maps, copies[::2], copies[1::2], strict=True):
+                layer.cast = a, b
+            self._cast = True
 
     def _set_route(self, route: Route) -> Route:
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
         self.route.__dict__.update(route.__dict__)
+        if self._cast:
+            for carrying in self._maps:
+                carrying.cast = None
+            self._cast = False
         if next(iter(self.layers.values())).route is not self.route:
             for layer in self.layers.values():
                 layer.route = self.route
@@ -321,6 +351,7 @@ class CurveCarrier(nn.Module):
 
     def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:
         route = Route(layout.kind, replicas=layout.replicas, rows=rows, windows=layout.windows, degree=self.spec.degree)
+        route.whole = layout.whole
         if coefficients is not None:
             c = coefficients.to(self.device)
             route.groups = c if layout.kind == "points" else None

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loracurve.products import combine, contract, expand, read_out, windowed, windowed_coefficients
+from loracurve.products import combine, contract, expand, grouped_linear, read_out, windowed, windowed_coefficients
 
 if TYPE_CHECKING:
     from loracurve.perturbation import MapNoise
@@ -32,6 +32,8 @@ class Layout:
     """how often each row of the batch is run"""
     windows: int = 1
     """*rows*: equal consecutive groups of rows that lie in one segment each"""
+    whole: bool = False
+    """*points*: group g lies at control point g, for all control points"""
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Route:
     """*rows*: rows lie in this many equal consecutive groups, one for each segment, and use its control points only."""
     degree: int = 1
     """Degree of a segment, the stride of the windows."""
+    whole: bool = False
+    """*points*: group g lies at control point g: factors are taken as they are."""
     replicas: int = 1
     """How often each row of the batch is run, at different points."""
     rows: int = 0
@@ -125,6 +129,8 @@ class CurveLinear(CurveLayer):
     base_layer: nn.Linear
     A: nn.Parameter
     B: nn.Parameter
+    cast: tuple[Tensor, Tensor] | None = None
+    """A and B in the compute dtype, where those of all layers were cast together for this pass"""
     noise: MapNoise | None = None
     """perturbs the map in training mode where rows run in groups at few points (`loracurve.perturbation`)"""
 
@@ -152,6 +158,22 @@ class CurveLinear(CurveLayer):
     def set_factors(self, factors: dict[str, Tensor]) -> None:
         self.A = nn.Parameter(factors["lora_A.weight"])
         self.B = nn.Parameter(factors["lora_B.weight"].mT.contiguous())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"cast": None}  # belongs to a pass: copies of the layer have none
+
+    def _stack(self, which: Literal[0, 1], dtype: torch.dtype) -> Tensor:
+        """A (0) or B (1), all control points, in a dtype."""
+        if self.cast is not None and self.cast[which].dtype == dtype:
+            return self.cast[which]
+        return (self.A, self.B)[which].to(dtype)
+
+    def _at_groups(self, which: Literal[0, 1], dtype: torch.dtype) -> Tensor:
+        """[G, r, n], A (0) or B (1) at the points of the groups."""
+        assert self.route.groups is not None
+        if self.route.whole:
+            return self._stack(which, dtype)
+        return combine(self.route.groups, (self.A, self.B)[which], dtype)
 
     def merge(self, coefficients: Tensor) -> None:
         weight = getattr(self.base_layer, "weight", None)
@@ -249,12 +271,11 @@ class CurveLinear(CurveLayer):
         route = self.route
         ranks = [layer.rank for layer in layers]
         if route.kind == "points":
-            assert route.groups is not None
-            a = _join([combine(route.groups, layer.A, x.dtype) for layer in layers])
-            hidden = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT).split(ranks, dim=-1)
+            a = _join([layer._at_groups(0, x.dtype) for layer in layers])
+            hidden = grouped_linear(x.reshape(len(a), -1, x.shape[-1]), a).split(ranks, dim=-1)
             return [h * layer.scaling for h, layer in zip(hidden, layers, strict=True)]
         c = self._row_coefficients(x.shape[0])
-        a = windowed(_join([layer.A.to(x.dtype) for layer in layers]), route.windows, route.degree)
+        a = windowed(_join([layer._stack(0, x.dtype) for layer in layers]), route.windows, route.degree)
         return list(contract(x.reshape(*c.shape[:2], -1, x.shape[-1]), a, c).split(ranks, dim=-1))
 
     def _row_coefficients(self, rows: int) -> Tensor:
@@ -266,11 +287,10 @@ class CurveLinear(CurveLayer):
         """y + s B(t) hidden, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
         route = self.route
         if route.kind == "points":
-            assert route.groups is not None
-            b = combine(route.groups, self.B, y.dtype)
+            b = self._at_groups(1, y.dtype)
         else:
             hidden = expand(hidden, self._row_coefficients(rows) * self.scaling)
-            b = windowed(self.B.to(y.dtype), route.windows, route.degree).flatten(1, 2)
+            b = windowed(self._stack(1, y.dtype), route.windows, route.degree).flatten(1, 2)
         return self._sum(y, hidden, b)
 
     def _sum(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:

@@ -6,13 +6,71 @@ layer's output in place. Scalings sit on the small hidden vectors, never on outp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["combine", "contract", "expand", "read_out", "windowed", "windowed_coefficients"]
+__all__ = [
+    "cast_together",
+    "combine",
+    "contract",
+    "expand",
+    "grouped_linear",
+    "read_out",
+    "windowed",
+    "windowed_coefficients",
+]
+
+
+class _Cast(torch.autograd.Function):
+    """Many tensors in another dtype, by few kernels; so are their gradients, which come back contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shapes, ctx.dtype = [t.shape for t in tensors], tensors[0].dtype
+        out = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(out, list(tensors))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = {i: g for i, g in enumerate(grads) if g is not None}
+        out = {i: torch.empty(ctx.shapes[i], dtype=ctx.dtype, device=g.device) for i, g in there.items()}
+        torch._foreach_copy_([*out.values()], [*there.values()])
+        return (None, *(out.get(i) for i in range(len(grads))))
+
+
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Copies of contiguous tensors of one dtype in another one; differentiable once."""
+    found: tuple[Tensor, ...] = _Cast.apply(dtype, *tensors)
+    return found
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x a^T for each group. The gradient of a comes in a's own layout, a product's would come transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a)
+        return torch.bmm(x, a.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, a = ctx.saved_tensors
+        of_x, of_a = ctx.needs_input_grad
+        return torch.bmm(grad, a) if of_x else None, torch.bmm(grad.mT, x) if of_a else None
+
+
+def grouped_linear(x: Tensor, a: Tensor) -> Tensor:
+    """x [G, M, n], a [G, r, n] -> [G, M, r]"""
+    if torch.compiler.is_compiling():  # lays gradients out by itself
+        return torch.bmm(x, a.mT)
+    found: Tensor = _GroupedLinear.apply(x, a)
+    return found
 
 
 class _Windows(torch.autograd.Function):
@@ -62,7 +120,7 @@ def contract(x: Tensor, stack: Tensor, coefficients: Tensor) -> Tensor:
     """sum_k c_k (stack_k x): x [W, N, T, i], stack [W, k, o, i], coefficients [W, N, k] -> [W, N, T, o]."""
     w, n, t, _ = x.shape
     k, o = stack.shape[1], stack.shape[2]
-    each = torch.bmm(x.reshape(w, n * t, -1), stack.flatten(1, 2).mT).view(w, n, t, k, o)
+    each = grouped_linear(x.reshape(w, n * t, -1), stack.flatten(1, 2)).view(w, n, t, k, o)
     return (each * coefficients[:, :, None, :, None]).sum(3)
 
 

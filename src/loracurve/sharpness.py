@@ -14,6 +14,7 @@ from loracurve.gauge import balanced
 from loracurve.inference import evaluation_mode
 from loracurve.landscape import LaidOut, mean_loss, merged_adapter
 from loracurve.model import CurveModel
+from loracurve.norms import as_written
 from loracurve.objective import negative_log_likelihood
 from loracurve.paths import Path
 from loracurve.randomness import generator
@@ -63,7 +64,7 @@ def hessian_top_eigenvalue(
         direction = [d / length.to(d) for d in direction]
         product = [torch.zeros_like(d) for d in direction]
         # The math kernel is the one that can be differentiated twice.
-        with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), as_written():
             for batch in split.batches:
                 with merged_adapter(model, {**adapter, **leaves}):
                     log_probs = model.scores(batch, None).log_softmax(-1)
