@@ -181,7 +181,7 @@ def test_the_best_state_comes_back(tmp_path: Path) -> None:
         eval_steps=1,
         save_steps=1,
         load_best_model_at_end=True,
-        learning_rate=3.0,
+        learning_rate=1.0,
     )
     trainer = CurveTrainer(model, args, train_dataset=examples, eval_dataset=examples)
     trainer.train()

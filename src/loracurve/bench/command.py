@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loracurve.bench.suite import Executor, SuiteConfig
+from loracurve.errors import UserError
 
 __all__ = ["bench"]
 
@@ -37,6 +38,8 @@ def bench(
     from loracurve.bench.suite import cells_of, scans_of
 
     folder = Path(out)
+    if tables_only and not (folder / "suite.yaml").is_file():
+        raise UserError(f"{out}: expected the folder of a suite that was run, found none; run it without --tables_only")
     try:
         if not tables_only:
             run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
