@@ -13,6 +13,7 @@ from tiny import lora_config, random_points, tiny
 from loracurve.batching import _padded, collate, evaluation_batches, packed_rows, tree_mask
 from loracurve.inference import predict
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.scoring import takes_tree_masks
 from loracurve.tasks import Encoded, Example
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
@@ -124,3 +125,23 @@ def test_padded_sizes_are_few() -> None:
     assert [_padded(s, 32) for s in (1, 32, 200, 256, 257, 513, 1000, 1025)] == [32, 32, 224, 256, 320, 640, 1024, 1280]
     sizes = {_padded(s, 32) for s in range(1, 4096)}
     assert len(sizes) <= 32 and all(_padded(s, 32) < max(1.25 * s, s + 32) + 1 for s in range(1, 4096))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("ignores", [False, True])
+def test_packing_is_refused_to_models_without_the_mask_and_not_for_rounding(noise: float, ignores: bool) -> None:
+    """In half precision a deep model differs from itself by kernels: here by noise of 5 % of a logit's deviation."""
+    base = tiny("qwen2", torch.bfloat16).eval()
+    draw = torch.Generator().manual_seed(0)
+
+    def disturb(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + (noise * output.float().std() * torch.randn(output.shape, generator=draw)).to(output)
+
+    base.lm_head.register_forward_hook(disturb)
+    if ignores:
+        for layer in base.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+            )
+    with torch.no_grad():
+        assert takes_tree_masks(base, torch.bfloat16, torch.device("cpu")) is not ignores
