@@ -146,8 +146,10 @@ def lines(suite: SuiteConfig, measured: dict[str, Any], lengths: dict[str, Any])
         grand = {d: grand[d] + known[d] for d in dtypes}
         out.append(f"| {task} | " + " | ".join(number(known[d]) for d in dtypes) + " |")
     out.append("| sum | " + " | ".join(number(grand[d]) for d in dtypes) + " |")
-    left = [n for n, v in by[dtypes[0]].items() if None in v.values()] if dtypes else []
-    return out + (["", f"Not measured, and in no sum: {', '.join(left)}."] if left else [])
+    for dtype in dtypes:
+        if left := [f"*{n}*" for n, v in by[dtype].items() if None in v.values()]:
+            out += ["", f"Not measured in {dtype}, and in no sum of it: {'; '.join(left)}."]
+    return out
 
 
 def main() -> None:
