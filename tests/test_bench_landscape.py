@@ -19,6 +19,7 @@ from loracurve.baselines.ensembles import ConvexMix, Ensemble
 from loracurve.baselines.lines import Line
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
+from loracurve.bench.averages import averages
 from loracurve.bench.goals import goals
 from loracurve.bench.landscape_tables import heights
 from loracurve.bench.landscapes import LandscapeConfig, along_curve
@@ -32,7 +33,7 @@ from loracurve.bench.suite_files import load_suite
 from loracurve.bench.tables import Table, shown
 from loracurve.config import CurveConfig
 from loracurve.errors import UserError
-from loracurve.metrics import Interval
+from loracurve.metrics import Interval, bootstrap_interval
 from loracurve.spec import CurveSpec
 from loracurve.storage import read_tensors
 
@@ -215,6 +216,28 @@ def test_goals_are_met_or_missed_by_the_tables(
     height = heights(results, "made", "curve")
     assert height is not None and row[10] == f"{'met' if height[0] <= 0.01 else 'missed'}: {height[0]:+.4f}"
     assert isinstance(row[11], str) and row[11].endswith(("0 of 1", "1 of 1"))
+
+
+def test_averages_are_means_over_the_sets_that_count_and_differences_paired(
+    scanned: tuple[SuiteConfig, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out, _ = scanned
+    results = read_results(suite, out)
+    assert averages(results).rows == [] and averages(results).title.endswith("over the 0 data sets that count")
+    monkeypatch.setattr(Results, "singles", lambda self, task: (1.0, True))  # so few rows would not count
+    table = averages(results)
+    assert table.title.endswith("over the data set that counts")
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    curve, whole = rows["curve"], rows["ensemble 3"]
+    assert whole["NLL ts minus ensemble 3"] is None and (curve["sets"], curve["seeds"], curve["cost"]) == (1, "2", 5)
+    for name, key in (("ACC", "acc"), ("NLL", "nll"), ("ECE ts", "ece_ts"), ("JSD", "pairwise_jsd")):
+        assert curve[name] == pytest.approx(results.figure("made", "curve", "test", key))
+    mine, other = (stacked(results.seeds("made", n), "nll_ts") for n in ("curve", "ensemble 3"))
+    found = curve["NLL ts minus ensemble 3"]
+    assert isinstance(found, Interval) and found.estimate == pytest.approx((mine - other).mean().item(), abs=1e-9)
+    wanted = bootstrap_interval(mine - other, 0)
+    assert found.low == pytest.approx(wanted.low, abs=0.2 * (wanted.high - wanted.low))
+    assert found.high == pytest.approx(wanted.high, abs=0.2 * (wanted.high - wanted.low))
 
 
 def test_the_page_has_the_tables_and_figures(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:

@@ -122,8 +122,8 @@ def _sizes_and_modes(results: Results, task: str, kept: list[dict[str, Any]]) ->
     """Scores of ensembles of 1, 2, ... members, then of each method that trains one adapter."""
     rows: list[list[Value]] = []
     for size in range(results.suite.anchors):
-        values: list[Value] = [_mean([k["scores"][name][size] for k in kept]) for name in _SCORES.values()]
-        values += [_mean([k["auroc"][by][size] for k in kept]) for by in ("MI", "entropy")]
+        values: list[Value] = [mean_or_none([k["scores"][name][size] for k in kept]) for name in _SCORES.values()]
+        values += [mean_or_none([k["auroc"][by][size] for k in kept]) for by in ("MI", "entropy")]
         rows.append([f"ensemble of {size + 1}", *values])
     for name, method in results.suite.methods.items():
         done = results.seeds(task, name)
@@ -141,11 +141,11 @@ def _means(rows: list[Sequence[Value]], tasks: list[Value]) -> list[Sequence[Val
         mine = [row[2:] for row in rows if row[1] == method and row[0] in tasks]
         if len(mine) == len(tasks) > 1:
             columns = [[v.estimate if isinstance(v, Interval) else v for v in c] for c in zip(*mine, strict=True)]
-            found.append(["mean of those that count", method, *(_mean(c) for c in columns)])
+            found.append(["mean of those that count", method, *(mean_or_none(c) for c in columns)])
     return found
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def mean_or_none(values: Sequence[Any]) -> float | None:
     return None if None in values or not values else sum(values) / len(values)
 
 

@@ -28,10 +28,10 @@ def goals(results: Results, equivalents: Table, differences: Table) -> Table:
         differences: paired differences of detection.
     """
     whole, most = full_ensemble(results.suite), results.suite.anchors
-    counting = [t for t in results.suite.tasks if (judged := results.singles(t)) and judged[1]]
+    counting = results.counting
     table = Table(
         "goals",
-        f"Goals, on the {len(counting)} data sets that count",
+        f"Goals, on the {results.counted_sets()}",
         [
             *("method", "cost", f"DEE NLL >= {most}", f"DEE Brier >= {most}"),
             *("error AURC, MI", "error AURC, entropy", "OOD AUROC, MI", "OOD AUROC, entropy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loracurve.bench.averages import averages
 from loracurve.bench.deciding_tables import comparisons, deciding
 from loracurve.bench.detecting import detection, detection_differences, verdicts
 from loracurve.bench.goals import goals
@@ -33,7 +34,13 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
     write_metrics(results, out / "metrics.parquet")
     differences = detection_differences(results)
     decided = deciding(results, out)
-    tables = [summary(results), goals(results, decided[-1], differences), *decided, verdicts(results, differences)]
+    tables = [
+        averages(results),
+        summary(results),
+        goals(results, decided[-1], differences),
+        *decided,
+        verdicts(results, differences),
+    ]
     tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
     tables += [*barriers(results, out), along_curves(results)]
     tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]

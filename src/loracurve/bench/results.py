@@ -145,6 +145,16 @@ class Results:
         accuracy = correct.double().mean().item()
         return accuracy, counts_above_chance(accuracy, labels)
 
+    @property
+    def counting(self) -> list[str]:
+        """The data sets that count (`singles`)."""
+        return [t for t in self.suite.tasks if (judged := self.singles(t)) and judged[1]]
+
+    def counted_sets(self) -> str:
+        """How many of them there are, in words."""
+        count = len(self.counting)
+        return "data set that counts" if count == 1 else f"{count} data sets that count"
+
     def figure(self, task: str, method: str, where: str, name: str) -> float | None:
         """Mean over seeds of a figure; None where it is undefined for all."""
         found = [r.figures.get(where, {}).get(name) for r in self.seeds(task, method)]
