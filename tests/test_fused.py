@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def test_norms_of_the_usual_kind_are_taken_and_do_what_the_kernel_does(
     twin = copy.deepcopy(holder)
     twin[0].weight.data.zero_()
     assert not twin[0](x).any() and holder[0](x).any()  # a copy reads its own weight
+    back = pickle.loads(pickle.dumps(holder))
+    assert type(back[0]) is type(holder[0]) and torch.equal(back[0](x), before)
 
 
 def test_norms_of_another_kind_stay() -> None:
@@ -64,7 +67,7 @@ def test_norms_of_another_kind_stay() -> None:
         def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             return self.weight * x * gate
 
-    assert fuse_norms(nn.ModuleList([other, OddRMSNorm()])) == 0
+    assert fuse_norms(nn.ModuleList([other, OddRMSNorm(), LlamaRMSNorm(8).to("meta")])) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

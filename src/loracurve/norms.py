@@ -51,7 +51,8 @@ def _eps(module: nn.Module) -> float | None:
         return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return eps if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float) else None
+    fits = isinstance(weight, Tensor) and weight.dim() == 1 and not weight.is_meta
+    return eps if fits and isinstance(eps, float) else None
 
 
 def _is_plain(module: Any) -> bool:
@@ -81,6 +82,14 @@ def _fused(kind: Any) -> Any:
                 return written
             return fused_norm(x, self.weight, getattr(self, "variance_epsilon", None) or self.eps)
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _blank, (kind,), self.__dict__  # pickled by the class that can be imported
+
     Fused.__name__ = Fused.__qualname__ = kind.__name__
     Fused.__module__ = kind.__module__
     return Fused
+
+
+def _blank(kind: Any) -> Any:
+    fused = _fused(kind)
+    return fused.__new__(fused)
