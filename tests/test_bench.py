@@ -21,11 +21,13 @@ from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
+from loracurve.bench import pool
+from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.options import fingerprint, made_with, options_of, plain
 from loracurve.bench.pool import visible_gpus
 from loracurve.bench.registry import METHODS, method_class, method_name
 from loracurve.bench.reporting import write_tables
-from loracurve.bench.runner import run_suite
+from loracurve.bench.runner import prepare, run_suite
 from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_predictions
 from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of
 from loracurve.bench.suite_files import load_suite, shipped
@@ -36,6 +38,7 @@ from loracurve.config import LoraOptions, ModelConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
 from loracurve.predictive import Predictive
+from loracurve.storage import write_json
 from loracurve.tasks import Encoded, Example, TaskConfig, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -390,6 +393,28 @@ def test_several_processes_do_the_same(finished: tuple[SuiteConfig, Path], tmp_p
         mine, other = (read_predictions(cell.folder(o) / "predictions.parquet").sets for o in (tmp_path / "out", whole))
         for name, predictive in mine.items():
             torch.testing.assert_close(predictive.probs, other[name].probs, atol=0.5 / STEPS, rtol=0)
+
+
+def test_cells_without_memory_run_once_more_when_others_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = little(tmp_path, methods={"one": Single(), "curve": Curve(), "ensemble 3": Ensemble(3)})
+    out, calls, said = tmp_path / "out", [], []
+    out.mkdir()
+    cells = prepare(suite, out)
+
+    def spread(cells: list[Cell], jobs: int, submit: Any, end: Any, say: Any) -> list[Cell]:
+        calls.append((cells, jobs))
+        if len(calls) == 1:  # as `Group.run` records it
+            for cell, reason in zip(cells, (NO_MEMORY, "another reason"), strict=False):
+                record = {"status": "failed", "reason": reason, "options": options_of(suite, cell)}
+                write_json(cell.folder(out) / "cell.json", record)
+        return cells[2:]
+
+    monkeypatch.setattr(pool, "spread", spread)
+    assert pool.run_in_pool(suite, cells, out, 2, None, said.append) == cells[2:]
+    assert calls == [(cells, 2), (cells[:1], 1)]
+    assert said == ["1 cell found no memory beside others: once more, one at a time"]
 
 
 def test_the_smoke_suite_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["PeakMemory", "free_memory", "out_of_memory"]
+__all__ = ["NO_MEMORY", "PeakMemory", "free_memory", "out_of_memory"]
+
+NO_MEMORY = "the device ran out of memory"  # reason of a failed cell
 
 
 class PeakMemory:

@@ -14,6 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+from loracurve.bench.memory import NO_MEMORY
+from loracurve.bench.store import record_of
 from loracurve.bench.suite import Cell, SuiteConfig
 from loracurve.errors import one_line
 
@@ -28,7 +30,7 @@ def run_in_pool(
 ) -> list[Cell]:
     """Run cells in `jobs` processes; the first cell of each task and seed trains its anchors, the others follow it.
 
-    Returns the cells that broke.
+    Cells that found no memory beside the others run once more in the end, one at a time. Returns the cells that broke.
     """
     import torch
 
@@ -39,7 +41,16 @@ def run_in_pool(
     # Beside a GPU more threads would only wait for each other.
     threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
     with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
-        return spread(cells, jobs, lambda cell: pool.submit(run_cell, suite, cell, out), end, say)
+
+        def submit(cell: Cell) -> Future[Result]:
+            return pool.submit(run_cell, suite, cell, out)
+
+        broken = spread(cells, jobs, submit, end, say)
+        again = [c for c in cells if (record_of(suite, c, out) or {}).get("reason") == NO_MEMORY]
+        if again:
+            say(f"{len(again)} cell{'s' * (len(again) > 1)} found no memory beside others: once more, one at a time")
+            broken += spread(again, 1, submit, end, say)
+        return broken
 
 
 def spread(

@@ -20,7 +20,7 @@ from loracurve.baselines.base import Fitted, Setting
 from loracurve.baselines.curve import Curve
 from loracurve.bench.cluster import import_ray, run_on_ray
 from loracurve.bench.landscapes import along_curve, scan_anchors
-from loracurve.bench.memory import PeakMemory, free_memory, out_of_memory
+from loracurve.bench.memory import NO_MEMORY, PeakMemory, free_memory, out_of_memory
 from loracurve.bench.options import fingerprint, options_of, plain
 from loracurve.bench.pool import run_in_pool
 from loracurve.bench.setting import Shared, anchors_folder, open_shared, remove_work, train_anchors
@@ -90,7 +90,7 @@ class Group:
         except (UserError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
             if not (isinstance(error, UserError) or out_of_memory(error)):
                 raise
-            reason = str(error) if isinstance(error, UserError) else "the device ran out of memory"
+            reason = str(error) if isinstance(error, UserError) else NO_MEMORY
             record |= {"status": "failed", "reason": one_line(reason)}
         free_memory()
         write_json(folder / "cell.json", record)  # last: it says that the rest is there
