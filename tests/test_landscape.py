@@ -285,9 +285,11 @@ def test_slope_bounds_hold_and_slopes_are_measured(name: str, architecture: str,
     path = curve_path(model) if name == "curve" else lines[name]
     frame = loss_slopes(model, path, split, [0.1, 0.35, 0.5, 0.8, 1.0], step=1e-4)  # 0.5 is a joint
     assert (frame["bound"] >= frame["slope"].abs()).all() and (frame["bound"] >= frame["measured"].abs()).all()
-    # One-sided quotients, at the joint and at the end, are accurate to first order only.
-    for slope, measured, rel in zip(frame["slope"], frame["measured"], (2e-2, 2e-2, 5e-2, 2e-2, 5e-2), strict=True):
-        assert slope == pytest.approx(measured, rel=rel, abs=1e-3)
+    # One-sided quotients, at the joint and at the end, are accurate to first order only: their error goes with the
+    # curvature, and so with the size of gradients, also where the slope is small by chance (tokens differ by process).
+    for row, one_sided in zip(frame.itertuples(), (False, False, True, False, True), strict=True):
+        tolerance = {"rel": 5e-2, "abs": max(1e-3, 4e-5 * row.bound)} if one_sided else {"rel": 2e-2, "abs": 1e-3}
+        assert row.slope == pytest.approx(row.measured, **tolerance)
     assert frame["slope"].abs().max() > 1e-3
     assert all(p.grad is None for p in model.parameters()), "the model's own gradients stay as they were"
 
