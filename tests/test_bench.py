@@ -417,6 +417,12 @@ def test_cells_without_memory_run_once_more_when_others_are_done(
     assert said == ["1 cell found no memory beside others: once more, one at a time"]
 
 
+def test_tables_of_a_folder_without_a_suite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "smoke", "--out", str(tmp_path), "--tables_only"]) == 2
+    assert "expected the folder of a suite that was run, found none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_smoke_suite_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vaderSentiment")
     pytest.importorskip("periodictable")
