@@ -28,7 +28,9 @@ def main() -> None:
         rows={"type": int, "default": 256 if DEVICE.type == "cuda" else 8},
         sizes={"type": int, "nargs": "+", "default": [4096, 8192, 16_384, 32_768, 65_536, 131_072]},
     )
-    begin = time.perf_counter()
+    begin, sizes = time.perf_counter(), " ".join(map(str, options.sizes))
+    command = f"python benchmarks/pass_sizes.py --shape {options.shape} --rows {options.rows}"
+    command += f" --repeats {options.repeats} --sizes {sizes}"
     base = build(options.shape)
     encoded = encode(texts(None, options.rows), base.config.vocab_size)
     model = curve_model(base, r_and_sizes(options.shape)[0], CurveSpec(1, 2)).eval()
@@ -45,7 +47,7 @@ def main() -> None:
             ms = timed(run, options.repeats)
             figures["sizes"][str(size)] = {"ms": ms, "us_per_token": 1e3 * ms / tokens}
             note(begin, f"passes of at most {size} tokens: {ms:.1f} ms, {1e3 * ms / tokens:.2f} us a token and point")
-            report("pass_sizes", options, figures)
+            report("pass_sizes", options, figures, command)
 
 
 if __name__ == "__main__":

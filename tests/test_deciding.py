@@ -20,6 +20,7 @@ from loracurve.bench.deciding import (
     subsets_of,
 )
 from loracurve.bench.detecting import verdicts
+from loracurve.bench.results import Results
 from loracurve.bench.tables import Table
 from loracurve.calibration import apply_temperature, fit_temperature
 from loracurve.metrics import Interval
@@ -173,9 +174,7 @@ def test_intervals_of_an_auroc_cover_its_true_value() -> None:
 
 
 def test_verdicts_count_intervals_on_the_sets_that_count() -> None:
-    class Judged:
-        suite = SimpleNamespace(tasks={"a": 0, "b": 0})
-
+    class Judged(Results):
         def singles(self, task: str) -> tuple[float, bool]:
             return 0.9, task == "a"
 
@@ -187,7 +186,8 @@ def test_verdicts_count_intervals_on_the_sets_that_count() -> None:
         ["ref", "a", "curve", "ood:x", "MI", unknown, None],
         ["ref", "b", "curve", "errors", "MI", up, up],
     ]
-    found = verdicts(Judged(), differences)  # type: ignore[arg-type]
+    judged = Judged(SimpleNamespace(tasks={"a": 0, "b": 0}), {}, {}, [])  # type: ignore[arg-type]
+    found = verdicts(judged, differences)
     assert found.rows == [["ref", "curve", "AUROC", 1, 1, 1], ["ref", "curve", "AURC", 1, 0, 1]]
 
 

@@ -49,10 +49,13 @@ def as_written() -> Iterator[None]:
 def _eps(module: nn.Module) -> float | None:
     if not type(module).__name__.endswith("RMSNorm") or hasattr(type(module), "loracurve_fused"):
         return None
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight, eps = getattr(module, "weight", None), _own_eps(module)
     fits = isinstance(weight, Tensor) and weight.dim() == 1 and not weight.is_meta
     return eps if fits and isinstance(eps, float) else None
+
+
+def _own_eps(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _is_plain(module: Any) -> bool:
@@ -80,7 +83,7 @@ def _fused(kind: Any) -> Any:
             if not fits or _as_written or torch.compiler.is_compiling():
                 written: Tensor = super().forward(x)
                 return written
-            return fused_norm(x, self.weight, getattr(self, "variance_epsilon", None) or self.eps)
+            return fused_norm(x, self.weight, _own_eps(self))
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _blank, (kind,), self.__dict__  # pickled by the class that can be imported

@@ -23,7 +23,7 @@ def averages(results: Results) -> Table:
     The difference to the ensemble of all anchors is paired and on the seeds that both have; its interval resamples the
     rows of every set and knows nothing of the choice of sets and seeds.
     """
-    whole = full_ensemble(results.suite)
+    whole, counting = full_ensemble(results.suite), results.counting
     table = Table(
         "averages",
         f"Test rows, means over the {results.counted_sets()}",
@@ -32,7 +32,7 @@ def averages(results: Results) -> Table:
         "seeds do not compare by their means; the last column compares on the same ones.",
     )
     for method in dict.fromkeys([*results.suite.methods, whole]):
-        there = [(t, done) for t in results.counting if (done := results.seeds(t, method))]
+        there = [(t, done) for t in counting if (done := results.seeds(t, method))]
         if not there:
             continue
         means = [mean_or_none([results.figure(t, method, "test", n) for t, _ in there]) for n in _FIGURES.values()]

@@ -73,7 +73,7 @@ def verdicts(results: Results, differences: Table) -> Table:
         ["reference", "method", "measure", "better", "worse", "undecided"],
         notes="Errors and out-of-distribution sets of every task, by MI and by entropy, each counted once.",
     )
-    counting = {task for task in results.suite.tasks if (judged := results.singles(task)) and judged[1]}
+    counting = results.counting
     tallies: dict[tuple[Value, Value, str], list[int]] = {}
     for reference, task, method, _, _, *found in differences.rows:
         for measure, value in zip(("AUROC", "AURC"), found, strict=True):
