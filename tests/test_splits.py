@@ -9,7 +9,7 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve import splits
+from loracurve import carrier, splits
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.splits import folding_tokens, predict_splits
 
@@ -61,3 +61,23 @@ def test_language_models_run_their_points_together(tmp_path: Path) -> None:
     model.set_curve(model.spec, random_points(model))
     (found,) = predict_splits(model, {"test": task.encode("test")}, T, way="merged").values()
     assert found.point_log_probs is None and len(found) == task.encode("test").token_offsets[-1]
+
+
+def test_logits_of_texts_limit_the_points_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task = build("llama", tmp_path)
+    sets = {"test": task.encode("test")}
+    (batch,) = splits.laid_out_for(model, sets["test"])
+    assert batch.answer_ids is None and batch.positions is not None
+    assert model.passes(batch, len(T)) == 1
+    together = predict_splits(model, sets, T, way="points")["test"].point_log_probs
+    logits = len(batch.positions) * vocabulary(task)
+    monkeypatch.setattr(carrier, "MOST_LOGITS", 2 * logits)
+    assert model.passes(batch, len(T)) == 2
+    monkeypatch.setattr(carrier, "MOST_LOGITS", logits - 1)
+    assert model.passes(batch, len(T)) == 3, "at least one point in a pass"
+    one_by_one = predict_splits(model, sets, T, way="points")["test"].point_log_probs
+    torch.testing.assert_close(one_by_one, together)
+    # Scores of single tokens read out those alone.
+    other, letters = build("qwen2", tmp_path / "letters")
+    (batch,) = splits.laid_out_for(other, letters.encode("test"))
+    assert other.passes(batch, len(T)) == 1

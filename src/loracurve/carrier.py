@@ -32,6 +32,9 @@ __all__ = ["CurveCarrier"]
 
 logger = logging.getLogger("loracurve")
 
+MOST_LOGITS = 2**29
+"""Of a pass at several points: texts are read out at many places for the whole vocabulary, 2 GiB of float32 here."""
+
 
 class CurveCarrier(nn.Module):
     """What runs at points of a curve: the base model with curve layers in it, the control points, the ways to run.
@@ -60,7 +63,9 @@ class CurveCarrier(nn.Module):
         if head is not None:
             name = next(n for n, m in base.named_modules() if m is head)
             parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, OutputHead(head, self.route))
+            reading = OutputHead(head, self.route)
+            setattr(base.get_submodule(parent), child, reading)
+        self.vocabulary = 0 if head is None else len(reading.weight)
         self.replication = Replication(base, self.layers, self.route, share=not self.is_classifier)
         self.plain_causal = PlainCausal(base, self.replication.stack, self.route)
         self._maps = [layer for layer in self.layers.values() if isinstance(layer, CurveLinear)]
@@ -241,7 +246,7 @@ class CurveCarrier(nn.Module):
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
         """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points beside the curve; points
-        are run together as far as `tokens_per_pass` allows.
+        are run together as far as `tokens_per_pass` and `MOST_LOGITS` allow.
 
         Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
         the CPU, 65,536 elsewhere.
@@ -260,7 +265,9 @@ class CurveCarrier(nn.Module):
 
     def _points_in_pass(self, batch: Batch, tokens_per_pass: int | None = None) -> int:
         budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
-        return max(1, budget // max(batch.tokens, 1))
+        classes = self.vocabulary if batch.answer_ids is None else len(batch.answer_ids)
+        logits = 0 if batch.positions is None else len(batch.positions) * classes
+        return max(1, min(budget // max(batch.tokens, 1), MOST_LOGITS // max(logits, 1)))
 
     def passes(self, batch: Batch, points: int) -> int:
         """Forward passes that `point_log_probs` takes."""
