@@ -50,7 +50,7 @@ def main() -> None:
     encoded = encode(texts(None, 1000), base.config.vocab_size)
     model = curve_model(base, 8, spec)
     curves = [stacked(random_adapters(model, spec.size))] * count
-    config = FitConfig(batch_size=options.rows)
+    config = FitConfig(batch_size=options.rows, points=2, share_points=True)
 
     def run(program: Any, steps: int = options.steps) -> float:
         model.train()

@@ -147,7 +147,7 @@ class Sized:
         if isinstance(method, MCDropout):
             return self.adapters(1, self.short, method.dropout)
         if isinstance(method, FlatLoRA):
-            config = FitConfig(**vars(self.training), points=1, perturbation=method.perturbation)
+            config = FitConfig(**vars(self.training), points=1, share_points=True, perturbation=method.perturbation)
             return self.curve(CurveSpec.slots(1), config, self.short)
         if isinstance(method, SWAG | IVON | BLoB):
             return self.own_loop(method)
@@ -168,7 +168,9 @@ class Sized:
 
     def resume(self, folder: Path) -> dict[str, Any]:
         """Four steps of an anchored curve, at once and interrupted after two: files, times, and how far they differ."""
-        config = FitConfig(**vars(replace(self.training, steps=4, evaluate_every=2, keep="last")), points=2)
+        config = FitConfig(
+            **vars(replace(self.training, steps=4, evaluate_every=2, keep="last")), points=2, share_points=True
+        )
         spec, rows, found = CurveSpec(2, 2, (False, True, False, True, False)), self.rows(self.short), {}
         ended = []
         for name, stops in (("whole", [None]), ("parts", [2, None])):

@@ -76,7 +76,7 @@ def clocked(function: Callable[[], Any], repeats: int) -> float:
 
 
 def step_of(model: Any, encoded: Any, rows: int, values: dict[str, Any], vocabulary: int) -> Any:
-    config = FitConfig(batch_size=rows, steps=1000, **values)
+    config = FitConfig(**{"batch_size": rows, "steps": 1000, "points": 2, "share_points": True} | values)
     program = CurveProgram(model, encoded, encoded, config, torch.arange(20, vocabulary))
     noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
     kind = config.perturbation.kind

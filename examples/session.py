@@ -75,7 +75,8 @@ print("validation NLL of the anchors:", [round(x, 2) for x in result.validation_
 
 # %%
 model.anchor(degree=2)  # aligned, and a curve through them whose inner points lie on the line
-lc.fit(model, task, lc.FitConfig(steps=50, batch_size=16, learning_rate=2e-3), progress=False)
+training = lc.FitConfig(steps=50, batch_size=16, learning_rate=2e-3, points=2, share_points=True)
+lc.fit(model, task, training, progress=False)
 
 paths = anchor_paths(anchors, ["straight", "delta_w", "balanced+procrustes"], scalings_of(model))
 paths["curve"] = curve_path(model)

@@ -10,6 +10,7 @@ import torch
 from tokenizers_made import bert_style, llama_style, qwen_style
 
 from loracurve.tasks import Task, TaskConfig, load_task
+from loracurve.training import FitConfig
 
 WORDS = {0: ["bad", "poor", "dull", "awful"], 1: ["good", "great", "fine", "lovely"]}
 FILLERS = ["the film is", "a truly", "it was", "this story feels rather", "quite", "i found the music"]
@@ -53,3 +54,8 @@ def made_task(folder: Path, architecture: str, scoring: str = "letter", sizes: d
 
 def vocabulary(task: Task) -> int:
     return len(task.tokenizer)
+
+
+def two_points(**options: Any) -> FitConfig:
+    """Two points that all rows share, which every option of the training can be had with."""
+    return FitConfig(**{"points": 2, "share_points": True} | options)

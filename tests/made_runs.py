@@ -23,9 +23,12 @@ QUICK = [
     "--curve_training.steps=4",
     "--curve_training.batch_size=4",
     "--curve_training.learning_rate=1e-2",
+    "--curve_training.points=2",
+    "--curve_training.share_points=true",
     "--curve_training.evaluation_points=3",
     "--evaluation.points=3",
     "--curve.anchors=2",
+    "--curve.segments=2",
     "--lora.r=2",
     "--lora.lora_alpha=4",
 ]
@@ -47,8 +50,13 @@ def data_folder(folder: Path, scoring: str, sizes: dict[str, int] | None = None)
 
 
 def config_file(path: Path, model: Path, data: Path, scoring: str) -> Path:
-    """The least that a config needs. JSON is YAML."""
-    path.write_text(json.dumps({"model": {"name": str(model)}, "task": {"data": str(data), "scoring": scoring}}))
+    """The least that an anchored curve's config needs. JSON is YAML."""
+    values = {
+        "model": {"name": str(model)},
+        "task": {"data": str(data), "scoring": scoring},
+        "curve": {"kind": "anchored"},
+    }
+    path.write_text(json.dumps(values))
     return path
 
 

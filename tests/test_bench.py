@@ -34,7 +34,7 @@ from loracurve.bench.suite_files import load_suite, shipped
 from loracurve.bench.tables import Table
 from loracurve.bench.tiny_model import TINY, tiny_model
 from loracurve.cli import main
-from loracurve.config import LoraOptions, ModelConfig
+from loracurve.config import CurveConfig, LoraOptions, ModelConfig
 from loracurve.errors import UserError
 from loracurve.loop import LoopConfig
 from loracurve.predictive import Predictive
@@ -43,6 +43,12 @@ from loracurve.tasks import Encoded, Example, TaskConfig, load_task
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"train": 40, "validation": 20, "test": 24}
+SHARED = {"points": 2, "share_points": True}
+
+
+def anchored(**options: Any) -> Curve:
+    """Through the first three anchors, two points for all rows."""
+    return Curve(CurveConfig("anchored"), **{"training": SHARED} | options)
 
 
 def little(folder: Path, **changes: object) -> SuiteConfig:
@@ -53,7 +59,7 @@ def little(folder: Path, **changes: object) -> SuiteConfig:
     options: dict[str, object] = {
         "model": ModelConfig(TINY),
         "tasks": {"made": SuiteTask(scoring="label", shift=["other"], ood=["other"])},
-        "methods": {"one": Single(), "ensemble 2": Ensemble(2), "curve": Curve(units=4)},
+        "methods": {"one": Single(), "ensemble 2": Ensemble(2), "curve": anchored(units=4)},
         "data_folder": str(folder),
         "anchors": 3,
         "samples": 3,
@@ -97,10 +103,6 @@ def test_suites_of_the_evidence_parse(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(EVIDENCE.parents[1])
     suite = load_suite(path)
     assert len({fingerprint(suite, c) for c in cells_of(suite)}) == len(cells_of(suite))
-    if path.stem == "choices_baselines":  # one store: what is done of the other suite is done of this one
-        first = load_suite(EVIDENCE / "choices.yaml")
-        more = {fingerprint(suite, c) for c in cells_of(suite)}
-        assert {fingerprint(first, c) for c in cells_of(first)} < more
 
 
 @pytest.mark.parametrize("name", ["default", "blob", "laplace_lora", "authors"])
@@ -169,12 +171,12 @@ def test_fingerprints_follow_options_and_not_places(tmp_path: Path) -> None:
     assert fingerprint(moved, cell) == fingerprint(suite, cell)
     for changed in (
         replace(suite, samples=4),
-        replace(suite, methods=suite.methods | {"curve": Curve(units=3)}),
+        replace(suite, methods=suite.methods | {"curve": anchored(units=3)}),
         replace(suite, training=LoopConfig(steps=5)),
     ):
         assert fingerprint(changed, cell) != fingerprint(suite, cell)
         assert not made_with(options_of(suite, cell), changed, cell)
-    assert fingerprint(replace(suite, methods={"curve": Curve(units=4)}), cell) == fingerprint(suite, cell)
+    assert fingerprint(replace(suite, methods={"curve": anchored(units=4)}), cell) == fingerprint(suite, cell)
 
 
 def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_done_cells_are_skipped_and_new_ones_added(finished: tuple[SuiteConfig, 
     run_suite(more, out, jobs=1, say=said.append)
     assert [s.partition(":")[0] for s in said] == ["made / seed 0 / last"]
     with pytest.raises(UserError, match="curve was made with other options"):
-        run_suite(replace(suite, methods={"curve": Curve(units=1)}), out, jobs=1)
+        run_suite(replace(suite, methods={"curve": anchored(units=1)}), out, jobs=1)
     with pytest.raises(UserError, match="made with other options"):
         write_tables(replace(suite, samples=2), out)
 
@@ -398,7 +400,7 @@ def test_several_processes_do_the_same(finished: tuple[SuiteConfig, Path], tmp_p
 def test_cells_without_memory_run_once_more_when_others_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite = little(tmp_path, methods={"one": Single(), "curve": Curve(), "ensemble 3": Ensemble(3)})
+    suite = little(tmp_path, methods={"one": Single(), "curve": anchored(), "ensemble 3": Ensemble(3)})
     out, calls, said = tmp_path / "out", [], []
     out.mkdir()
     cells = prepare(suite, out)

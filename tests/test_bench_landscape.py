@@ -12,7 +12,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from markupsafe import escape
-from test_bench import little
+from test_bench import anchored, little
 
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import ConvexMix, Ensemble
@@ -31,7 +31,6 @@ from loracurve.bench.store import STEPS
 from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
 from loracurve.bench.suite_files import load_suite
 from loracurve.bench.tables import Table, shown
-from loracurve.config import CurveConfig
 from loracurve.errors import UserError
 from loracurve.metrics import Interval, bootstrap_interval
 from loracurve.spec import CurveSpec
@@ -46,10 +45,10 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteConfig, Path
     methods = {
         "ensemble 3": Ensemble(3),
         "line": Line("straight"),
-        "curve": Curve(units=2),
-        "free": Curve(units=1, curve=CurveConfig(kind="free")),
+        "curve": anchored(units=2),
+        "free": Curve(units=1),
         "mix": ConvexMix(3),
-        "weighted": Curve(units=2, weights="likelihood"),
+        "weighted": anchored(units=2, weights="likelihood"),
         "SWAG": SWAG(collect=2, rank=2),
     }
     suite = little(folder, methods=methods, samples=5, seeds=[0, 1], landscape=OPTIONS)

@@ -247,7 +247,10 @@ def test_switches_take_no_value(arguments: list[str], switch: str) -> None:
         ("task: {data: d, scoring: letter}\n", "model"),
         ("just words\n", "expected|pars"),
         ("", "model|task"),
-        ("model: {name: x}\ntask: {data: d, scoring: letter}\ncurve: {anchors: 1}\n", "curve.anchors: .*at least 2"),
+        (
+            "model: {name: x}\ntask: {data: d, scoring: letter}\ncurve: {kind: anchored, anchors: 1}\n",
+            "curve.anchors: .*at least 2",
+        ),
     ],
 )
 def test_config_files_that_are_wrong(text: str, message: str, world: World, refused: Refused) -> None:

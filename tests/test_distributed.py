@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from made import made_task, vocabulary
+from made import made_task, two_points, vocabulary
 from made_runs import QUICK, base_folder, config_file, data_folder
 from ranks import together
 from tiny import lora_config, random_points, tiny
@@ -35,7 +35,7 @@ from loracurve.sharding import asked_to_shard, shard_base
 from loracurve.splits import predict_splits
 from loracurve.storage import read_json
 from loracurve.tasks import Task
-from loracurve.training import FitConfig, fit, fit_anchors
+from loracurve.training import fit, fit_anchors
 
 QUIET = {"progress": False}
 QUICKLY = {"steps": 4, "batch_size": 5, "learning_rate": 3e-3, "evaluate_every": 2, "row_tokens": 1, "eps": 1e-3}
@@ -69,7 +69,7 @@ def curve(
     model = model_of(task, spec)
     if shard:
         shard_base(model)
-    config = FitConfig(**{**QUICKLY, **options})  # type: ignore[arg-type]
+    config = two_points(**{**QUICKLY, **options})  # type: ignore[arg-type]
     return fit(model, task, config, folder, stop_after=stop_after, **QUIET), model.control_points()
 
 
@@ -143,7 +143,7 @@ def test_dropout_is_not_the_same_in_both(tmp_path: Path) -> None:
 
     def masks(rank: int) -> Tensor:
         model = CurveModel(tiny("qwen2", vocabulary=vocabulary(task)), lora_config("qwen2", lora_dropout=0.5))
-        fit(model, task, FitConfig(steps=1, batch_size=4), **QUIET)
+        fit(model, task, two_points(steps=1, batch_size=4), **QUIET)
         return torch.rand(4)  # where the global generator stands
 
     first, second = together(masks, tmp_path / "ranks")
@@ -290,7 +290,7 @@ def test_the_launcher_may_ask_for_fsdp(tmp_path: Path, monkeypatch: pytest.Monke
         shard_base(model)
         layer = model.model.get_submodule("model.layers.0.mlp.up_proj.base_layer")
         with pytest.raises(UserError) as error:
-            fit(model, task, FitConfig(perturbation=PerturbationConfig("flat_lora")), **QUIET)
+            fit(model, task, two_points(perturbation=PerturbationConfig("flat_lora")), **QUIET)
         return layer.weight.to_local().numel(), str(error.value)
 
     (first, said), (second, _) = together(held, tmp_path / "ranks")

@@ -140,10 +140,10 @@ def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
     [
         ({"kind": "free", "segments": 1, "degree": 1}, "inference: expected curve for two control points"),
         ({"kind": "free", "degree": 1, "smooth": True}, "smooth: expected degree 2"),
-        ({"degree": 1}, "curve.degree: expected at least 2 .* or set pieces to 2"),
+        ({"kind": "anchored", "degree": 1}, "curve.degree: expected at least 2 .* or set pieces to 2"),
         ({"kind": "free", "pieces": 2}, "curve.pieces: expected 1"),
-        ({"factors": "A"}, "curve.factors: expected both"),
-        ({"anchors": 4, "closed": True, "smooth": True}, "joints that can be chosen freely"),
+        ({"kind": "anchored", "factors": "A"}, "curve.factors: expected both"),
+        ({"kind": "anchored", "anchors": 4, "closed": True, "smooth": True}, "joints that can be chosen freely"),
     ],
 )
 def test_what_cannot_work_is_known_before_training(values: dict[str, Any], message: str) -> None:

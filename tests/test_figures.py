@@ -186,6 +186,23 @@ def test_panels_share_one_legend() -> None:
 
 
 @pytest.mark.parametrize(
+    "names", [["ensembles", "single", "MC dropout", "SWAG", "IVON", "BLoB"], ["a" * 90, "b"], ["c"]]
+)
+def test_a_legend_is_as_wide_as_its_figure_at_most(names: list[str]) -> None:
+    def draw(axes: Axes) -> None:
+        for name in names:
+            axes.errorbar([0, 1], [0, 1], yerr=[0.1, 0.1], marker="o", label=name)
+
+    figure = figures.figure_of(draw)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    rows = len({round(text.get_window_extent().y0) for text in legend.get_texts()})
+    assert rows == {6: 2, 2: 2, 1: 1}[len(names)]
+    assert len(names) == 2 or legend.get_window_extent().width <= figure.bbox.width
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (

@@ -135,7 +135,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(code, "README.md", "exec"), space)
     assert torch.allclose(space["predictive"].probs.sum(1), torch.ones(17, dtype=torch.float64))
     assert (tmp_path / "adapters" / "middle" / "adapter_model.safetensors").exists()
-    assert space["model"].spec.segments == 2
+    assert space["model"].spec.segments == 4
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

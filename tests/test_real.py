@@ -142,7 +142,15 @@ def test_a_free_curve_on_a_real_encoder_learns(minilm: Path, shared_data: Path) 
     model = CurveModel(base, config, CurveSpec(1, 2))
     # All 16 rows are in every batch, so that the losses of different steps can be compared.
     options = FitConfig(
-        steps=5, batch_size=16, learning_rate=5e-3, warmup=0.0, schedule="constant", keep="last", evaluate_every=5
+        points=2,
+        share_points=True,
+        steps=5,
+        batch_size=16,
+        learning_rate=5e-3,
+        warmup=0.0,
+        schedule="constant",
+        keep="last",
+        evaluate_every=5,
     )
     result = fit(model, task, options, progress=False)
     losses = [entry["nll"] for entry in result.history]

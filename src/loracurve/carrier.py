@@ -19,8 +19,9 @@ from loracurve.capture import Captured, map_tensors
 from loracurve.causal import PlainCausal
 from loracurve.compiling import compile_layers, run_as_they_are
 from loracurve.errors import UserError
+from loracurve.heads import OutputHead
 from loracurve.inference import evaluation_mode
-from loracurve.layers import CurveLinear, Layout, OutputHead, Route
+from loracurve.layers import CurveLinear, Layout, Route
 from loracurve.lora_space import PREFIX, ControlPoints, inject
 from loracurve.norms import fuse_norms
 from loracurve.products import cast_together

@@ -20,10 +20,10 @@ __all__ = ["FitConfig"]
 class FitConfig(LoopConfig):
     """How a curve is trained."""
 
-    points: int = 2
+    points: int = 1
     """Points of the curve at which each example is seen in a step; a step costs that many forward and backward
     passes."""
-    share_points: bool = True
+    share_points: bool = False
     """All rows of a batch are run at the same points; otherwise each row has its own."""
     point_passes: int = 1
     """Passes into which the points of a step are divided. With more than one, memory is that of one of them, for a
@@ -53,7 +53,7 @@ class FitConfig(LoopConfig):
             raise UserError(f"point_passes: expected 1 to {self.points} (points), found {self.point_passes}; change it")
         self._check_perturbation()
         if self.objective.jsd != "none" and self.points < 2:
-            raise UserError(f"a JSD term needs points >= 2, found {self.points}")
+            raise UserError(f"a JSD term needs points >= 2, found {self.points}; set points to 2")
         check_sampling(self.sampling, self.points)
         self._check_corruption()
         for name, one_point in (

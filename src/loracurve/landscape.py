@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from loracurve.batching import Batch, evaluation_batches
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll
+from loracurve.heads import CurveDense
 from loracurve.inference import predict
-from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route
+from loracurve.layers import CurveLayer, CurveLinear, Route
 from loracurve.lora_space import PREFIX
 from loracurve.model import CurveModel
 from loracurve.paths import Path

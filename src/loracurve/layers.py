@@ -20,7 +20,7 @@ from loracurve.products import combine, contract, expand, grouped_linear, read_o
 if TYPE_CHECKING:
     from loracurve.perturbation import MapNoise
 
-__all__ = ["CurveDense", "CurveLayer", "CurveLinear", "Layout", "OutputHead", "Route", "join_siblings"]
+__all__ = ["CurveLayer", "CurveLinear", "Layout", "Route", "join_siblings", "repeat_for_rows"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Route:
     """What the siblings of the layer that ran last will want."""
 
 
-def _expand(coefficients: Tensor, rows: int) -> Tensor:
+def repeat_for_rows(coefficients: Tensor, rows: int) -> Tensor:
     """Repeat row coefficients for inputs whose tokens were flattened into the leading dimension."""
     if coefficients.shape[0] == rows:
         return coefficients
@@ -281,7 +281,9 @@ class CurveLinear(CurveLayer):
     def _row_coefficients(self, rows: int) -> Tensor:
         """[W, N, k]"""
         assert self.route.coefficients is not None
-        return windowed_coefficients(_expand(self.route.coefficients, rows), self.route.windows, self.route.degree)
+        return windowed_coefficients(
+            repeat_for_rows(self.route.coefficients, rows), self.route.windows, self.route.degree
+        )
 
     def _add(self, y: Tensor, hidden: Tensor, rows: int) -> Tensor:
         """y + s B(t) hidden, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
@@ -301,52 +303,6 @@ class CurveLinear(CurveLayer):
         if not self.base_layer.weight.is_floating_point():  # what a quantised layer returns may be a view
             return torch.addmm(y, hidden[0], b[0]) if y.dim() == 2 else torch.baddbmm(y, hidden, b)
         return y.addmm_(hidden[0], b[0]) if y.dim() == 2 else y.baddbmm_(hidden, b)
-
-
-class CurveDense(CurveLayer):
-    """A dense layer trained whole (a head of `modules_to_save`): weight [K, o, i] and bias [K, o] are curve points."""
-
-    base_layer: nn.Linear
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, base_layer: nn.Linear, route: Route) -> None:
-        super().__init__(base_layer, route)
-        self._merged: tuple[Tensor, Tensor | None] | None = None
-
-    def shapes(self) -> dict[str, list[int]]:
-        return {suffix: list(p.shape) for suffix, p in self.base_layer.named_parameters()}
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-
-    def set_factors(self, factors: dict[str, Tensor]) -> None:
-        self.weight = nn.Parameter(factors["weight"])
-        self.bias = nn.Parameter(factors["bias"]) if "bias" in factors else None
-
-    def merge(self, coefficients: Tensor) -> None:
-        weight = torch.tensordot(coefficients.to(self.weight), self.weight.detach(), dims=1)
-        bias = None if self.bias is None else torch.tensordot(coefficients.to(self.bias), self.bias.detach(), dims=1)
-        self._merged = weight, bias
-
-    def unmerge(self) -> None:
-        self._merged = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        route = self.route
-        if route.kind == "base":
-            return self.base_layer(x)
-        if route.kind == "merged":
-            assert self._merged is not None
-            weight, bias = self._merged
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        assert route.coefficients is not None
-        # A head is small: all control points at once, whatever the way to run.
-        c = _expand(route.coefficients, x.shape[0])[None]
-        y = contract(x.reshape(1, c.shape[1], -1, x.shape[-1]), self.weight.to(x.dtype)[None], c)[0]
-        if self.bias is not None:
-            y = y + (c[0] @ self.bias.to(x.dtype))[:, None]
-        return y.reshape(*x.shape[:-1], -1)
 
 
 # Maps of one module that see the same input in most architectures; a layer that does not is noticed when it runs.
@@ -373,33 +329,3 @@ def join_siblings(layers: Mapping[str, CurveLayer]) -> None:
 def _join(stacks: list[Tensor]) -> Tensor:
     """[*, r_i, n] -> [*, sum of r_i, n]"""
     return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)
-
-
-class OutputHead(nn.Module):
-    """The language-model head, computed only at the positions and for the tokens that the route asks for.
-
-    Without positions it is the head itself. With positions its output is [P, C] instead of [R, T, vocabulary]; what a
-    model does to logits afterwards (scaling, soft-capping) acts element by element and stays as it is.
-    """
-
-    inner: nn.Linear | CurveLinear
-
-    def __init__(self, inner: nn.Linear | CurveLinear, route: Route) -> None:
-        super().__init__()
-        self.inner = inner
-        self.route = route
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, for code that ties or inspects output embeddings."""
-        return (self.inner.base_layer if isinstance(self.inner, CurveLinear) else self.inner).weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        route = self.route
-        if route.positions is None:
-            return self.inner(hidden)
-        chosen = hidden.reshape(-1, hidden.shape[-1])[route.positions]
-        if isinstance(self.inner, CurveLinear):
-            assert route.position_rows is not None
-            return self.inner.select(chosen, route.position_rows, route.token_ids)
-        return read_out(chosen, self.inner.weight, self.inner.bias, route.token_ids)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loracurve.errors import UserError
-from loracurve.layers import CurveDense, CurveLayer, CurveLinear, Route, join_siblings
+from loracurve.heads import CurveDense
+from loracurve.layers import CurveLayer, CurveLinear, Route, join_siblings
 from loracurve.randomness import generator
 
 __all__ = [

@@ -55,7 +55,7 @@ class CurveModel(CurveCarrier):
         cls,
         base: nn.Module | str,
         config: peft.LoraConfig,
-        segments: int = 2,
+        segments: int = 4,
         degree: int = 2,
         seed: int = 0,
         closed: bool = False,

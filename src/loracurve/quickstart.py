@@ -50,7 +50,14 @@ def quickstart_config(seed: int = 0) -> RunConfig:
         lora=LoraOptions(r=8, lora_alpha=16),
         curve=CurveConfig(kind="anchored", anchors=3),
         anchor_training=LoopConfig(steps=60, evaluate_every=20, **steps),  # type: ignore[arg-type]
-        curve_training=FitConfig(steps=30, points=2, evaluate_every=10, evaluation_points=3, **steps),  # type: ignore[arg-type]
+        curve_training=FitConfig(
+            steps=30,
+            points=2,
+            share_points=True,
+            evaluate_every=10,
+            evaluation_points=3,
+            **steps,  # type: ignore[arg-type]
+        ),
         evaluation=EvaluationConfig(points=10, seed=seed),
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loracurve.layers import CurveDense, CurveLayer, OutputHead, Route
+from loracurve.heads import CurveDense, OutputHead
+from loracurve.layers import CurveLayer, Route
 
 __all__ = ["Replication"]
 

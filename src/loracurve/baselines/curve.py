@@ -11,12 +11,13 @@ from loracurve.config import CurveConfig, EvaluationConfig
 from loracurve.errors import UserError, nearest
 from loracurve.evaluation import choose_average
 from loracurve.inference import Rule
+from loracurve.loop import LoopConfig
 from loracurve.model import CurveSpec
 from loracurve.training import FitConfig, fit, fit_anchors
 from loracurve.tunnel import TunnelConfig
 from loracurve.tunnel_inference import tunnel_average
 
-__all__ = ["Curve", "passes_of", "with_changes"]
+__all__ = ["Curve", "own_options", "passes_of", "with_changes"]
 
 T = TypeVar("T")
 
@@ -94,6 +95,13 @@ class Curve:
             return training
         steps = round(self.units * setting.unit / (training.batch_size * passes_of(training)))
         return replace(training, steps=max(steps, 1))
+
+
+def own_options(curve: Curve) -> dict[str, Any]:
+    """All options of a curve's training that a fine-tune does not have, and the changes to those that it has."""
+    training = with_changes(FitConfig(steps=10**6), curve.training, "training")
+    shared = {f.name for f in fields(LoopConfig)} - set(curve.training)
+    return {f.name: getattr(training, f.name) for f in fields(FitConfig) if f.name not in shared}
 
 
 def passes_of(training: FitConfig) -> int:

@@ -32,7 +32,7 @@ class FlatLoRA:
         """Train one adapter from the start and over the batches of anchor 0."""
         options = {f.name: getattr(setting.training, f.name) for f in fields(LoopConfig)}
         options["seed"] = slot_seeds(setting.training.seed, 1)[0]
-        config = FitConfig(**options, points=1, perturbation=self.perturbation)
+        config = FitConfig(**options, points=1, share_points=True, perturbation=self.perturbation)
         setting.model.set_curve(CurveSpec.slots(1), fresh_adapter(setting))
         folder = setting.folder / "training" if setting.folder else None
         result = fit(setting.model, setting.task, config, folder, label="Flat-LoRA", progress=setting.progress)

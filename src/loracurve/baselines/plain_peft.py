@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from loracurve.batching import Batch, collate, tree_mask
 from loracurve.errors import UserError
-from loracurve.layers import CurveLayer, OutputHead
+from loracurve.heads import OutputHead
+from loracurve.layers import CurveLayer
 from loracurve.model import CurveModel
 from loracurve.replication import Replication
 from loracurve.scoring import class_scores

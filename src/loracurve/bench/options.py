@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loracurve.baselines.curve import Curve, own_options
 from loracurve.bench.registry import method_name
 from loracurve.bench.suite import Cell, SuiteConfig, method_of
 
@@ -48,7 +49,10 @@ def options_of(
         "anchors": suite.anchors,
     }
     if cell:
-        values |= {"method": plain(method_of(suite, cell.method), defaults), "samples": suite.samples}
+        method = method_of(suite, cell.method)
+        values |= {"method": plain(method, defaults), "samples": suite.samples}
+        if defaults and isinstance(method, Curve):  # all options of its training, which stand in no field of it
+            values["method"]["training"] = plain(own_options(method))
         values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
     found: dict[str, Any] = _same_numbers(values)
     return found

@@ -7,7 +7,6 @@ differ as well, so that the figures survive printing in grey.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -17,6 +16,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loracurve.storage import atomic_write
@@ -136,14 +136,9 @@ def _legend_above(figure: Figure, axes: Sequence[Axes] | np.ndarray) -> None:
     named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if not named:
         return
-    labels = list(named)
-    room = 12 * figure.get_figwidth()  # characters; a handle is as wide as 6
-
-    def width(columns: int) -> int:
-        # matplotlib fills column by column; the first ones have a row more where it does not come out even.
-        rows, longer = divmod(len(labels), columns)
-        ends = [i * rows + min(i, longer) for i in range(columns + 1)]
-        return sum(max(map(len, labels[a:b])) + 6 for a, b in itertools.pairwise(ends))
-
-    columns = next((n for n in range(len(labels), 1, -1) if width(n) <= room), 1)
-    figure.legend(list(named.values()), labels, loc="outside upper center", ncols=columns)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(named), 0, -1):
+        legend = figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
