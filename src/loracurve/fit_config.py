@@ -20,6 +20,8 @@ __all__ = ["FitConfig"]
 class FitConfig(LoopConfig):
     """How a curve is trained."""
 
+    steps: int = 1500
+    """Optimiser steps. A free curve takes some five times those of a fine-tune, each of its control points a share."""
     points: int = 1
     """Points of the curve at which each example is seen in a step; a step costs that many forward and backward
     passes."""
