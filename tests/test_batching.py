@@ -10,9 +10,10 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve.batching import _padded, collate, evaluation_batches, packed_rows, tree_mask
+from loracurve.batching import _padded, collate, evaluation_batches, tree_mask
 from loracurve.inference import predict
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.packing import packed_rows
 from loracurve.scoring import takes_tree_masks
 from loracurve.tasks import Encoded, Example
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loracurve import curve
-from loracurve.batching import Batch, collate, packed_rows
+from loracurve.batching import Batch, collate
 from loracurve.bootstrap import BootstrapWeights
 from loracurve.corruption import corrupt
 from loracurve.distributed import share, sum_over_processes, world
@@ -20,6 +20,7 @@ from loracurve.layers import Layout
 from loracurve.loop import LoopConfig, batch_numbers, has_dropout
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood, objective
+from loracurve.packing import packed_rows
 from loracurve.randomness import generator, stream_seed
 from loracurve.sampling import sample_points
 from loracurve.splits import laid_out_for
