@@ -11,8 +11,9 @@ import torch
 from tiny import ARCHITECTURES, adapters_on, lora_config, peft_twin, random_points, tiny
 
 from loracurve.errors import UserError
-from loracurve.layers import CurveLinear, Route
+from loracurve.layers import CurveLinear
 from loracurve.model import CurveModel, CurveSpec
+from loracurve.routes import Route
 
 T = torch.tensor([0.0, 0.2, 0.5, 0.85, 1.0], dtype=torch.float64)
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}

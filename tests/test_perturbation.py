@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from loracurve import weight_noise
 from loracurve.errors import UserError
 from loracurve.gauge import balanced
-from loracurve.layers import CurveLinear, Route
+from loracurve.layers import CurveLinear
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.perturbation import (
     Draws,
@@ -36,6 +36,7 @@ from loracurve.perturbation import (
     squared_row_norms,
     strength,
 )
+from loracurve.routes import Route
 
 CPU = torch.device("cpu")
 DOUBLE = torch.float64

@@ -21,11 +21,12 @@ from loracurve.compiling import compile_layers, run_as_they_are
 from loracurve.errors import UserError
 from loracurve.heads import OutputHead
 from loracurve.inference import evaluation_mode
-from loracurve.layers import CurveLinear, Layout, Route
+from loracurve.layers import CurveLinear
 from loracurve.lora_space import PREFIX, ControlPoints, inject
 from loracurve.norms import fuse_norms
 from loracurve.products import cast_together
 from loracurve.replication import Replication
+from loracurve.routes import Layout, Route, within_segments
 from loracurve.scoring import class_scores, takes_tree_masks
 from loracurve.spec import CurveSpec
 
@@ -193,7 +194,7 @@ class CurveCarrier(nn.Module):
         flat = coefficients.reshape(n * rows, -1)
         # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
         grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
-        windows = segments if grouped is not None and self._within_segments(grouped) else 1
+        windows = segments if grouped is not None and within_segments(grouped, self.spec.degree) else 1
         return flat, Layout("rows", n, windows)
 
     def scores(self, batch: Batch, coefficients: Tensor | None, layout: Layout | None = None) -> Tensor:
@@ -365,14 +366,6 @@ class CurveCarrier(nn.Module):
             route.groups = c if layout.kind == "points" else None
             route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
         return route
-
-    def _within_segments(self, grouped: Tensor) -> bool:
-        """Whether group s of coefficient vectors [S, R/S, K] uses the control points of segment s alone."""
-        d = self.spec.degree
-        outside = grouped.detach().clone()
-        for s in range(len(grouped)):
-            outside[s, :, s * d : (s + 1) * d + 1] = 0
-        return not bool(outside.any())
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loracurve.capture import capturing
-from loracurve.layers import Route
+from loracurve.routes import Route
 
 __all__ = ["PlainCausal"]
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loracurve.layers import CurveLayer, CurveLinear, Route, repeat_for_rows
+from loracurve.layers import CurveLayer, CurveLinear
 from loracurve.products import contract, read_out
+from loracurve.routes import Route, repeat_for_rows
 
 __all__ = ["CurveDense", "OutputHead"]
 

@@ -22,12 +22,13 @@ from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll
 from loracurve.heads import CurveDense
 from loracurve.inference import predict
-from loracurve.layers import CurveLayer, CurveLinear, Route
+from loracurve.layers import CurveLayer, CurveLinear
 from loracurve.lora_space import PREFIX
 from loracurve.model import CurveModel
 from loracurve.paths import Path
 from loracurve.predictive import Predictive
 from loracurve.randomness import generator
+from loracurve.routes import Route
 from loracurve.tasks import Encoded
 
 __all__ = [

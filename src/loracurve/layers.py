@@ -1,4 +1,4 @@
-"""Linear layers that carry a whole curve of adapters, and the route that says where each row of a batch lies on it.
+"""Linear layers that carry a whole curve of adapters; a route (`routes`) says where each row of a batch lies on it.
 
 A point of the curve is theta = sum_k c_k P_k, so a row's own t is only its coefficient vector c. Three ways to run give
 the same result: *rows* (each row its own c), *points* (groups of rows share a c, factors are materialised once for each
@@ -8,7 +8,6 @@ group) and *merged* (one c for all rows, folded into a copy of the weight).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,78 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracurve.products import combine, contract, expand, grouped_linear, read_out, windowed, windowed_coefficients
+from loracurve.routes import Route, Shared, repeat_for_rows
 
 if TYPE_CHECKING:
     from loracurve.perturbation import MapNoise
 
-__all__ = ["CurveLayer", "CurveLinear", "Layout", "Route", "join_siblings", "repeat_for_rows"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows and coefficients belong together: plain numbers, known before anything runs on a device."""
-
-    kind: Literal["base", "rows", "points", "merged"]
-    replicas: int = 1
-    """how often each row of the batch is run"""
-    windows: int = 1
-    """*rows*: equal consecutive groups of rows that lie in one segment each"""
-    whole: bool = False
-    """*points*: group g lies at control point g, for all control points"""
-
-
-@dataclass
-class Route:
-    """Where the rows of the running forward pass lie on the curve; one object shared by all layers of a model."""
-
-    kind: Literal["base", "rows", "points", "merged"] = "base"
-    """`base` leaves the pretrained model alone."""
-    coefficients: Tensor | None = None
-    """[R, K], the coefficient vector of each row, in the compute dtype; R = replicas * rows of the batch."""
-    groups: Tensor | None = None
-    """[G, K], *points*: rows lie in G equal consecutive groups of one coefficient vector each."""
-    windows: int = 1
-    """*rows*: rows lie in this many equal consecutive groups, one for each segment, and use its control points only."""
-    degree: int = 1
-    """Degree of a segment, the stride of the windows."""
-    whole: bool = False
-    """*points*: group g lies at control point g: factors are taken as they are."""
-    replicas: int = 1
-    """How often each row of the batch is run, at different points."""
-    rows: int = 0
-    """Rows of the batch before it is replicated."""
-    positions: Tensor | None = None
-    """[P] flat positions in [R * T] at which the output head is wanted; None: all."""
-    position_rows: Tensor | None = None
-    """[P] the row of each position."""
-    token_ids: Tensor | None = None
-    """[C] rows of the output head that are wanted; None: all."""
-    plain: bool = False
-    """Whether rows are plain causal ones: every token attends to all before it in its row."""
-    shared: _Shared | None = None
-    """What the siblings of the layer that ran last will want."""
-
-
-def repeat_for_rows(coefficients: Tensor, rows: int) -> Tensor:
-    """Repeat row coefficients for inputs whose tokens were flattened into the leading dimension."""
-    if coefficients.shape[0] == rows:
-        return coefficients
-    if rows % coefficients.shape[0]:
-        raise RuntimeError(
-            f"a layer got {rows} rows for a batch of {coefficients.shape[0]}: it does not keep the batch dimension, "
-            "so rows cannot have their own point of the curve"
-        )
-    return coefficients.repeat_interleave(rows // coefficients.shape[0], dim=0)
-
-
-@dataclass
-class _Shared:
-    """Hidden vectors of sibling layers that saw the same input, computed together by the first of them."""
-
-    siblings: tuple[CurveLinear, ...]
-    x: Tensor
-    hidden: dict[int, Tensor]
-    """by place among the siblings, of those that did not run yet"""
+__all__ = ["CurveLayer", "CurveLinear", "join_siblings"]
 
 
 class CurveLayer(nn.Module):
@@ -254,7 +187,7 @@ class CurveLinear(CurveLayer):
             return self._project(self.dropout(x), (self,))[0]
         shared = route.shared
         if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
-            shared = route.shared = _Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
+            shared = route.shared = Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
         elif shared.x is not x:
             # They are no siblings after all.
             for layer in self.siblings:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from loracurve.errors import UserError
 from loracurve.heads import CurveDense
-from loracurve.layers import CurveLayer, CurveLinear, Route, join_siblings
+from loracurve.layers import CurveLayer, CurveLinear, join_siblings
 from loracurve.randomness import generator
+from loracurve.routes import Route
 
 __all__ = [
     "ControlPoints",

@@ -16,12 +16,12 @@ from loracurve.corruption import corrupt
 from loracurve.distributed import share, sum_over_processes, world
 from loracurve.fit_config import FitConfig
 from loracurve.inference import predict, quadrature
-from loracurve.layers import Layout
 from loracurve.loop import LoopConfig, batch_numbers, has_dropout
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood, objective
 from loracurve.packing import packed_rows
 from loracurve.randomness import generator, stream_seed
+from loracurve.routes import Layout
 from loracurve.sampling import sample_points
 from loracurve.splits import laid_out_for
 from loracurve.stepping import Part

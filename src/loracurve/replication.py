@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from loracurve.heads import CurveDense, OutputHead
-from loracurve.layers import CurveLayer, Route
+from loracurve.layers import CurveLayer
+from loracurve.routes import Route
 
 __all__ = ["Replication"]
 

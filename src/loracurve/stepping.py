@@ -12,8 +12,8 @@ from torch import Tensor
 from loracurve.batching import Batch
 from loracurve.capture import Captured
 from loracurve.distributed import sum_over_processes, world
-from loracurve.layers import Layout
 from loracurve.perturbation import Perturbation
+from loracurve.routes import Layout
 from loracurve.sharpness_aware import sam_backward
 
 __all__ = ["Part", "Program", "StepConfig", "Stepper"]

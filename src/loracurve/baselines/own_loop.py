@@ -20,13 +20,13 @@ from loracurve.batching import Batch
 from loracurve.capture import Captured
 from loracurve.errors import UserError
 from loracurve.evaluation import labels_of, point_nll, predict_split
-from loracurve.layers import Layout
 from loracurve.loop import FitResult, LoopConfig, batch_numbers, learning_rate_factor, recomputing
 from loracurve.lora_space import PREFIX, ControlPoints, initial_control_points
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood
 from loracurve.programs import slot_seeds, slot_times, training_batch
 from loracurve.randomness import stream_seed
+from loracurve.routes import Layout
 from loracurve.spec import CurveSpec
 
 __all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
