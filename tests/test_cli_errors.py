@@ -115,7 +115,7 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["fit", "CONFIG", "--out", "OUT", "--curve.anchors=1"], "curve.anchors: expected at least 2, found 1"),
         (["fit", "CONFIG", "--out", "OUT", "--curve.degree=1"], "curve.degree: expected at least 2"),
         (["fit", "CONFIG", "--out", "OUT", "--curve.kind=free", "--curve.segments=0"], "segments.*0"),
-        (["fit", "CONFIG", "--out", "OUT", "--curve.kind=free", "--adapters=[a,b]"], "curve.kind is free"),
+        (["fit", "CONFIG", "--out", "OUT", "--curve.kind=free", "--adapters=[a,b]"], "set curve.kind to anchored"),
         (["fit", "CONFIG", "--out", "OUT", "--curve_training.steps=0"], "steps: expected a positive number, found 0"),
         (["fit", "CONFIG", "--out", "OUT", "--curve_training.points=0"], "points: expected at least 1, found 0"),
         (["fit", "CONFIG", "--out", "OUT", "--curve_training.objective.weight=0.5"], "objective.weight: expected 0"),

@@ -477,6 +477,16 @@ def test_exported_points_are_anchors_of_another_run(run: Maker, tmp_path: Path) 
 CONFIGS = sorted((Path(__file__).parents[1] / "src" / "loracurve" / "configs").glob("*.yaml"))
 
 
+def test_anchors_of_a_free_curve_are_said_to_have_no_effect(
+    run: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command("fit", run.config("letter"), "--out", tmp_path / "run", "--curve.kind=free", *QUICK)
+    assert "curve.anchors: a free curve has none" in caplog.text
+    caplog.clear()
+    command("fit", run.config("letter"), "--out", tmp_path / "other", *QUICK)
+    assert "curve.anchors" not in caplog.text
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_run(path: Path, run: Maker, tmp_path: Path) -> None:
     config = load_config(path)

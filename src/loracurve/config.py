@@ -178,7 +178,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.adapters and self.curve.kind == "free":
-            raise UserError("adapters are given, but curve.kind is free; an anchored curve runs through adapters")
+            raise UserError(
+                "adapters: expected curve.kind anchored, a curve through them, found free; set curve.kind to anchored"
+            )
         if len(self.adapters) == 1:
             raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
         if self.adapters and self.curve_training.bootstrap.kind == "everywhere":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,10 @@ import torch
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from loracurve.bases import load_base, model_window
-from loracurve.config import EvaluationConfig, RunConfig
+from loracurve.config import CurveConfig, EvaluationConfig, RunConfig
 from loracurve.config_files import load_config, save_config
 from loracurve.corruption import unlabelled
-from loracurve.distributed import main_holds, on_main
+from loracurve.distributed import is_main, main_holds, on_main
 from loracurve.environment import environment
 from loracurve.errors import UserError
 from loracurve.evaluation import (
@@ -38,6 +39,8 @@ from loracurve.training import fit, fit_anchors
 from loracurve.tunnel_inference import tunnel_average
 
 __all__ = ["Run", "best_point", "environment", "fit_run", "new_folder", "open_run"]
+
+logger = logging.getLogger("loracurve")
 
 
 @dataclass
@@ -140,6 +143,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
     anchors: ControlPoints | None = None
     if config.curve.kind == "free":
+        if config.curve.anchors != CurveConfig.anchors and is_main():
+            logger.warning("curve.anchors: a free curve has none; curve.kind anchored makes one through anchors")
         model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
         _spread(model, config)
     else:
