@@ -179,6 +179,17 @@ def test_fingerprints_follow_options_and_not_places(tmp_path: Path) -> None:
     assert fingerprint(replace(suite, methods={"curve": anchored(units=4)}), cell) == fingerprint(suite, cell)
 
 
+def test_records_hold_what_a_curve_leaves_to_the_librarys_defaults(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path, methods={"curve": Curve(units=4, training={"eps": 1e-6})}), Cell("made", 0, "curve")
+    recorded = options_of(suite, cell)
+    training = recorded["method"]["training"]
+    assert (training["points"], training["share_points"], training["objective"]["jsd"]) == (1, False, "none")
+    assert training["eps"] == 1e-6 and "steps" not in training, "what a fine-tune has too stands with the suite's own"
+    assert made_with(recorded, suite, cell)
+    training["points"] = 2  # as if it had run when that was the default
+    assert not made_with(recorded, suite, cell)
+
+
 def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_path: Path) -> None:
     suite, cell = little(tmp_path), Cell("made", 0, "curve")
     older = options_of(suite, cell)

@@ -253,6 +253,15 @@ def test_ivon_equals_the_library_used_directly(tmp_path: Path) -> None:
         torch.testing.assert_close(found.point_log_probs[s], point, rtol=1e-4, atol=1e-5)
 
 
+def test_ivons_default_rate_follows_the_fine_tunes(tmp_path: Path) -> None:
+    pytest.importorskip("ivon")
+    of = setting(tmp_path, "encoder", replace(LOOP, steps=2, learning_rate=2e-3), samples=2)
+    test = of.task.encode("test")
+    default = IVON(clip_radius=1e-2).fit(of).predict(test)
+    named = IVON(clip_radius=1e-2, learning_rate=0.3 * 2e-3 / 1e-2).fit(of).predict(test)
+    torch.testing.assert_close(default.probs, named.probs)
+
+
 def test_ivon_finds_the_posterior_of_a_gaussian_toy() -> None:
     pytest.importorskip("ivon")
     from loracurve.baselines.ivon import _Variational
