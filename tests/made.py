@@ -12,6 +12,7 @@ from tokenizers_made import bert_style, llama_style, qwen_style
 from loracurve.tasks import Task, TaskConfig, load_task
 from loracurve.training import FitConfig
 
+SHARED: dict[str, Any] = {"points": 2, "share_points": True}
 WORDS = {0: ["bad", "poor", "dull", "awful"], 1: ["good", "great", "fine", "lovely"]}
 FILLERS = ["the film is", "a truly", "it was", "this story feels rather", "quite", "i found the music"]
 
@@ -56,6 +57,6 @@ def vocabulary(task: Task) -> int:
     return len(task.tokenizer)
 
 
-def two_points(**options: Any) -> FitConfig:
-    """Two points that all rows share, which every option of the training can be had with."""
-    return FitConfig(**{"points": 2, "share_points": True} | options)
+def shared_points(**options: Any) -> FitConfig:
+    """Two points (or as many as `options` say) that all rows share, which every option of the training goes with."""
+    return FitConfig(**SHARED | options)

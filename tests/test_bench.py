@@ -15,12 +15,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from made import write_rows
+from made import SHARED, write_rows
 
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
+from loracurve.baselines.temperature import TemperatureScaled
 from loracurve.bench import pool
 from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.options import fingerprint, made_with, options_of, plain
@@ -43,7 +44,6 @@ from loracurve.tasks import Encoded, Example, TaskConfig, load_task
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"train": 40, "validation": 20, "test": 24}
-SHARED = {"points": 2, "share_points": True}
 
 
 def anchored(**options: Any) -> Curve:
@@ -186,6 +186,8 @@ def test_records_hold_what_a_curve_leaves_to_the_librarys_defaults(tmp_path: Pat
     assert (training["points"], training["share_points"], training["objective"]["jsd"]) == (1, False, "none")
     assert training["eps"] == 1e-6 and "steps" not in training, "what a fine-tune has too stands with the suite's own"
     assert made_with(recorded, suite, cell)
+    inside = replace(suite, methods={"curve": TemperatureScaled(suite.methods["curve"])})
+    assert options_of(inside, cell)["method"]["of"] == recorded["method"], "a curve inside another method too"
     training["points"] = 2  # as if it had run when that was the default
     assert not made_with(recorded, suite, cell)
 

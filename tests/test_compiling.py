@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from made import two_points
+from made import shared_points
 from test_training import build as build_task
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
@@ -83,6 +83,6 @@ def test_layers_run_as_they_are_again_for_noise(tmp_path: Path) -> None:
     layer = model.model.get_decoder().layers[0]
     assert layer._compiled_call_impl is not None
     noise = PerturbationConfig("lora_space", 0.1)
-    fit(model, task, two_points(steps=1, batch_size=4, points=1, perturbation=noise), progress=False)
+    fit(model, task, shared_points(steps=1, batch_size=4, points=1, perturbation=noise), progress=False)
     assert layer._compiled_call_impl is None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from made import made_task, two_points, vocabulary
+from made import made_task, shared_points, vocabulary
 from made_runs import QUICK, base_folder, config_file, data_folder
 from ranks import together
 from tiny import lora_config, random_points, tiny
@@ -69,7 +69,7 @@ def curve(
     model = model_of(task, spec)
     if shard:
         shard_base(model)
-    config = two_points(**{**QUICKLY, **options})  # type: ignore[arg-type]
+    config = shared_points(**{**QUICKLY, **options})  # type: ignore[arg-type]
     return fit(model, task, config, folder, stop_after=stop_after, **QUIET), model.control_points()
 
 
@@ -143,7 +143,7 @@ def test_dropout_is_not_the_same_in_both(tmp_path: Path) -> None:
 
     def masks(rank: int) -> Tensor:
         model = CurveModel(tiny("qwen2", vocabulary=vocabulary(task)), lora_config("qwen2", lora_dropout=0.5))
-        fit(model, task, two_points(steps=1, batch_size=4), **QUIET)
+        fit(model, task, shared_points(steps=1, batch_size=4), **QUIET)
         return torch.rand(4)  # where the global generator stands
 
     first, second = together(masks, tmp_path / "ranks")
@@ -290,7 +290,7 @@ def test_the_launcher_may_ask_for_fsdp(tmp_path: Path, monkeypatch: pytest.Monke
         shard_base(model)
         layer = model.model.get_submodule("model.layers.0.mlp.up_proj.base_layer")
         with pytest.raises(UserError) as error:
-            fit(model, task, two_points(perturbation=PerturbationConfig("flat_lora")), **QUIET)
+            fit(model, task, shared_points(perturbation=PerturbationConfig("flat_lora")), **QUIET)
         return layer.weight.to_local().numel(), str(error.value)
 
     (first, said), (second, _) = together(held, tmp_path / "ranks")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from made import two_points
+from made import shared_points
 from made_runs import base_folder, config_file, data_folder
 from test_training import QUIET, build
 from tiny import random_points
@@ -57,12 +57,12 @@ from loracurve.training import FitConfig, fit, fit_anchors
 )
 def test_options_that_do_not_go_together_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        two_points(**values)
+        shared_points(**values)
     assert "\n" not in str(error.value)
 
 
 def test_sampling_names_are_those_of_the_module() -> None:
-    assert [two_points(sampling=way).sampling for way in get_args(Sampling)] == list(get_args(Sampling))
+    assert [shared_points(sampling=way).sampling for way in get_args(Sampling)] == list(get_args(Sampling))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_sampling_names_are_those_of_the_module() -> None:
 )
 def test_options_that_a_curve_cannot_have_are_named(spec: CurveSpec, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        two_points(**values).check_curve(spec)
-    two_points(**values).check_curve(CurveSpec.anchored(3))
+        shared_points(**values).check_curve(spec)
+    shared_points(**values).check_curve(CurveSpec.anchored(3))
 
 
 # ---- all together
@@ -126,7 +126,7 @@ def test_options_train_together_resume_to_the_bit_and_keep_anchors(
     start = random_points(model)
     model.set_curve(spec, start)
     forms = {"none": (0.0, 0.0), "bonus": (0.5, 0.0), "hinge": (5.0, 0.05 if kind == "free" else 0.0)}
-    config = two_points(
+    config = shared_points(
         steps=4,
         batch_size=4,
         learning_rate=3e-3,
@@ -159,7 +159,7 @@ def test_sam_trains_and_resumes_to_the_bit(models: dict[str, Any], tmp_path: Pat
     model.set_curve(spec, start := model.fresh_points(spec))
     found = []
     for rho in (0.2, 0.0):
-        config = two_points(
+        config = shared_points(
             steps=3, batch_size=4, points=1, perturbation=PerturbationConfig("sam", rho), checkpoint_every=1
         )
         model.set_curve(spec, start)
@@ -184,7 +184,7 @@ def test_captured_steps_are_those_that_are_not(noise: str, models: dict[str, Any
     found = []
     for capture in (False, True):
         model.set_curve(spec, start)
-        config = two_points(
+        config = shared_points(
             steps=12, batch_size=4, points=1, capture=capture, keep="last", perturbation=PerturbationConfig(noise, 0.1)
         )
         result = fit(model, task, config, **QUIET)
@@ -213,7 +213,7 @@ def test_points_in_several_passes_have_the_same_gradients_in_less_memory(
     train, validation = task.encode("train"), task.encode("validation")
     found, kept_in_one = [], 0
     for passes in (1, 2, 4):
-        config = two_points(points=4, point_passes=passes, batch_size=6, seed=3, **options)
+        config = shared_points(points=4, point_passes=passes, batch_size=6, seed=3, **options)
         program = CurveProgram(model, train, validation, config, ordinary_tokens(task.tokenizer), tau=0.5)
         (part,) = program.parts(2)
         kept: list[int] = []
@@ -237,7 +237,7 @@ def test_passes_draw_the_same_dropout_again(tmp_path: Path) -> None:
     model.set_curve(model.spec, random_points(model))
     model.train()
     train, validation = task.encode("train"), task.encode("validation")
-    program = CurveProgram(model, train, validation, two_points(points=2, point_passes=2, batch_size=4))
+    program = CurveProgram(model, train, validation, shared_points(points=2, point_passes=2, batch_size=4))
     (part,) = program.parts(0)
 
     def value() -> torch.Tensor:
@@ -258,9 +258,9 @@ def test_passes_draw_the_same_dropout_again(tmp_path: Path) -> None:
 
 def test_passes_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(UserError, match="point_passes: expected 1 to 2"):
-        two_points(point_passes=3)
+        shared_points(point_passes=3)
     with pytest.raises(UserError, match="point_passes: expected 1 with perturbation.kind flat_lora"):
-        two_points(point_passes=2, perturbation=PerturbationConfig("flat_lora", 0.1))
+        shared_points(point_passes=2, perturbation=PerturbationConfig("flat_lora", 0.1))
 
 
 # ---- weights of the examples
@@ -273,7 +273,7 @@ def test_bootstrap_weights_multiply_the_likelihood_at_their_points(
 ) -> None:
     model, _, task = build(architecture, tmp_path, CurveSpec.anchored(3))
     model.set_curve(model.spec, random_points(model))
-    config = two_points(
+    config = shared_points(
         batch_size=6, accumulation=2, share_points=share, bootstrap=BootstrapConfig("tied", 0.4), seed=3
     )
     train = task.encode("train")
@@ -323,7 +323,7 @@ def test_tokens_of_one_text_share_their_weight(tmp_path: Path) -> None:
     task = made_task(tmp_path, "llama", "lm")
     model = CurveModel(tiny("llama", vocabulary=vocabulary(task)), lora_config("llama"), CurveSpec(1, 2))
     train = task.encode("train")
-    config = two_points(batch_size=5, bootstrap=BootstrapConfig("everywhere"))
+    config = shared_points(batch_size=5, bootstrap=BootstrapConfig("everywhere"))
     (part,) = CurveProgram(model, train, task.encode("validation"), config).parts(0)
     assert part.weights is not None
     owner = [next(e for e in range(len(train)) if i < train.token_offsets[e + 1]) for i in part.batch.index.tolist()]
@@ -338,7 +338,7 @@ def test_tokens_of_one_text_share_their_weight(tmp_path: Path) -> None:
 def other_config(kind: str, **values: Any) -> FitConfig:
     file = values.pop("file", None)
     corruption = CorruptionConfig(kind, 0.05, file)  # type: ignore[arg-type]
-    return two_points(batch_size=6, objective=ObjectiveConfig("bonus", 0.5), corruption=corruption, **values)
+    return shared_points(batch_size=6, objective=ObjectiveConfig("bonus", 0.5), corruption=corruption, **values)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "encoder"])
@@ -431,7 +431,7 @@ def test_the_hinge_measures_its_target_by_the_anchors(tmp_path: Path) -> None:
     model.set_curve(model.spec, random_points(model))
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     expected = float(predict_split(model, task.encode("validation"), t).pairwise_jsd.mean())
-    config = two_points(steps=1, batch_size=4, objective=ObjectiveConfig("hinge", 5.0, tau_relative=1.5))
+    config = shared_points(steps=1, batch_size=4, objective=ObjectiveConfig("hinge", 5.0, tau_relative=1.5))
     assert fit(model, task, config, **QUIET).settled == pytest.approx({"tau": 1.5 * expected, "anchor_jsd": expected})
     config = replace(config, objective=ObjectiveConfig("hinge", 5.0, tau=0.02))
     assert fit(model, task, config, **QUIET).settled == {"tau": 0.02}
@@ -456,7 +456,7 @@ def test_shapes_stay_what_they_are_and_resume_to_the_bit(spec: CurveSpec, tmp_pa
     model, _, task = build("llama", tmp_path, spec, target_modules=["q_proj", "down_proj"])
     start = spec.tie(random_points(model))
     model.set_curve(spec, start)
-    config = two_points(steps=4, batch_size=4, learning_rate=1e-2, weight_decay=0.1, checkpoint_every=2, keep="last")
+    config = shared_points(steps=4, batch_size=4, learning_rate=1e-2, weight_decay=0.1, checkpoint_every=2, keep="last")
     fit(model, task, config, tmp_path / "whole", **QUIET)
     whole = model.control_points()
     for name, p in whole.items():
@@ -490,7 +490,7 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
     model, _, task = build("llama", tmp_path, spec, torch.float64, target_modules=["q_proj", "down_proj"])
     start = {n: p.double() for n, p in spec.tie(random_points(model)).items()}
     model.set_curve(spec, start)
-    config = two_points(
+    config = shared_points(
         steps=1, batch_size=4, learning_rate=1e-2, warmup=0, weight_decay=0.5, keep="last", max_grad_norm=0.05
     )
     program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
@@ -529,7 +529,7 @@ def test_layers_have_points_of_their_own(architecture: str, tmp_path: Path) -> N
     options = {} if architecture == "encoder" else {"target_modules": ["q_proj", "down_proj", "lm_head"]}
     model, _, task = build(architecture, tmp_path, CurveSpec(2, 2), torch.float64, **options)
     model.set_curve(model.spec, random_points(model))
-    config = two_points(steps=2, batch_size=4, layerwise=True)
+    config = shared_points(steps=2, batch_size=4, layerwise=True)
     program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
     (part,) = program.parts(1)
     assert part.coefficients.shape == (len(model.layers), 2, 5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from made import shared_points
 from torch import Tensor
 
 from loracurve.bases import Dtype, load_base, load_tokenizer
@@ -18,7 +19,7 @@ from loracurve.loop import LoopConfig
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.quickstart import smollm2_folder
 from loracurve.tasks import Task, TaskConfig, load_task
-from loracurve.training import FitConfig, fit, fit_anchors
+from loracurve.training import fit, fit_anchors
 
 pytestmark = pytest.mark.real
 
@@ -141,16 +142,8 @@ def test_a_free_curve_on_a_real_encoder_learns(minilm: Path, shared_data: Path) 
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type=peft.TaskType.SEQ_CLS)
     model = CurveModel(base, config, CurveSpec(1, 2))
     # All 16 rows are in every batch, so that the losses of different steps can be compared.
-    options = FitConfig(
-        points=2,
-        share_points=True,
-        steps=5,
-        batch_size=16,
-        learning_rate=5e-3,
-        warmup=0.0,
-        schedule="constant",
-        keep="last",
-        evaluate_every=5,
+    options = shared_points(
+        steps=5, batch_size=16, learning_rate=5e-3, warmup=0.0, schedule="constant", keep="last", evaluate_every=5
     )
     result = fit(model, task, options, progress=False)
     losses = [entry["nll"] for entry in result.history]

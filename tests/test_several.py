@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from made import made_task, two_points, vocabulary
+from made import made_task, shared_points, vocabulary
 from ranks import together
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
@@ -50,7 +50,7 @@ def build(kind: str, spec: CurveSpec, folder: Path) -> tuple[CurveModel, Task, l
 
 def options_of(**options: Any) -> FitConfig:
     quick = {"steps": 3, "batch_size": 5, "learning_rate": 3e-3, "evaluate_every": 1, "eps": 1e-3, "max_grad_norm": 0.1}
-    return two_points(**(quick | options))
+    return shared_points(**(quick | options))
 
 
 def one_by_one(

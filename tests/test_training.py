@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from made import made_task, two_points, vocabulary
+from made import made_task, shared_points, vocabulary
 from tiny import lora_config, random_points, tiny
 from torch.nn.functional import cross_entropy
 
@@ -136,7 +136,7 @@ def test_curves_train_resume_to_the_bit_and_keep_anchors(
     if kind == "anchored":
         model.set_curve(spec, random_points(model, scale=0.05))
     start = model.control_points()
-    config = two_points(
+    config = shared_points(
         steps=6, batch_size=4, points=2, share_points=share, learning_rate=3e-3, evaluate_every=2, checkpoint_every=3,
         weight_decay=0.01, objective=ObjectiveConfig("mixture", 0.5),
     )  # fmt: skip
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
     found = []
     for checkpointing in (False, True):
         model, _, task = build("qwen2", tmp_path / str(checkpointing), CurveSpec(1, 2), lora_dropout=dropout)
-        fit(model, task, two_points(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
+        fit(model, task, shared_points(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
         found.append(model.control_points())
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     embeddings = model.model.get_input_embeddings()
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"at step \d+.*last good state") as error:
-        fit(model, task, two_points(steps=50, batch_size=4, learning_rate=1e30, max_grad_norm=0), run, **QUIET)
+        fit(model, task, shared_points(steps=50, batch_size=4, learning_rate=1e30, max_grad_norm=0), run, **QUIET)
     assert "\n" not in str(error.value)
     from loracurve.storage import read_json, read_tensors
 
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
 def test_a_step_after_which_nothing_can_be_predicted_is_told_in_one_line(tmp_path: Path) -> None:
     model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
     with pytest.raises(UserError, match=r"not finite after step 1.*lower learning_rate"):
-        fit(model, task, two_points(steps=1, batch_size=4, learning_rate=1e30, max_grad_norm=0), **QUIET)
+        fit(model, task, shared_points(steps=1, batch_size=4, learning_rate=1e30, max_grad_norm=0), **QUIET)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in model.factors]
     spoilt = model.factors[0].register_hook(lambda grad: grad * math.nan)
     with pytest.raises(UserError, match="at step 1"):
-        fit(model, task, two_points(steps=2, batch_size=4), **QUIET)
+        fit(model, task, shared_points(steps=2, batch_size=4), **QUIET)
     spoilt.remove()
     assert all(torch.equal(p, b) for p, b in zip(model.factors, before, strict=True))
 

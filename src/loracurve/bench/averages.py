@@ -12,7 +12,7 @@ from loracurve.bench.tables import Table
 from loracurve.metrics import Interval
 from loracurve.resampling import interval_of, resample_counts
 
-__all__ = ["averages"]
+__all__ = ["averages", "mean_difference"]
 
 _FIGURES = {"ACC": "acc", "NLL": "nll", "NLL ts": "nll_ts", "ECE": "ece", "ECE ts": "ece_ts", "JSD": "pairwise_jsd"}
 
@@ -37,14 +37,14 @@ def averages(results: Results) -> Table:
             continue
         means = [mean_or_none([results.figure(t, method, "test", n) for t, _ in there]) for n in _FIGURES.values()]
         pairs = [(t, *shared_seeds(done, results.seeds(t, whole))) for t, done in there]
-        difference = _mean_difference([p for p in pairs if p[1]]) if method != whole else None
+        difference = mean_difference([p for p in pairs if p[1]]) if method != whole else None
         seeds = "-".join(str(n) for n in sorted({min(len(d) for _, d in there), max(len(d) for _, d in there)}))
         cost = sum(float(r.record["cost"]) for _, done in there for r in done) / sum(len(done) for _, done in there)
         table.rows.append([method, len(there), seeds, cost, *means, difference])
     return table
 
 
-def _mean_difference(pairs: list[tuple[str, list[CellResult], list[CellResult]]]) -> Interval | None:
+def mean_difference(pairs: list[tuple[str, list[CellResult], list[CellResult]]]) -> Interval | None:
     """Mean over sets of the difference in NLL after temperature scaling, with an interval over their rows."""
     if not pairs:
         return None

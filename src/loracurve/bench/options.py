@@ -50,9 +50,7 @@ def options_of(
     }
     if cell:
         method = method_of(suite, cell.method)
-        values |= {"method": plain(method, defaults), "samples": suite.samples}
-        if defaults and isinstance(method, Curve):  # all options of its training, which stand in no field of it
-            values["method"]["training"] = plain(own_options(method))
+        values |= {"method": plain(_spelt_out(method) if defaults else method, defaults), "samples": suite.samples}
         values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
     found: dict[str, Any] = _same_numbers(values)
     return found
@@ -69,6 +67,15 @@ def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", se
     """Hash of `options_of`, for names of folders."""
     text = json.dumps(options_of(suite, cell, task, seed), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _spelt_out(method: Any) -> Any:
+    """A method whose curve, its own or that of a method inside, says all options of its training: they stand in no
+    field, and what the library's defaults are may change."""
+    if isinstance(method, Curve):
+        return dataclasses.replace(method, training=own_options(method))
+    inside = getattr(method, "of", None)
+    return method if inside is None else dataclasses.replace(method, of=_spelt_out(inside))
 
 
 def _within(part: Any, whole: Any) -> bool:
