@@ -285,10 +285,12 @@ def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     run_suite(asked, tmp_path / "out", jobs=1, say=said.append)
     assert len(said) == 1 and "landscape: failed:" in said[0] and "expected a safetensors file, found none" in said[0]
     assert [row[2] for row in tables_of(asked, tmp_path / "out")["left_out"].rows] == ["landscape"]
+    assert (tmp_path / "out" / "tables" / "left_out.csv").exists()
     tensors.write_bytes(kept)
     run_suite(asked, tmp_path / "out", jobs=1, retry=True, say=said.append)
     assert len(said) == 2 and "predicted" in said[1]
     assert "barriers" in tables_of(asked, tmp_path / "out") and "left_out" not in tables_of(asked, tmp_path / "out")
+    assert not (tmp_path / "out" / "tables" / "left_out.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,10 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
     tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
     tables += [*barriers(results, out), along_curves(results)]
     tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]
-    tables = [t for t in [*tables, costs(results, out), left_out(results)] if t.rows]
+    tables += [costs(results, out), left_out(results)]
     for table in tables:
         write_table(table, out / "tables")
+    tables = [t for t in tables if t.rows]
     text = "\n".join(t.markdown() for t in tables)
     atomic_write(out / "tables.md", lambda p: p.write_text(text))
     if page and results.done:

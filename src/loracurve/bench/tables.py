@@ -68,9 +68,13 @@ class Table:
 
 
 def write_table(table: Table, folder: Path) -> None:
-    """Write NAME.md, NAME.tex and NAME.csv."""
-    for suffix, text in (("md", table.markdown()), ("tex", table.latex()), ("csv", table.csv())):
-        _write(folder / f"{table.name}.{suffix}", text)
+    """Write NAME.md, NAME.tex and NAME.csv; of a table without rows remove those of an earlier call."""
+    for suffix, text in (("md", table.markdown), ("tex", table.latex), ("csv", table.csv)):
+        path = folder / f"{table.name}.{suffix}"
+        if table.rows:
+            _write(path, text())
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
