@@ -79,6 +79,14 @@ def test_options_that_a_curve_cannot_have_are_named(spec: CurveSpec, values: dic
     shared_points(**values).check_curve(CurveSpec.anchored(3))
 
 
+@pytest.mark.parametrize(("anchors", "points"), [(3, 3), (3, 1), (2, 2), (11, 11)])
+def test_a_curve_is_not_validated_at_its_anchors_alone(anchors: int, points: int) -> None:
+    with pytest.raises(UserError, match="evaluation_points: expected some between the anchors"):
+        shared_points(evaluation_points=points).check_curve(CurveSpec.anchored(anchors))
+    shared_points().check_curve(CurveSpec.anchored(anchors))
+    shared_points(evaluation_points=points).check_curve(CurveSpec(anchors - 1))
+
+
 # ---- all together
 
 CURVES = ["free", "anchored"]
@@ -133,7 +141,7 @@ def test_options_train_together_resume_to_the_bit_and_keep_anchors(
         weight_decay=0.01,
         checkpoint_every=2,
         evaluate_every=2,
-        evaluation_points=2,
+        evaluation_points=4,
         objective=ObjectiveConfig(jsd, *forms[jsd]),  # type: ignore[arg-type]
         perturbation=PerturbationConfig(noise, 0.1, "ramp"),  # type: ignore[arg-type]
     )

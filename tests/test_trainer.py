@@ -134,7 +134,8 @@ def test_one_step_moves_the_control_points_along_their_gradient(tmp_path: Path) 
         assert not torch.equal(moved, before)
 
 
-def test_anchors_stay_and_the_curve_learns(tmp_path: Path) -> None:
+def test_anchors_stay_and_the_curve_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     model, _ = built(spec=CurveSpec.anchored(2))
     before = {n: p.clone() for n, p in model.control_points().items()}
     examples = rows(4)
@@ -143,7 +144,7 @@ def test_anchors_stay_and_the_curve_learns(tmp_path: Path) -> None:
     trainer = CurveTrainer(model, args, train_dataset=examples, eval_dataset=examples)
     started = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * started
+    assert trainer.evaluate()["eval_loss"] < 0.9 * started and list((tmp_path / "events").iterdir())
     for name, after in model.control_points().items():
         assert torch.equal(after[[0, 2]], before[name][[0, 2]]) and not torch.equal(after[1], before[name][1])
 

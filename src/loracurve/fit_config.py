@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from loracurve.bootstrap import BootstrapConfig
 from loracurve.corruption import CorruptionConfig
 from loracurve.errors import UserError
+from loracurve.inference import quadrature
 from loracurve.loop import LoopConfig
 from loracurve.objective import ObjectiveConfig, resolve_tau
 from loracurve.perturbation import PerturbationConfig, needs_shared_points, needs_single_point, strength
 from loracurve.sampling import Sampling, check_sampling
 from loracurve.spec import CurveSpec
 
-__all__ = ["FitConfig"]
+__all__ = ["FitConfig", "validation_points"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class FitConfig(LoopConfig):
     """Random weights of the examples along the curve."""
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     """Noise on the weights while training."""
-    evaluation_points: int = 5
-    """Points of the model average that is validated."""
+    evaluation_points: int = 7
+    """Points of the model average that is validated, equally spaced. With one more than a multiple of the segments all
+    joints are among them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +77,7 @@ class FitConfig(LoopConfig):
     def check_curve(self, spec: CurveSpec) -> None:
         """Refuse what a curve of this shape cannot have; raises UserError."""
         anchored = not bool(spec.mask.all())
+        validation_points(self.evaluation_points, spec)
         # Stands for the anchors' divergence, which is measured when training starts.
         resolve_tau(self.objective, 1.0 if anchored else None)
         if self.bootstrap.kind == "everywhere" and spec.closed:
@@ -128,3 +134,19 @@ class FitConfig(LoopConfig):
                 "follow, found true; set compile to false"
             )
         strength(noise, 0, self.steps)
+
+
+def validation_points(points: int, spec: CurveSpec) -> tuple[Tensor, Tensor]:
+    """t and weights of the average that tells a curve's states apart (`quadrature`, uniform).
+
+    Raises:
+        UserError: all of them are anchors, which training does not move.
+    """
+    t, weights = quadrature("uniform", points, spec.segments, closed=spec.closed)
+    fixed = torch.tensor(spec.anchor_times, dtype=t.dtype)
+    if len(fixed) and (t.unsqueeze(1) - fixed).abs().amin(1).max() < 1e-9:
+        raise UserError(
+            f"evaluation_points: expected some between the anchors, which training does not move, found {points}, which "
+            f"are all anchors; ask for {FitConfig.evaluation_points}"
+        )
+    return t, weights

@@ -14,8 +14,8 @@ from loracurve.batching import Batch, collate
 from loracurve.bootstrap import BootstrapWeights
 from loracurve.corruption import corrupt
 from loracurve.distributed import share, sum_over_processes, world
-from loracurve.fit_config import FitConfig
-from loracurve.inference import predict, quadrature
+from loracurve.fit_config import FitConfig, validation_points
+from loracurve.inference import predict
 from loracurve.loop import LoopConfig, batch_numbers, has_dropout
 from loracurve.model import CurveModel
 from loracurve.objective import negative_log_likelihood, objective
@@ -253,9 +253,7 @@ class CurveProgram:
         return torch.cat(found)
 
     def validate(self) -> list[float]:
-        spec = self.model.spec
-        t, weights = quadrature("uniform", self.config.evaluation_points, spec.segments, closed=spec.closed)
-        predictive = self.validation.predictive(t, weights)
+        predictive = self.validation.predictive(*validation_points(self.config.evaluation_points, self.model.spec))
         labels = None if self.validation.summarise else self.validation.labels
         return [float(predictive.negative_log_likelihood(labels).mean())]
 

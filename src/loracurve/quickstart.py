@@ -55,7 +55,7 @@ def quickstart_config(seed: int = 0) -> RunConfig:
             points=2,
             share_points=True,
             evaluate_every=10,
-            evaluation_points=3,
+            evaluation_points=4,
             **steps,  # type: ignore[arg-type]
         ),
         evaluation=EvaluationConfig(points=10, seed=seed),

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from loracurve.errors import UserError
-from loracurve.inference import quadrature
+from loracurve.fit_config import validation_points
 from loracurve.model import CurveModel
 from loracurve.objective import ObjectiveConfig, mixture_log_probs, negative_log_likelihood, objective, resolve_tau
 from loracurve.randomness import generator
@@ -57,7 +57,7 @@ class CurveTrainer(Trainer):
 
     Raises:
         UserError: options that would do something else here, several GPUs in one process, a curve whose control points
-            depend on each other (closed, smooth, one factor shared).
+            depend on each other (closed, smooth, one factor shared), evaluation points that are all anchors.
     """
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = _FIXED
@@ -69,7 +69,7 @@ class CurveTrainer(Trainer):
         *,
         points: int = 1,
         sampling: Sampling = "stratified",
-        evaluation_points: int = 5,
+        evaluation_points: int = 7,
         objective: ObjectiveConfig | None = None,
         **options: Any,
     ) -> None:
@@ -92,7 +92,7 @@ class CurveTrainer(Trainer):
         self.curve, self.points, self.sampling = model, points, sampling
         self.objective_config = objective or ObjectiveConfig()
         self.tau = resolve_tau(self.objective_config, None)
-        self.grid, _ = quadrature("uniform", evaluation_points, model.spec.segments)
+        self.grid, _ = validation_points(evaluation_points, model.spec)
         # What Trainer would find by looking at CurveModel.forward, which takes anything.
         self.label_names = ["labels"]
         self._signature_columns: Any = [*inspect.signature(model.model.forward).parameters, "label", "label_ids"]
