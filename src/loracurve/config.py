@@ -14,7 +14,7 @@ from loracurve.errors import UserError
 from loracurve.gauge import Alignment
 from loracurve.inference import Rule, quadrature
 from loracurve.loop import LoopConfig
-from loracurve.spec import CurveSpec
+from loracurve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.tasks import TaskConfig
 from loracurve.training import FitConfig
 from loracurve.tunnel import TunnelConfig
@@ -85,7 +85,7 @@ class CurveConfig:
     and points of the training are what did best at equal cost on eight data sets (results/NOTES.md, defaults)."""
     anchors: int = 3
     """Number of adapters to train as anchors (anchored; their segments are one fewer)."""
-    segments: int = 4
+    segments: int = FREE_SEGMENTS
     """Number of segments (free)."""
     degree: int = 2
     """Degree of each segment; 1: straight lines, a polygonal chain."""

@@ -146,7 +146,7 @@ def validation_points(points: int, spec: CurveSpec) -> tuple[Tensor, Tensor]:
     fixed = torch.tensor(spec.anchor_times, dtype=t.dtype)
     if len(fixed) and (t.unsqueeze(1) - fixed).abs().amin(1).max() < 1e-9:
         raise UserError(
-            f"evaluation_points: expected some between the anchors, which training does not move, found {points}, which "
-            f"are all anchors; ask for {FitConfig.evaluation_points}"
+            f"evaluation_points: expected some between the anchors, which training does not move, found {points}, all "
+            f"of them anchors; ask for {FitConfig.evaluation_points}"
         )
     return t, weights

@@ -16,7 +16,7 @@ from loracurve.errors import UserError
 from loracurve.gauge import Alignment, align
 from loracurve.lora_space import ControlPoints, adapter_at, initial_control_points, load_adapter, stack_adapters
 from loracurve.randomness import stream_seed
-from loracurve.spec import CurveSpec
+from loracurve.spec import FREE_SEGMENTS, CurveSpec
 
 __all__ = ["CurveModel", "CurveSpec"]
 
@@ -55,7 +55,7 @@ class CurveModel(CurveCarrier):
         cls,
         base: nn.Module | str,
         config: peft.LoraConfig,
-        segments: int = 4,
+        segments: int = FREE_SEGMENTS,
         degree: int = 2,
         seed: int = 0,
         closed: bool = False,

@@ -13,9 +13,11 @@ from loracurve import curve
 from loracurve.curve_options import free_points, reduction
 from loracurve.errors import UserError
 
-__all__ = ["CurveSpec"]
+__all__ = ["FREE_SEGMENTS", "CurveSpec"]
 
 MOST_POINTS = 10_000
+FREE_SEGMENTS = 4
+"""of a free curve where nobody says how many: what did best at equal cost (results/NOTES.md, defaults)"""
 
 
 def _check_size(segments: int, degree: int) -> None:
