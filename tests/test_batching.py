@@ -53,6 +53,37 @@ def test_packed_rows_score_like_single_examples(architecture: str, scoring: str,
     assert rows == {1}, "everything fits into one row"
 
 
+@pytest.mark.parametrize("scoring", ["letter", "text", "lm"])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_examples_of_packed_rows_have_points_of_their_own(architecture: str, scoring: str, tmp_path: Path) -> None:
+    task = made_task(tmp_path, architecture, scoring)
+    model = CurveModel(tiny(architecture, torch.float64, vocabulary(task)), lora_config(architecture), CurveSpec(2, 2))
+    model.set_curve(model.spec, random_points(model))
+    encoded, numbers = task.encode("test"), [4, 0, 3, 1, 2]
+    c = model.coefficients(torch.rand(2, len(numbers), generator=torch.Generator().manual_seed(1)).double())
+
+    def gradients(scores: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(sum(s.clamp(min=-1e3).square().sum() for s in scores), model.factors))
+
+    alone = [
+        model.scores(collate(encoded, [i], packing=False), c[:, e : e + 1].expand(-1, rows, -1))
+        for e, i in enumerate(numbers)
+        for rows in [len(collate(encoded, [i], packing=False).input_ids)]
+    ]
+    expected, per_factor = torch.cat(alone, dim=1), gradients(alone)
+    for rows in (1, 2):
+        batch = collate(encoded, numbers, rows=rows, own_points=True)
+        assert len(batch.input_ids) == rows and batch.token_units is not None
+        assert batch.token_units.unique().tolist() == [0, 1, 2, 3, 4]
+        found = model.scores(batch, c)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        for got, wanted in zip(gradients([found]), per_factor, strict=True):
+            # Rotary embeddings and norms of these models run in float32.
+            assert (got - wanted).norm() < 1e-6 * wanted.norm()
+    single = collate(encoded, numbers, row_tokens=1, own_points=True)
+    assert single.token_units is None and len(single.input_ids) == len(numbers)
+
+
 def test_packing_stores_a_shared_prefix_once(tmp_path: Path) -> None:
     encoded = made_task(tmp_path, "qwen2", "text").encode("test")
     numbers = list(range(len(encoded)))

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from made import shared_points
+from made import made_task, shared_points, vocabulary
 from made_runs import base_folder, config_file, data_folder
 from test_training import QUIET, build
-from tiny import random_points
+from tiny import lora_config, random_points, tiny
 
 from loracurve import curve
 from loracurve.batching import collate
@@ -21,11 +21,12 @@ from loracurve.cli import main
 from loracurve.corruption import CorruptionConfig, ordinary_tokens, unlabelled
 from loracurve.errors import UserError
 from loracurve.evaluation import predict_split
-from loracurve.loop import LoopConfig
+from loracurve.loop import LoopConfig, batch_numbers
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.objective import ObjectiveConfig, jensen_shannon, negative_log_likelihood
 from loracurve.perturbation import PerturbationConfig
 from loracurve.programs import AnchorsProgram, CurveProgram
+from loracurve.routes import Layout
 from loracurve.sampling import Sampling
 from loracurve.training import FitConfig, fit, fit_anchors
 
@@ -271,6 +272,30 @@ def test_passes_that_cannot_be_had_are_refused() -> None:
         shared_points(point_passes=2, perturbation=PerturbationConfig("flat_lora", 0.1))
 
 
+# ---- points of the examples
+
+
+def test_each_text_of_a_packed_row_is_trained_at_its_own_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loracurve.packing.WORTH_PACKING", -1.0)  # pack texts of like length too
+    task = made_task(tmp_path, "qwen2", "lm")
+    model = CurveModel(tiny("qwen2", torch.float64, vocabulary(task)), lora_config("qwen2"), CurveSpec(2, 2))
+    model.set_curve(model.spec, random_points(model))
+    train = task.encode("train")
+    config = FitConfig(steps=1, batch_size=5, points=2, row_tokens=10_000)
+    program = CurveProgram(model, train, task.encode("validation"), config)
+    (part,) = program.parts(3)
+    assert part.layout == Layout("tokens", 2) and len(part.batch.input_ids) == 1
+    numbers, t = batch_numbers(config.seed, 3, len(train), 5), program._points(5, 3, 0)
+    assert t.shape == (2, 5) and len(t.unique()) == 10
+    total = torch.zeros((), dtype=torch.float64)
+    for e, i in enumerate(numbers):
+        alone = collate(train, [i])
+        for own in t[:, e]:
+            log_probs = model.scores(alone, model.coefficients(own[None])).log_softmax(-1)
+            total = total + negative_log_likelihood(log_probs, alone.labels).sum() / 2
+    torch.testing.assert_close(program.loss(part)[0], total / len(part.batch.labels), rtol=1e-6, atol=1e-9)
+
+
 # ---- weights of the examples
 
 
@@ -290,9 +315,8 @@ def test_bootstrap_weights_multiply_the_likelihood_at_their_points(
     weights = BootstrapWeights(3, 0.4, tied_at=(0.0, 0.5, 1.0))
     for i, (part, same) in enumerate(zip(program.parts(5), plain.parts(5), strict=True)):
         assert same.weights is None and part.weights is not None
-        rows = len(part.batch.input_ids if part.batch.units is None else part.batch.labels)
-        t = program._points(part.batch, rows, 5, i)
-        at = t[:, None].expand_as(part.weights) if share else t[:, part.batch.rows]
+        t = program._points(3, 5, i)
+        at = t[:, None].expand_as(part.weights) if share else t
         for n, e in [(0, 0), (1, 0), (0, 2), (1, 2)]:
             expected = weights.weights(part.batch.index[e : e + 1], at[n, e : e + 1])
             torch.testing.assert_close(part.weights[n, e], expected[0, 0])
@@ -324,14 +348,12 @@ def test_anchors_are_trained_with_the_weights_at_their_t(tmp_path: Path) -> None
     assert not any(torch.equal(p, start[n]) for n, p in model.control_points().items())
 
 
-def test_tokens_of_one_text_share_their_weight(tmp_path: Path) -> None:
-    from made import made_task, vocabulary
-    from tiny import lora_config, tiny
-
+@pytest.mark.parametrize("share", [True, False])
+def test_tokens_of_one_text_share_their_weight(share: bool, tmp_path: Path) -> None:
     task = made_task(tmp_path, "llama", "lm")
     model = CurveModel(tiny("llama", vocabulary=vocabulary(task)), lora_config("llama"), CurveSpec(1, 2))
     train = task.encode("train")
-    config = shared_points(batch_size=5, bootstrap=BootstrapConfig("everywhere"))
+    config = shared_points(batch_size=5, bootstrap=BootstrapConfig("everywhere"), share_points=share)
     (part,) = CurveProgram(model, train, task.encode("validation"), config).parts(0)
     assert part.weights is not None
     owner = [next(e for e in range(len(train)) if i < train.token_offsets[e + 1]) for i in part.batch.index.tolist()]

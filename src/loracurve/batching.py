@@ -64,6 +64,8 @@ class Batch:
     """[N] the same by row"""
     units: Tensor | None = None
     """[N] example (its place in the batch) whose parts a row holds: these share a t; None: each row is its own"""
+    token_units: Tensor | None = None
+    """[N, T] the same by token, where examples share rows and each has a t of its own"""
 
     @property
     def tokens(self) -> int:
@@ -98,6 +100,8 @@ class _Row:
     tokens: list[int]
     ends: list[int]
     depths: list[int]
+    owners: list[int]
+    """example that each token belongs to; of a shared prefix the first"""
 
     def chain(self, tokens: Sequence[int], depth: int) -> int:
         """Append a chain of tokens; returns its first index."""
@@ -120,6 +124,7 @@ def collate(
     slots: Sequence[int] | None = None,
     pad_to: int = 1,
     rows: int | None = None,
+    own_points: bool = False,
 ) -> Batch:
     """Lay out the examples `numbers` of a split as one batch.
 
@@ -131,6 +136,7 @@ def collate(
         slots: for adapters trained side by side, the slot of each example, ascending; a row belongs to one slot.
         pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
         rows: packed examples fill this many rows of like length for each slot, whatever `row_tokens`.
+        own_points: each example can lie at a point of its own, in a packed row too, where nothing is shared then.
     """
     examples = encoded.examples
     labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
@@ -146,9 +152,9 @@ def collate(
         else:
             groups = []
             for places in of_slots:
-                packed = pack(encoded, [numbers[p] for p in places], row_tokens)
+                packed = pack(encoded, [numbers[p] for p in places], row_tokens, not own_points)
                 groups += [[places[p] for p in group] for group in packed]
-        batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to)
+        batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to, own_points)
     if slots:
         of_examples = torch.tensor(slots)
         if batch.units is not None:
@@ -160,7 +166,13 @@ def collate(
 
 
 def _collate_rows(
-    encoded: Encoded, numbers: Sequence[int], labels: Tensor, groups: list[list[int]], packing: bool, pad_to: int
+    encoded: Encoded,
+    numbers: Sequence[int],
+    labels: Tensor,
+    groups: list[list[int]],
+    packing: bool,
+    pad_to: int,
+    own_points: bool,
 ) -> Batch:
     """Rows of token chains for language models: one row per group of examples."""
     examples = encoded.examples
@@ -171,8 +183,9 @@ def _collate_rows(
     example_rows = torch.zeros(len(numbers), dtype=torch.long)
     width = encoded.most_choices if branching else 1
     for group in groups:
-        prefix = common_prefix([examples[numbers[p]].prompt for p in group]) if len(group) > 1 else 0
-        row = _Row([], [], [])
+        several = len(group) > 1 and not own_points
+        prefix = common_prefix([examples[numbers[p]].prompt for p in group]) if several else 0
+        row = _Row([], [], [], [])
         row.chain(examples[numbers[group[0]]].prompt[:prefix], 0)
         rows.append(row)
         units.append(group[0])
@@ -187,7 +200,7 @@ def _collate_rows(
             for c, choice in enumerate(example.choices):
                 if c and not packing:
                     row.close(start, stop)
-                    row = _Row([], [], [])
+                    row = _Row([], [], [], [])
                     row.chain(example.prompt, 0)
                     rows.append(row)
                     units.append(p)
@@ -197,9 +210,14 @@ def _collate_rows(
                 scored = list(zip(places, choice, strict=True))[skipped:]
                 read += [(len(rows) - 1, place, token, p * width + c) for place, token in scored]
             row.close(start, stop)
+            row.owners += [p] * (len(row.tokens) - len(row.owners))
         row.close(0, prefix)
     read.sort(key=lambda entry: entry[3])  # in the examples' order, whatever rows they lie in
-    return _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
+    batch = _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
+    if own_points and len(groups) < len(numbers):
+        size = batch.input_ids.shape[1]
+        batch.token_units = torch.tensor([r.owners + [0] * (size - len(r.owners)) for r in rows])
+    return batch
 
 
 def _tensors(

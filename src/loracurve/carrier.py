@@ -175,7 +175,7 @@ class CurveCarrier(nn.Module):
         """Choose the way to run for coefficients of any form that `scores` takes; best called with CPU tensors.
 
         Returns:
-            Coefficients [G, K] (points: G equal groups of rows) or [R, K] (rows), and the layout.
+            Coefficients [G, K] (points: G equal groups of rows), [R, K] (rows) or [n E, K] (tokens), and the layout.
         """
         if coefficients is None:
             return None, Layout("merged" if self.route.kind == "merged" else "base")
@@ -191,7 +191,9 @@ class CurveCarrier(nn.Module):
         if coefficients.dim() == 2:
             return coefficients, Layout("points", len(coefficients))
         n, segments = coefficients.shape[0], self.spec.segments
-        flat = coefficients.reshape(n * rows, -1)
+        flat = coefficients.flatten(0, 1)
+        if batch.token_units is not None:
+            return flat, Layout("tokens", n)
         # Stratified points ascend over the rows, so that equal groups of rows lie in one segment each.
         grouped = flat.view(segments, -1, flat.shape[1]) if segments > 1 and (n * rows) % segments == 0 else None
         windows = segments if grouped is not None and within_segments(grouped, self.spec.degree) else 1
@@ -202,8 +204,9 @@ class CurveCarrier(nn.Module):
 
         Args:
             batch: on the model's device.
-            coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row; for a batch with slots
-                [M, K], one point for each slot; None: the base model, or the point folded in by `merged`.
+            coefficients: [n, K], n points shared by all rows; [n, N, K], n points for each row (with `token_units`
+                [n, E, K], for each example); for a batch with slots [M, K], one point for each slot; None: the base
+                model, or the point folded in by `merged`.
             layout: with it, `coefficients` are what `arrange` returned, or for `points` [L, n, K], n points of its own
                 for each of the L curve layers.
 
@@ -219,7 +222,7 @@ class CurveCarrier(nn.Module):
             for layer, own in zip(self.layers.values(), coefficients, strict=True):
                 layer.route = self._route_for(own, layout, rows)
         else:
-            self._set_route(self._route_for(coefficients, layout, rows))
+            self._set_route(self._route_for(coefficients, layout, rows, batch.token_units))
         self._cast_factors()
         self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
         replicas = layout.replicas
@@ -227,7 +230,9 @@ class CurveCarrier(nn.Module):
             # Read-outs of every replica; the head is computed there and nowhere else.
             step = torch.arange(replicas, device=batch.positions.device)[:, None] * batch.tokens
             self.route.positions = (batch.positions + step).flatten()
-            self.route.position_rows = self.route.positions // batch.input_ids.shape[1]
+            self.route.position_rows = self.route.positions
+            if layout.kind != "tokens":
+                self.route.position_rows = self.route.positions // batch.input_ids.shape[1]
             self.route.token_ids = batch.answer_ids
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if batch.ends is not None:
@@ -336,7 +341,7 @@ class CurveCarrier(nn.Module):
     def _cast_factors(self) -> None:
         """Cast the factors of all layers at once where layers would take them whole, one by one, in the next pass."""
         route, dtype = self.route, self.dtype
-        taken = route.kind == "rows" or (route.kind == "points" and route.whole)
+        taken = route.kind in ("rows", "tokens") or (route.kind == "points" and route.whole)
         # Compiled layers cast as they read. Without gradients the copies would only outlive their layers.
         if not (taken and torch.is_grad_enabled() and self._maps) or self.compiled or self.sharded:
             return
@@ -358,13 +363,19 @@ class CurveCarrier(nn.Module):
                 layer.route = self.route
         return self.route
 
-    def _route_for(self, coefficients: Tensor | None, layout: Layout, rows: int) -> Route:
+    def _route_for(
+        self, coefficients: Tensor | None, layout: Layout, rows: int, token_units: Tensor | None = None
+    ) -> Route:
         route = Route(layout.kind, replicas=layout.replicas, rows=rows, windows=layout.windows, degree=self.spec.degree)
         route.whole = layout.whole
         if coefficients is not None:
             c = coefficients.to(self.device)
             route.groups = c if layout.kind == "points" else None
-            route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
+            if layout.kind == "tokens" and token_units is not None:
+                by_point = c.to(self.dtype).unflatten(0, (layout.replicas, -1))
+                route.coefficients = by_point[:, token_units.flatten()].flatten(0, 1)
+            else:
+                route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
         return route
 
 

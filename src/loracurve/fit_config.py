@@ -30,7 +30,7 @@ class FitConfig(LoopConfig):
     """Points of the curve at which each example is seen in a step; a step costs that many forward and backward
     passes."""
     share_points: bool = False
-    """All rows of a batch are run at the same points; otherwise each row has its own."""
+    """All examples of a batch are run at the same points; otherwise each has its own."""
     point_passes: int = 1
     """Passes into which the points of a step are divided. With more than one, memory is that of one of them, for a
     further forward pass in all; gradients are the same."""

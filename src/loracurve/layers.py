@@ -1,8 +1,9 @@
 """Linear layers that carry a whole curve of adapters; a route (`routes`) says where each row of a batch lies on it.
 
-A point of the curve is theta = sum_k c_k P_k, so a row's own t is only its coefficient vector c. Three ways to run give
-the same result: *rows* (each row its own c), *points* (groups of rows share a c, factors are materialised once for each
-group) and *merged* (one c for all rows, folded into a copy of the weight).
+A point of the curve is theta = sum_k c_k P_k, so a row's own t is only its coefficient vector c. Four ways to run give
+the same result: *rows* (each row its own c), *tokens* (each token, where examples share rows), *points* (groups of rows
+share a c, factors are materialised once for each group) and *merged* (one c for all rows, folded into a copy of the
+weight).
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class CurveLinear(CurveLayer):
         parts = len(hidden)
         # Flat, so that the sum below is made in the base layer's own output and not in a view of it.
         y = self.base_layer(x.reshape(-1, x.shape[-1]) if parts == 1 else x.reshape(parts, -1, x.shape[-1]))
-        return self._add(y, hidden, x.shape[0]).view(*x.shape[:-1], -1)
+        return self._add(y, hidden, x).view(*x.shape[:-1], -1)
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
@@ -175,7 +176,8 @@ class CurveLinear(CurveLayer):
         return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
 
     def _hidden(self, x: Tensor) -> Tensor:
-        """A(t) x: [W, N, T, r] by windows and rows (*rows*), or scaled [G, M, r] by groups of rows (*points*).
+        """A(t) x: [W, N, T, r] by windows and rows (*rows*), [1, N T, 1, r] (*tokens*), or scaled [G, M, r] by groups
+        of rows (*points*).
 
         Siblings take what the first of them computed for all.
         """
@@ -207,24 +209,24 @@ class CurveLinear(CurveLayer):
             a = _join([layer._at_groups(0, x.dtype) for layer in layers])
             hidden = grouped_linear(x.reshape(len(a), -1, x.shape[-1]), a).split(ranks, dim=-1)
             return [h * layer.scaling for h, layer in zip(hidden, layers, strict=True)]
-        c = self._row_coefficients(x.shape[0])
+        c = self._row_coefficients(x)
         a = windowed(_join([layer._stack(0, x.dtype) for layer in layers]), route.windows, route.degree)
         return list(contract(x.reshape(*c.shape[:2], -1, x.shape[-1]), a, c).split(ranks, dim=-1))
 
-    def _row_coefficients(self, rows: int) -> Tensor:
-        """[W, N, k]"""
-        assert self.route.coefficients is not None
-        return windowed_coefficients(
-            repeat_for_rows(self.route.coefficients, rows), self.route.windows, self.route.degree
-        )
+    def _row_coefficients(self, x: Tensor) -> Tensor:
+        """[W, N, k] of the rows of x, or of its tokens where these have their own"""
+        route = self.route
+        assert route.coefficients is not None
+        rows = x.shape[:-1].numel() if route.kind == "tokens" else x.shape[0]
+        return windowed_coefficients(repeat_for_rows(route.coefficients, rows), route.windows, route.degree)
 
-    def _add(self, y: Tensor, hidden: Tensor, rows: int) -> Tensor:
-        """y + s B(t) hidden, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
+    def _add(self, y: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+        """y + s B(t) hidden for the input x, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
         route = self.route
         if route.kind == "points":
             b = self._at_groups(1, y.dtype)
         else:
-            hidden = expand(hidden, self._row_coefficients(rows) * self.scaling)
+            hidden = expand(hidden, self._row_coefficients(x) * self.scaling)
             b = windowed(self._stack(1, y.dtype), route.windows, route.degree).flatten(1, 2)
         return self._sum(y, hidden, b)
 

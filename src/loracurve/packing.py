@@ -13,12 +13,13 @@ __all__ = ["WORTH_PACKING", "balance", "pack", "packed_rows"]
 WORTH_PACKING = 0.2
 
 
-def pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int) -> list[list[int]]:
+def pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int, share_prefix: bool = True) -> list[list[int]]:
     """Fill rows in the given order while prefix + own parts fit into `row_tokens`; returns positions in `numbers`.
 
-    One example a row where packing would save little: prompts of like length without a long common prefix.
+    Without `share_prefix` each example brings its own. One example a row where packing would save little: prompts of
+    like length without a long common prefix.
     """
-    prefix = common_prefix([encoded.examples[i].prompt for i in numbers])
+    prefix = common_prefix([encoded.examples[i].prompt for i in numbers]) if share_prefix else 0
     rows: list[list[int]] = []
     used = longest = 0
     for place, i in enumerate(numbers):

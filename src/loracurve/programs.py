@@ -147,7 +147,7 @@ class CurveProgram:
         self.synchronises = config.objective.jsd == "hinge"
         self.shares = world()[1] > 1
         # What is drawn row by row is drawn for the whole micro-batch; with one example in a row a share can be taken.
-        by_row = not config.share_points or config.corruption.kind in ("tokens", "attention")
+        by_row = config.corruption.kind in ("tokens", "attention")
         self.layout = replace(config, row_tokens=1) if self.shares and by_row else config
 
     def parts(self, step: int) -> list[Part]:
@@ -156,15 +156,16 @@ class CurveProgram:
         parts = []
         for i, chunk in enumerate(chunks):
             batch = self._batch(self.train, share(chunk))
-            rows = len(chunk) if self.shares else len(batch.input_ids if batch.units is None else batch.labels)
-            t, of_step = self._points(batch, rows, step, i), torch.tensor(len(batch.labels) / total)
+            t, of_step = self._points(len(chunk), step, i), torch.tensor(len(batch.labels) / total)
             if self.config.layerwise:
-                each = torch.stack([self._points(batch, rows, step, i, name) for name in self.model.layers])
+                each = torch.stack([self._points(len(chunk), step, i, name) for name in self.model.layers])
                 part = Part(batch, self.model.coefficients(each), Layout("points", len(t)), of_step)
             else:
-                part = _part_of(self.model, batch, self.model.coefficients(t), of_step)
+                apart = t.dim() == 2 and batch.units is not None
+                at_rows = t[:, batch.units] if apart else t
+                part = _part_of(self.model, batch, self.model.coefficients(at_rows), of_step)
             if self.bootstrap is not None:
-                at = t if t.dim() == 1 else t[:, batch.rows]
+                at = t if t.dim() == 1 else t[:, _units(batch)]
                 part.weights = self.bootstrap.weights(_numbers(self.train, batch), at)
             part.other = self._other(batch, chunk, step, i)
             parts.append(part)
@@ -178,13 +179,13 @@ class CurveProgram:
         numbers = torch.tensor(batch_numbers(seed, step, len(encoded), c.batch_size))
         return [chunk.tolist() for chunk in numbers.chunk(c.accumulation)]
 
-    def _points(self, batch: Batch, rows: int, step: int, part: int, *layer: str) -> Tensor:
-        """The t of a batch: [n] shared by all rows, or [n, N]; of one layer where each has its own.
+    def _points(self, examples: int, step: int, part: int, *layer: str) -> Tensor:
+        """The t of a micro-batch: [n] shared by all examples, or [n, E]; of one layer where each has its own.
 
-        They are drawn for the `rows` of the whole micro-batch, of which `batch` is a share.
+        They are drawn for all its `examples`; [n, E] are those of this process's share of them.
         """
         c, spec = self.config, self.model.spec
-        count = (c.points,) if c.share_points else (c.points, rows)
+        count = (c.points,) if c.share_points else (c.points, examples)
         # The points of all steps are one sequence of one stream; other ways draw anew.
         sequence = c.sampling == "quasi-random"
         draw = generator(c.seed, "points", *layer, *(() if sequence else (step, part)))
@@ -192,10 +193,7 @@ class CurveProgram:
         start = (step * c.accumulation + part) * c.points * most
         lengths = curve.gram(p.detach() for p in self.model.factors).cpu() if c.sampling == "arc-length" else None
         t = sample_points(count, c.sampling, draw, lengths, spec.segments, spec.degree, start if sequence else 0)
-        if c.share_points:
-            return t
-        t = t[:, share(range(rows))] if self.shares else t
-        return t if batch.units is None else t[:, batch.units]
+        return t[:, share(range(examples))] if self.shares and not c.share_points else t
 
     def _other(self, batch: Batch, chunk: list[int], step: int, part: int) -> Batch | None:
         """The inputs on which the diversity term is taken; `batch` is this process's share of the examples `chunk`."""
@@ -289,10 +287,11 @@ def training_batch(
     """A training batch: packed where that saves work, of few shapes where steps are captured, or with as many rows as
     any other of its size."""
     captured = config.capture and model.device.type == "cuda"
+    own_points = isinstance(config, FitConfig) and not config.share_points
     if not (captured or even_rows):
-        return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots)
+        return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots, own_points=own_points)
     # An example with a point of its own has a row of its own; so has a text, whose read-outs come in any number.
-    apart = captured and (encoded.scoring == "lm" or (isinstance(config, FitConfig) and not config.share_points))
+    apart = captured and (encoded.scoring == "lm" or own_points)
     row_tokens = 1 if apart else config.row_tokens
     examples = -(-config.batch_size // (config.accumulation * world()[1]))
     rows = packed_rows(encoded, examples, row_tokens)
@@ -305,6 +304,14 @@ def _numbers(encoded: Encoded, batch: Batch) -> Tensor:
     if encoded.scoring != "lm":
         return batch.index
     return torch.bucketize(batch.index, torch.tensor(encoded.token_offsets[1:]), right=True)
+
+
+def _units(batch: Batch) -> Tensor:
+    """[E] the text (its place in the micro-batch) of each example of a batch: itself, or that of a token."""
+    if batch.scoring != "lm":
+        return torch.arange(len(batch.labels))
+    assert batch.positions is not None
+    return batch.rows if batch.token_units is None else batch.token_units.flatten()[batch.positions]
 
 
 def _part_of(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> Part:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 __all__ = ["Layout", "Route", "Shared", "repeat_for_rows", "within_segments"]
 
 
+Kind = Literal["base", "rows", "tokens", "points", "merged"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows and coefficients belong together: plain numbers, known before anything runs on a device."""
 
-    kind: Literal["base", "rows", "points", "merged"]
+    kind: Kind
     replicas: int = 1
     """how often each row of the batch is run"""
     windows: int = 1
@@ -27,10 +30,11 @@ class Layout:
 class Route:
     """Where the rows of the running forward pass lie on the curve; one object shared by all layers of a model."""
 
-    kind: Literal["base", "rows", "points", "merged"] = "base"
+    kind: Kind = "base"
     """`base` leaves the pretrained model alone."""
     coefficients: Tensor | None = None
-    """[R, K], the coefficient vector of each row, in the compute dtype; R = replicas * rows of the batch."""
+    """[R, K], the coefficient vector of each row, in the compute dtype; R = replicas * rows of the batch. *tokens*: of
+    each token, [R * T, K]."""
     groups: Tensor | None = None
     """[G, K], *points*: rows lie in G equal consecutive groups of one coefficient vector each."""
     windows: int = 1
@@ -46,7 +50,7 @@ class Route:
     positions: Tensor | None = None
     """[P] flat positions in [R * T] at which the output head is wanted; None: all."""
     position_rows: Tensor | None = None
-    """[P] the row of each position."""
+    """[P] the place of each position's coefficients: its row, or itself where tokens have their own."""
     token_ids: Tensor | None = None
     """[C] rows of the output head that are wanted; None: all."""
     plain: bool = False
