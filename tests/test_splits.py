@@ -9,7 +9,7 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve import carrier, splits
+from loracurve import predictor, splits
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.splits import folding_tokens, predict_splits
 
@@ -71,9 +71,9 @@ def test_logits_of_texts_limit_the_points_of_a_pass(tmp_path: Path, monkeypatch:
     assert model.passes(batch, len(T)) == 1
     together = predict_splits(model, sets, T, way="points")["test"].point_log_probs
     logits = len(batch.positions) * vocabulary(task)
-    monkeypatch.setattr(carrier, "MOST_LOGITS", 2 * logits)
+    monkeypatch.setattr(predictor, "MOST_LOGITS", 2 * logits)
     assert model.passes(batch, len(T)) == 2
-    monkeypatch.setattr(carrier, "MOST_LOGITS", logits - 1)
+    monkeypatch.setattr(predictor, "MOST_LOGITS", logits - 1)
     assert model.passes(batch, len(T)) == 3, "at least one point in a pass"
     one_by_one = predict_splits(model, sets, T, way="points")["test"].point_log_probs
     torch.testing.assert_close(one_by_one, together)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from loracurve import curve
-from loracurve.carrier import CurveCarrier
 from loracurve.errors import UserError
 from loracurve.gauge import Alignment, align
 from loracurve.lora_space import ControlPoints, adapter_at, initial_control_points, load_adapter, stack_adapters
+from loracurve.predictor import CurvePredictor
 from loracurve.randomness import stream_seed
 from loracurve.spec import FREE_SEGMENTS, CurveSpec
 
 __all__ = ["CurveModel", "CurveSpec"]
 
 
-class CurveModel(CurveCarrier):
+class CurveModel(CurvePredictor):
     """A language model or sequence classifier with a curve of LoRA adapters in it.
 
     Takes over `base`: its linear layers are wrapped in place, its weights frozen and never modified. Control points are
