@@ -15,9 +15,16 @@ from loracurve.inference import predict
 from loracurve.model import CurveModel, CurveSpec
 from loracurve.packing import packed_rows
 from loracurve.scoring import takes_tree_masks
-from loracurve.tasks import Encoded, Example
+from loracurve.tasks import Encoded, Example, Task
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+
+
+def build(architecture: str, scoring: str, folder: Path) -> tuple[CurveModel, Task]:
+    task = made_task(folder, architecture, scoring)
+    model = CurveModel(tiny(architecture, torch.float64, vocabulary(task)), lora_config(architecture), CurveSpec(2, 2))
+    model.set_curve(model.spec, random_points(model))
+    return model, task
 
 
 def test_tree_mask_lets_tokens_see_their_ancestors_only() -> None:
@@ -37,9 +44,7 @@ def test_tree_mask_lets_tokens_see_their_ancestors_only() -> None:
 @pytest.mark.parametrize("scoring", ["letter", "text", "lm"])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_packed_rows_score_like_single_examples(architecture: str, scoring: str, tmp_path: Path) -> None:
-    task = made_task(tmp_path, architecture, scoring)
-    model = CurveModel(tiny(architecture, torch.float64, vocabulary(task)), lora_config(architecture), CurveSpec(2, 2))
-    model.set_curve(model.spec, random_points(model))
+    model, task = build(architecture, scoring, tmp_path)
     assert model.supports_trees
     encoded = task.encode("test")
     if scoring == "text":
@@ -56,9 +61,7 @@ def test_packed_rows_score_like_single_examples(architecture: str, scoring: str,
 @pytest.mark.parametrize("scoring", ["letter", "text", "lm"])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_examples_of_packed_rows_have_points_of_their_own(architecture: str, scoring: str, tmp_path: Path) -> None:
-    task = made_task(tmp_path, architecture, scoring)
-    model = CurveModel(tiny(architecture, torch.float64, vocabulary(task)), lora_config(architecture), CurveSpec(2, 2))
-    model.set_curve(model.spec, random_points(model))
+    model, task = build(architecture, scoring, tmp_path)
     encoded, numbers = task.encode("test"), [4, 0, 3, 1, 2]
     c = model.coefficients(torch.rand(2, len(numbers), generator=torch.Generator().manual_seed(1)).double())
 

@@ -293,7 +293,8 @@ class CurveCarrier(nn.Module):
         if coefficients is not None:
             c = coefficients.to(self.device)
             route.groups = c if layout.kind == "points" else None
-            if layout.kind == "tokens" and token_units is not None:
+            if layout.kind == "tokens":
+                assert token_units is not None
                 by_point = c.to(self.dtype).unflatten(0, (layout.replicas, -1))
                 route.coefficients = by_point[:, token_units.flatten()].flatten(0, 1)
             else:

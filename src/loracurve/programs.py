@@ -290,7 +290,7 @@ def training_batch(
     own_points = isinstance(config, FitConfig) and not config.share_points
     if not (captured or even_rows):
         return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots, own_points=own_points)
-    # An example with a point of its own has a row of its own; so has a text, whose read-outs come in any number.
+    # Captured, an example with a point of its own has a row of its own; so has a text, with any number of read-outs.
     apart = captured and (encoded.scoring == "lm" or own_points)
     row_tokens = 1 if apart else config.row_tokens
     examples = -(-config.batch_size // (config.accumulation * world()[1]))
