@@ -33,10 +33,11 @@ from torch.nn.functional import cross_entropy
 from training_step import STEP
 from whole_set import encode, texts
 
-from loracurve.loop import LoopConfig, batch_numbers
-from loracurve.programs import AnchorsProgram, slot_seeds
-from loracurve.spec import CurveSpec
-from loracurve.stepping import Stepper
+from loracurve.curve.spec import CurveSpec
+from loracurve.training.anchors import AnchorsObjective, slot_seeds
+from loracurve.training.config import LoopConfig
+from loracurve.training.loop import batch_numbers
+from loracurve.training.step import Stepper
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     for anchors in (3, 10) if DEVICE.type == "cuda" else (3,):
         reset_memory()
         model.set_curve(CurveSpec.slots(anchors), stacked(random_adapters(model, anchors)))
-        program = AnchorsProgram(model, encoded, encoded, LoopConfig(batch_size=rows, seed=0), anchors)
+        program = AnchorsObjective(model, encoded, encoded, LoopConfig(batch_size=rows, seed=0), anchors)
         model.train()
         stepper = Stepper(program, model.factors, model.spec.mask, STEP)
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from loracurve.batching import collate
-from loracurve.model import CurveModel
-from loracurve.run import environment
-from loracurve.spec import CurveSpec
-from loracurve.tasks import Encoded, Example
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.environment import environment
+from loracurve.tasks.batching import collate
+from loracurve.tasks.encoding import Encoded, Example
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ANSWERS = (11, 12, 13, 14)

@@ -19,9 +19,9 @@ from plan import Work, work_of
 from table import write_table
 
 from loracurve.baselines.laplace import Laplace
-from loracurve.bench.suite import SuiteConfig
-from loracurve.bench.suite_files import load_suite
-from loracurve.loop import LoopConfig
+from loracurve.bench.config import SuiteConfig
+from loracurve.bench.suite import load_suite
+from loracurve.training.config import LoopConfig
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence" / "cost.md"

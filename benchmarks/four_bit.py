@@ -12,7 +12,7 @@ from common import DEVICE, arguments, build, check, curve_model, note, random_ad
 from torch import nn
 from training_step import measure_ours, measure_peft, r_and_sizes, shared
 
-from loracurve.spec import CurveSpec
+from loracurve.curve.spec import CurveSpec
 
 
 def quantise(base: nn.Module) -> nn.Module:

@@ -30,22 +30,24 @@ from loracurve.baselines.flat_lora import FlatLoRA
 from loracurve.baselines.ivon import IVON, _Variational
 from loracurve.baselines.laplace import Laplace
 from loracurve.baselines.mc_dropout import MCDropout, _dropout
-from loracurve.baselines.own_loop import Learner, OneAdapter
+from loracurve.baselines.single_adapter_loop import Learner, OneAdapter
 from loracurve.baselines.swag import SWAG, _Collecting
-from loracurve.batching import collate
-from loracurve.bench.suite import SuiteConfig
-from loracurve.bench.suite_files import load_suite
-from loracurve.errors import UserError
-from loracurve.fit_config import FitConfig
-from loracurve.loop import LoopConfig, batch_numbers, recomputing, run_loop
-from loracurve.lora_space import PREFIX
-from loracurve.model import CurveModel
-from loracurve.perturbation import Perturbation
-from loracurve.programs import CAPTURED_LENGTHS, AnchorsProgram, CurveProgram
-from loracurve.spec import CurveSpec
-from loracurve.stepping import Program, StepConfig, Stepper
-from loracurve.storage import read_tensors
-from loracurve.tasks import Encoded
+from loracurve.bench.config import SuiteConfig
+from loracurve.bench.suite import load_suite
+from loracurve.curve.lora_space import PREFIX
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_tensors
+from loracurve.tasks.batching import collate
+from loracurve.tasks.encoding import Encoded
+from loracurve.training.anchors import AnchorsObjective
+from loracurve.training.config import FitConfig, LoopConfig
+from loracurve.training.curves import CurveObjective
+from loracurve.training.loop import batch_numbers, recomputing, run_loop
+from loracurve.training.micro_batches import CAPTURED_LENGTHS, TrainingObjective
+from loracurve.training.perturbation import Perturbation
+from loracurve.training.step import StepConfig, Stepper
 
 LENGTHS = {"7b": (128, 384), "smollm2": (128, 384), "small": (32, 96)}
 WARM_UP = 3  # two eager steps and the one that is captured
@@ -76,7 +78,7 @@ class Sized:
         self.model.set_curve(spec, points)
         self.model.train()
 
-    def step(self, program: Program, config: LoopConfig, noise: Perturbation | None = None) -> dict[str, Any]:
+    def step(self, program: TrainingObjective, config: LoopConfig, noise: Perturbation | None = None) -> dict[str, Any]:
         """A step with one micro-batch, captured on a GPU."""
         values = {f: getattr(config, f) for f in StepConfig.__dataclass_fields__}
         ties, mask = self.model.dependences, self.model.spec.mask
@@ -101,13 +103,13 @@ class Sized:
         self.start(CurveSpec.slots(count))
         rows = self.rows(tokens)
         with _dropout(self.model, dropout) if dropout else nullcontext():
-            return self.step(AnchorsProgram(self.model, rows, rows, self.training, count), self.training)
+            return self.step(AnchorsObjective(self.model, rows, rows, self.training, count), self.training)
 
     def curve(self, spec: CurveSpec, config: FitConfig, tokens: int) -> dict[str, Any]:
         self.start(spec)
         rows = self.rows(tokens)
         noise = Perturbation(config.perturbation, self.model.layers, config.steps, config.seed)
-        program = CurveProgram(self.model, rows, rows, config, tau=config.objective.tau or 0.1)
+        program = CurveObjective(self.model, rows, rows, config, tau=config.objective.tau or 0.1)
         with noise.attached():
             return self.step(program, config, None if config.perturbation.kind == "none" else noise)
 
@@ -176,7 +178,7 @@ class Sized:
         for name, stops in (("whole", [None]), ("parts", [2, None])):
             for stop in stops:
                 self.start(spec)
-                program = CurveProgram(self.model, rows, rows, config)
+                program = CurveObjective(self.model, rows, rows, config)
                 began = time.perf_counter()
                 result = run_loop(self.model, program, config, folder / name, progress=False, stop_after=stop)
                 found[f"{name}, to step {result.steps}"] = {"s": time.perf_counter() - began}

@@ -26,14 +26,12 @@ from common import (
     timed,
 )
 
-from loracurve.bootstrap import BootstrapConfig
-from loracurve.corruption import CorruptionConfig
-from loracurve.objective import ObjectiveConfig
-from loracurve.perturbation import Perturbation, PerturbationConfig
-from loracurve.programs import CurveProgram
-from loracurve.spec import CurveSpec
-from loracurve.stepping import StepConfig, Stepper
-from loracurve.training import FitConfig
+from loracurve.curve.spec import CurveSpec
+from loracurve.training.config import CorruptionConfig, FitConfig, ObjectiveConfig, PerturbationConfig
+from loracurve.training.curves import CurveObjective
+from loracurve.training.likelihood_bootstrap import BootstrapConfig
+from loracurve.training.perturbation import Perturbation
+from loracurve.training.step import StepConfig, Stepper
 
 STEP = StepConfig(1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0)
 PLAIN, BONUS = CurveSpec(2, 2), ObjectiveConfig("bonus", 0.5)
@@ -77,7 +75,7 @@ def clocked(function: Callable[[], Any], repeats: int) -> float:
 
 def step_of(model: Any, encoded: Any, rows: int, values: dict[str, Any], vocabulary: int) -> Any:
     config = FitConfig(**{"batch_size": rows, "steps": 1000, "points": 2, "share_points": True} | values)
-    program = CurveProgram(model, encoded, encoded, config, torch.arange(20, vocabulary))
+    program = CurveObjective(model, encoded, encoded, config, torch.arange(20, vocabulary))
     noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
     kind = config.perturbation.kind
     spec = model.spec

@@ -15,9 +15,9 @@ from common import DEVICE, arguments, build, curve_model, note, report, timed
 from training_step import r_and_sizes
 from whole_set import encode, texts
 
-from loracurve.programs import slot_times
-from loracurve.spec import CurveSpec
-from loracurve.splits import laid_out_for
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import laid_out_for
 
 POINTS = 10
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from loracurve.baselines.base import Setting
 from loracurve.baselines.curve import Curve, passes_of
 from loracurve.baselines.ensembles import ConvexMix, Ensemble, LongerEnsemble
 from loracurve.baselines.flat_lora import FlatLoRA
 from loracurve.baselines.laplace import Laplace
 from loracurve.baselines.mc_dropout import MCDropout
+from loracurve.baselines.method import Setting
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
 from loracurve.baselines.temperature import TemperatureScaled
-from loracurve.bench.suite import SuiteConfig
-from loracurve.fit_config import FitConfig
-from loracurve.loop import LoopConfig
+from loracurve.bench.config import SuiteConfig
+from loracurve.training.config import FitConfig, LoopConfig
 
 
 @dataclass(frozen=True)

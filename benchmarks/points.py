@@ -27,9 +27,9 @@ from common import (
     timed,
 )
 
-from loracurve.batching import collate
-from loracurve.programs import slot_times
-from loracurve.spec import CurveSpec
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.spec import CurveSpec
+from loracurve.tasks.batching import collate
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from training_step import ours, r_and_sizes
 from whole_set import encode, texts
 
-from loracurve.batching import collate
-from loracurve.programs import slot_times
-from loracurve.spec import CurveSpec
-from loracurve.splits import predict_splits
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict_splits
+from loracurve.tasks.batching import collate
 
 # First match wins.
 KINDS = {

@@ -15,13 +15,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from loracurve.batching import collate, evaluation_batches
-from loracurve.bench.setting import open_sets
-from loracurve.bench.suite_files import load_suite
-from loracurve.loop import LoopConfig, batch_numbers
-from loracurve.programs import CAPTURED_LENGTHS, slot_seeds
-from loracurve.splits import GPU_LENGTHS, GPU_TOKENS
-from loracurve.tasks import Encoded
+from loracurve.bench.shared import open_sets
+from loracurve.bench.suite import load_suite
+from loracurve.inference.prediction import GPU_LENGTHS, GPU_TOKENS
+from loracurve.tasks.batching import collate, evaluation_batches
+from loracurve.tasks.encoding import Encoded
+from loracurve.training.anchors import slot_seeds
+from loracurve.training.config import LoopConfig
+from loracurve.training.loop import batch_numbers
+from loracurve.training.micro_batches import CAPTURED_LENGTHS
 
 ADAPTERS, STEPS = (1, 3, 10), 50
 

@@ -34,14 +34,13 @@ from common import (
 )
 from whole_set import encode, texts
 
-from loracurve.distributed import backend, is_main, join, leave, sum_over_processes
-from loracurve.objective import ObjectiveConfig
-from loracurve.programs import CurveProgram
-from loracurve.sharding import shard_base
-from loracurve.spec import CurveSpec
-from loracurve.splits import predict_splits
-from loracurve.stepping import StepConfig, Stepper
-from loracurve.training import FitConfig
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict_splits
+from loracurve.model.fsdp import shard_base
+from loracurve.system.distributed import backend, is_main, join, leave, sum_over_processes
+from loracurve.training.config import FitConfig, ObjectiveConfig
+from loracurve.training.curves import CurveObjective
+from loracurve.training.step import StepConfig, Stepper
 
 STEP = StepConfig(1e-3, (0.9, 0.999), 1e-3, 0.0, 1.0)
 WARM_UP = 4
@@ -49,7 +48,7 @@ LIMIT_S = 240
 
 
 def stepper_of(model: Any, encoded: Any, config: FitConfig) -> Callable[[], torch.Tensor]:
-    program = CurveProgram(model, encoded, encoded, config)
+    program = CurveObjective(model, encoded, encoded, config)
     model.train()
     stepper = Stepper(program, model.factors, model.spec.mask, STEP, config.capture and not model.sharded)
     count = iter(range(10**9))

@@ -19,11 +19,12 @@ import torch
 from common import DEVICE, lora, note, report
 from table import write_table
 
-from loracurve.bases import load_base, model_window
-from loracurve.evaluation import labels_of, predict_split
-from loracurve.model import CurveModel
-from loracurve.spec import CurveSpec
-from loracurve.tasks import TaskConfig, load_task
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.model.base_model import load_base, model_window
+from loracurve.model.curve_model import CurveModel
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import load_task
 
 MULTIPLE = ["arc_easy", "arc_challenge", "openbookqa", "boolq", "winogrande_m"]
 

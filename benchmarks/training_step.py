@@ -34,17 +34,17 @@ from common import (
 )
 from torch.nn.functional import cross_entropy
 
-from loracurve.programs import CurveProgram
-from loracurve.spec import CurveSpec
-from loracurve.stepping import StepConfig, Stepper
-from loracurve.training import FitConfig
+from loracurve.curve.spec import CurveSpec
+from loracurve.training.config import FitConfig
+from loracurve.training.curves import CurveObjective
+from loracurve.training.step import StepConfig, Stepper
 
 STEP = StepConfig(1e-4, (0.9, 0.999), 1e-8, 0.0, 1.0)
 
 
 def ours(model: Any, encoded: Any, rows: int, capture: bool) -> tuple[Any, Stepper]:
     config = FitConfig(batch_size=rows, points=1, share_points=False, capture=capture)
-    program = CurveProgram(model, encoded, encoded, config)
+    program = CurveObjective(model, encoded, encoded, config)
     model.train()
     stepper = Stepper(program, model.factors, model.spec.mask, STEP, capture)
     count = iter(range(10**9))

@@ -32,9 +32,9 @@ from common import (
     stacked,
 )
 
-from loracurve.spec import CurveSpec
-from loracurve.splits import CPU_TOKENS, GPU_TOKENS, folding_tokens, predict_splits
-from loracurve.tasks import Encoded, Example
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import CPU_TOKENS, GPU_TOKENS, folding_tokens, predict_splits
+from loracurve.tasks.encoding import Encoded, Example
 
 ROWS = 16  # of P4b
 TEMPLATE = "Read the text and choose the letter of the answer that fits best . Text :"

@@ -16,14 +16,14 @@ import torch
 from matplotlib import pyplot as plt
 
 import loracurve as lc
-from loracurve.barriers import barrier_frame
 from loracurve.bench.tiny_model import tiny_model
-from loracurve.calibration import apply_temperature
-from loracurve.landscape import lay_out, scan_paths
-from loracurve.metrics import accuracy, negative_log_likelihood, risk_coverage_curve
-from loracurve.paths import anchor_paths, curve_path, grid, scalings_of
+from loracurve.inference.calibration import apply_temperature
+from loracurve.inference.metrics import accuracy, negative_log_likelihood, risk_coverage_curve
+from loracurve.landscape.barriers import barrier_frame
+from loracurve.landscape.paths import anchor_paths, curve_path, grid, scalings_of
+from loracurve.landscape.scan import lay_out, scan_paths
 from loracurve.report import plots
-from loracurve.tasks import Row
+from loracurve.tasks.dataset import Row
 
 # %% [markdown]
 # ## Data

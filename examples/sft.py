@@ -14,7 +14,7 @@ from datasets import load_dataset
 from trl import SFTConfig
 
 import loracurve as lc  # (*)
-from loracurve.sft import CurveSFTTrainer  # (*)
+from loracurve.training.sft import CurveSFTTrainer  # (*)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 import loracurve as lc  # (*)
-from loracurve.trainer import CurveTrainer  # (*)
+from loracurve.training.trainer import CurveTrainer  # (*)
 
 
 def main() -> None:

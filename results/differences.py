@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loracurve.bench.averages import mean_difference
 from loracurve.bench.results import read_results, shared_seeds
-from loracurve.bench.suite_files import load_suite
+from loracurve.bench.suite import load_suite
+from loracurve.bench.tables.averages import mean_difference
 
 name, one, other, *left_out = sys.argv[1:]
 here = Path(__file__).parent

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from loracurve.bench.results import read_results
-from loracurve.bench.suite_files import load_suite
+from loracurve.bench.suite import load_suite
 
 name = sys.argv[1]
 here = Path(__file__).parent

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tokenizers_made import bert_style, llama_style, qwen_style
 
-from loracurve.tasks import Task, TaskConfig, load_task
-from loracurve.training import FitConfig
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import Task, load_task
+from loracurve.training.config import FitConfig
 
 SHARED: dict[str, Any] = {"points": 2, "share_points": True}
 WORDS = {0: ["bad", "poor", "dull", "awful"], 1: ["good", "great", "fine", "lovely"]}

@@ -46,7 +46,7 @@ def together(work: Callable[[int], Any], folder: Path, size: int = 2, join: bool
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             if join:
-                from loracurve.distributed import join as meet
+                from loracurve.system.distributed import join as meet
 
                 meet()
             result = work(rank)

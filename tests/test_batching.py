@@ -10,12 +10,14 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve.batching import _padded, collate, evaluation_batches, tree_mask
-from loracurve.inference import predict
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.packing import packed_rows
-from loracurve.scoring import takes_tree_masks
-from loracurve.tasks import Encoded, Example, Task
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.scoring import takes_tree_masks
+from loracurve.tasks.batching import _padded, collate, evaluation_batches, tree_mask
+from loracurve.tasks.encoding import Encoded, Example
+from loracurve.tasks.packing import packed_rows
+from loracurve.tasks.task import Task
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 

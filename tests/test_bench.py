@@ -23,24 +23,28 @@ from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
 from loracurve.baselines.temperature import TemperatureScaled
 from loracurve.bench import pool
+from loracurve.bench.config import SuiteConfig, SuiteTask
 from loracurve.bench.memory import NO_MEMORY
-from loracurve.bench.options import fingerprint, made_with, options_of, plain
 from loracurve.bench.pool import visible_gpus
+from loracurve.bench.provenance import fingerprint, made_with, options_of, plain
 from loracurve.bench.registry import METHODS, method_class, method_name
-from loracurve.bench.reporting import write_tables
 from loracurve.bench.runner import prepare, run_suite
 from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_predictions
-from loracurve.bench.suite import Cell, SuiteConfig, SuiteTask, cells_of
-from loracurve.bench.suite_files import load_suite, shipped
-from loracurve.bench.tables import Table
+from loracurve.bench.suite import Cell, cells_of, load_suite
+from loracurve.bench.suite_files import shipped
+from loracurve.bench.tables.table import Table
+from loracurve.bench.tables.write import write_tables
 from loracurve.bench.tiny_model import TINY, tiny_model
 from loracurve.cli import main
-from loracurve.config import CurveConfig, LoraOptions, ModelConfig
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig
-from loracurve.predictive import Predictive
-from loracurve.storage import write_json
-from loracurve.tasks import Encoded, Example, TaskConfig, load_task
+from loracurve.curve.config import CurveConfig, LoraOptions
+from loracurve.inference.predictive import Predictive
+from loracurve.model.config import ModelConfig
+from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.encoding import Encoded, Example
+from loracurve.tasks.task import load_task
+from loracurve.training.config import LoopConfig
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"train": 40, "validation": 20, "test": 24}

@@ -19,22 +19,22 @@ from loracurve.baselines.ensembles import ConvexMix, Ensemble
 from loracurve.baselines.lines import Line
 from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
-from loracurve.bench.averages import averages
-from loracurve.bench.goals import goals
-from loracurve.bench.landscape_tables import heights
-from loracurve.bench.landscapes import LandscapeConfig, along_curve
-from loracurve.bench.reporting import write_tables
+from loracurve.bench.anchor_scan import along_curve
+from loracurve.bench.config import LANDSCAPE, LandscapeConfig, SuiteConfig
 from loracurve.bench.results import Results, read_results, stacked
 from loracurve.bench.runner import run_suite
-from loracurve.bench.setting import open_shared
+from loracurve.bench.shared import open_shared
 from loracurve.bench.store import STEPS
-from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
-from loracurve.bench.suite_files import load_suite
-from loracurve.bench.tables import Table, shown
-from loracurve.errors import UserError
-from loracurve.metrics import Interval, bootstrap_interval
-from loracurve.spec import CurveSpec
-from loracurve.storage import read_tensors
+from loracurve.bench.suite import Cell, load_suite
+from loracurve.bench.tables.averages import averages
+from loracurve.bench.tables.goals import goals
+from loracurve.bench.tables.landscape import heights
+from loracurve.bench.tables.table import Table, shown
+from loracurve.bench.tables.write import write_tables
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.intervals import Interval, bootstrap_interval
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_tensors
 
 OPTIONS = LandscapeConfig(pairs=2, points=3, rows=0, local_rows=8, sharpness=3)
 

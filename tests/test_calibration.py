@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from loracurve.calibration import (
+from loracurve.inference.calibration import (
     SelectiveThreshold,
     apply_temperature,
     conformal_quantile,
@@ -13,10 +13,10 @@ from loracurve.calibration import (
     prediction_sets,
     selective_threshold,
 )
-from loracurve.calibration import _binomial_cdf as binomial_cdf
-from loracurve.errors import UserError
-from loracurve.inference import Predictive
-from loracurve.objective import negative_log_likelihood
+from loracurve.inference.calibration import _binomial_cdf as binomial_cdf
+from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.predictive import Predictive
+from loracurve.system.errors import UserError
 
 
 def sample(examples, classes=4, seed=0, scale=2.0):

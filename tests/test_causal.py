@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import lora_config, random_points, tiny
 
-from loracurve import causal
-from loracurve.batching import Batch
-from loracurve.model import CurveModel, CurveSpec
+from loracurve.curve.spec import CurveSpec
+from loracurve.model import causal_mask
+from loracurve.model.curve_model import CurveModel
+from loracurve.tasks.batching import Batch
 
 
 def build(kind: str) -> CurveModel:
@@ -47,7 +48,7 @@ def explicit_masks(model: CurveModel) -> None:
     """Let the decoder layers get the causal mask that an older transformers makes while a graph is captured."""
 
     def hook(_: Any, args: Any, kwargs: Any) -> Any:
-        if not causal.capturing() or kwargs["attention_mask"] is not None:
+        if not causal_mask.capturing() or kwargs["attention_mask"] is not None:
             return None
         rows, size = args[0].shape[:2]
         mask = torch.ones(size, size, dtype=torch.bool).tril().expand(rows, 1, size, size)
@@ -63,7 +64,7 @@ def test_plain_rows_keep_coming_without_a_mask_while_captured(kind: str, monkeyp
     explicit_masks(model)
     expected, seen = masks_seen(model, batch())
     assert not any(seen)
-    monkeypatch.setattr(causal, "capturing", lambda: True)
+    monkeypatch.setattr(causal_mask, "capturing", lambda: True)
     found, seen = masks_seen(model, batch())
     assert not any(seen)
     torch.testing.assert_close(found, expected)
@@ -84,7 +85,7 @@ def test_masks_that_say_more_than_causal_stay(monkeypatch: pytest.MonkeyPatch) -
         assert all(seen)
         assert not torch.allclose(expected, plain)
         with monkeypatch.context() as patch:
-            patch.setattr(causal, "capturing", lambda: True)
+            patch.setattr(causal_mask, "capturing", lambda: True)
             found, seen = masks_seen(model, masked)
         assert all(seen)
         torch.testing.assert_close(found, expected)

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import loracurve
 from loracurve.cli import COMMANDS, main
-from loracurve.config import RunConfig
-from loracurve.storage import read_json, read_tensors
+from loracurve.runs.config import RunConfig
+from loracurve.system.files import read_json, read_tensors
 
 
 class World:
@@ -226,7 +226,7 @@ def test_help_of_commands_lists_every_parameter(name: str, capsys: pytest.Captur
 )
 def test_switches_take_no_value(arguments: list[str], switch: str) -> None:
     from loracurve.cli import _command_parser
-    from loracurve.config_files import parse
+    from loracurve.system.options import parse
 
     parser = _command_parser(arguments[0])
     assert parse(parser, arguments[1:])[switch] is False
@@ -564,7 +564,7 @@ def test_no_space_left_is_said_and_what_was_written_stays(
         sync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracurve.storage.os.fsync", full)
+        patch.setattr("loracurve.system.files.os.fsync", full)
         said = refused(*fit)
     assert name in said and "No space left on device; free some space or choose another folder" in said
     assert not [p for p in world.out.rglob("*") if p.name.endswith(".tmp") or name in p.name], "no half-written file"
@@ -583,6 +583,6 @@ def test_a_calibration_that_cannot_be_written_leaves_the_old_one(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loracurve.storage.os.fsync", full)
+    monkeypatch.setattr("loracurve.system.files.os.fsync", full)
     assert "No space left" in refused("calibrate", world.run, "--measure=mutual_information")
     assert (world.run / "calibration.json").read_bytes() == old

@@ -16,13 +16,13 @@ import pytest
 from test_bench import ROOT, bytes_of, little
 
 from loracurve.baselines.single import Single
-from loracurve.bench.cluster import shares
-from loracurve.bench.options import plain
-from loracurve.bench.reporting import write_tables
+from loracurve.bench.provenance import plain
+from loracurve.bench.ray_cluster import shares
 from loracurve.bench.runner import run_suite
 from loracurve.bench.suite import cells_of
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig
+from loracurve.bench.tables.write import write_tables
+from loracurve.system.errors import UserError
+from loracurve.training.config import LoopConfig
 
 
 def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, object]:

@@ -14,10 +14,11 @@ from test_training import build as build_task
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
 
-from loracurve.batching import Batch
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.perturbation import PerturbationConfig
-from loracurve.training import fit
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.tasks.batching import Batch
+from loracurve.training.config import PerturbationConfig
+from loracurve.training.fit import fit
 
 
 @pytest.fixture(autouse=True)

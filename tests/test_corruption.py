@@ -6,17 +6,11 @@ import pytest
 import torch
 from made import made_task
 
-from loracurve.batching import Batch, collate
-from loracurve.corruption import (
-    CorruptionConfig,
-    allowed_positions,
-    corrupt,
-    drop_attention,
-    ordinary_tokens,
-    random_tokens,
-)
-from loracurve.errors import UserError
-from loracurve.randomness import generator
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.tasks.batching import Batch, collate
+from loracurve.training.config import CorruptionConfig
+from loracurve.training.corruption import allowed_positions, corrupt, drop_attention, ordinary_tokens, random_tokens
 
 LAYOUTS = [("qwen2", "letter"), ("llama", "text"), ("qwen2", "lm"), ("encoder", "head")]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loracurve.bench.suite_files import load_suite
+from loracurve.bench.suite import load_suite
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEASURED: dict[str, Any] = {

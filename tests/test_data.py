@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracurve.errors import UserError
-from loracurve.tasks import HUB, Row, as_text, load_from_hub, read_dataset, read_rows, split_validation, word_sentiment
-from loracurve.tasks.data import subset
+from loracurve.system.errors import UserError
+from loracurve.tasks import word_sentiment
+from loracurve.tasks.dataset import Row, as_text, read_dataset, read_rows, split_validation, subset
+from loracurve.tasks.hub_datasets import HUB, load_from_hub
 from loracurve.tasks.word_sentiment import FAMILY_LETTERS
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

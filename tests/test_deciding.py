@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loracurve import metrics
-from loracurve.bench.deciding import (
+from loracurve.bench.results import Results
+from loracurve.bench.statistics import (
     counts_above_chance,
     deep_ensemble_equivalent,
     ensemble_auroc,
@@ -19,13 +19,19 @@ from loracurve.bench.deciding import (
     paired_p_value,
     subsets_of,
 )
-from loracurve.bench.detecting import verdicts
-from loracurve.bench.results import Results
-from loracurve.bench.tables import Table
-from loracurve.calibration import apply_temperature, fit_temperature
-from loracurve.metrics import Interval
-from loracurve.predictive import Predictive
-from loracurve.resampling import interval_of, resample_counts, resampled_aurc, resampled_auroc, resampled_ece
+from loracurve.bench.tables.detection import verdicts
+from loracurve.bench.tables.table import Table
+from loracurve.inference import metrics
+from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.intervals import (
+    Interval,
+    interval_of,
+    resample_counts,
+    resampled_aurc,
+    resampled_auroc,
+    resampled_ece,
+)
+from loracurve.inference.predictive import Predictive
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

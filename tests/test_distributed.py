@@ -20,22 +20,21 @@ from ranks import together
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
 
-from loracurve.batching import evaluation_batches
-from loracurve.bootstrap import BootstrapConfig
 from loracurve.cli import main
-from loracurve.corruption import CorruptionConfig
-from loracurve.distributed import gathered, is_main, on_main, world
-from loracurve.errors import UserError
-from loracurve.loop import FitResult, LoopConfig
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig
-from loracurve.perturbation import PerturbationConfig
-from loracurve.predictive import Predictive
-from loracurve.sharding import asked_to_shard, shard_base
-from loracurve.splits import predict_splits
-from loracurve.storage import read_json
-from loracurve.tasks import Task
-from loracurve.training import fit, fit_anchors
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict_splits
+from loracurve.inference.predictive import Predictive
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.fsdp import asked_to_shard, shard_base
+from loracurve.system.distributed import gathered, is_main, on_main, world
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_json
+from loracurve.tasks.batching import evaluation_batches
+from loracurve.tasks.task import Task
+from loracurve.training.config import CorruptionConfig, LoopConfig, ObjectiveConfig, PerturbationConfig
+from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.likelihood_bootstrap import BootstrapConfig
+from loracurve.training.loop import FitResult
 
 QUIET = {"progress": False}
 QUICKLY = {"steps": 4, "batch_size": 5, "learning_rate": 3e-3, "evaluate_every": 2, "row_tokens": 1, "eps": 1e-3}

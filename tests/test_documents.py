@@ -23,8 +23,8 @@ from tokenizers_made import llama_style
 
 import loracurve as lc
 from loracurve.bench.tiny_model import TINY, tiny_model
-from loracurve.predictive import Predictive
-from loracurve.trainer import CurveTrainer
+from loracurve.inference.predictive import Predictive
+from loracurve.training.trainer import CurveTrainer
 
 
 def python_in(document: str) -> list[str]:
@@ -59,7 +59,7 @@ def test_the_trainers_of_the_trainer_page_run(tmp_path: Path) -> None:
     exec(first, names)
     assert names["trainer"].train().global_step == 1
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from loracurve.sft import CurveSFTTrainer
+    from loracurve.training.sft import CurveSFTTrainer
 
     tokenizer = llama_style()
     texts = datasets.Dataset.from_list([{"text": "the film is good"}] * 4)

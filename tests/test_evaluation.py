@@ -13,20 +13,23 @@ from made_runs import QUICK, base_folder, command, config_file, data_folder
 from test_training import build
 from tiny import random_points
 
-from loracurve.batching import evaluation_batches
-from loracurve.calibration import fit_temperature
-from loracurve.config import CurveConfig, EvaluationConfig, ModelConfig, RunConfig
-from loracurve.errors import UserError
-from loracurve.evaluation import fit_likelihood_temperature, labels_of, point_nll, predict_split
-from loracurve.inference import effective_points, likelihood_weights, quadrature
-from loracurve.model import CurveSpec
-from loracurve.objective import mixture_log_probs
-from loracurve.predictive import Predictive
-from loracurve.randomness import generator
-from loracurve.run import open_run
-from loracurve.tasks import TaskConfig
-from loracurve.tunnel import TunnelConfig
-from loracurve.tunnel_inference import tunnel_average
+from loracurve.curve.config import CurveConfig
+from loracurve.curve.quadrature import quadrature
+from loracurve.curve.spec import CurveSpec
+from loracurve.experimental.tunnel_average import tunnel_average
+from loracurve.inference.calibration import fit_temperature
+from loracurve.inference.config import EvaluationConfig, TunnelConfig
+from loracurve.inference.information import mixture_log_probs
+from loracurve.inference.model_average import effective_points, fit_likelihood_temperature, likelihood_weights
+from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.inference.predictive import Predictive
+from loracurve.model.config import ModelConfig
+from loracurve.runs.config import RunConfig
+from loracurve.runs.run import open_run
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.tasks.batching import evaluation_batches
+from loracurve.tasks.config import TaskConfig
 
 SHAPES = [
     CurveSpec(2, 2),

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from loracurve.errors import UserError
-from loracurve.metrics import expected_calibration_error
-from loracurve.paths import PATHS
+from loracurve.inference.metrics import expected_calibration_error
+from loracurve.landscape.config import PATHS
 from loracurve.report import figures, frames, plots, prediction_plots
+from loracurve.system.errors import UserError
 
 SETS = {"test": (300, 0), "elements": (40, 1)}
 

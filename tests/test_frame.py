@@ -78,7 +78,7 @@ def test_documents_show_commands_and_options_that_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_show_configurations_that_parse(document: str, tmp_path: Path) -> None:
-    from loracurve.bench.suite_files import load_suite
+    from loracurve.bench.suite import load_suite
     from loracurve.cli import parse_fit_config
 
     for block in fenced("yaml", (ROOT / document).read_text()):
@@ -119,7 +119,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import torch
     from made_runs import base_folder, data_folder
 
-    from loracurve.bases import load_base
+    from loracurve.model.base_model import load_base
 
     monkeypatch.chdir(tmp_path)
     base = str(base_folder(tmp_path / "base", "llama"))
@@ -140,7 +140,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_existing_functions_and_files(document: str) -> None:
-    from loracurve.config_files import run_parser
+    from loracurve.runs.config import run_parser
 
     text = (ROOT / document).read_text()
     options = {action.dest for action in run_parser()._actions}

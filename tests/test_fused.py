@@ -15,11 +15,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from loracurve.batching import collate
-from loracurve.capture import map_tensors
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.norms import as_written, fuse_norms, fused_norm
-from loracurve.products import cast_together, grouped_linear
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.cuda_graphs import map_tensors
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.functional import cast_together, grouped_linear
+from loracurve.model.fused_norms import as_written, fuse_norms, fused_norm
+from loracurve.tasks.batching import collate
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,11 +9,15 @@ import torch
 from tiny import lora_config, random_points, tiny
 from tokenizers_made import llama_style, qwen_style, smollm_style
 
-from loracurve.batching import collate
-from loracurve.inference import predict
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.tasks import TEMPLATES, Dataset, Row, Task, TaskConfig
-from loracurve.tasks.gaps import fillings, split_gap
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict
+from loracurve.model.curve_model import CurveModel
+from loracurve.tasks.batching import collate
+from loracurve.tasks.cloze import fillings, split_gap
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.dataset import Dataset, Row
+from loracurve.tasks.task import Task
+from loracurve.tasks.templates import TEMPLATES
 
 ROWS = [
     Row("middle", 0, question="the sun was bigger than fire so _ was a star.", choices=("the sun", "fire")),

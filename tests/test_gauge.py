@@ -12,12 +12,14 @@ from made import made_task, vocabulary
 from tiny import ARCHITECTURES, lora_config, random_points, tiny
 from torch import Tensor
 
-from loracurve.errors import UserError
-from loracurve.gauge import Alignment, align, balanced, delta_w_gram, procrustes
-from loracurve.loop import LoopConfig
-from loracurve.lora_space import ControlPoints
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.training import fit_anchors
+from loracurve.curve.config import Alignment
+from loracurve.curve.gauge import align, balanced, delta_w_gram, procrustes
+from loracurve.curve.lora_space import ControlPoints
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.training.config import LoopConfig
+from loracurve.training.fit import fit_anchors
 
 ALIGNMENTS = get_args(Alignment)
 RANK, N_IN, N_OUT = 4, 12, 9
@@ -253,7 +255,7 @@ def test_the_barrier_between_trained_adapters_that_differ_by_rotations_is_one_of
     # Anchor 0 and its rotated copy, then anchor 1 and its copy: each second step of the path only changes the gauge.
     path = {n: p[[0, 0, 1, 1]] for n, p in trained.items()}
     path = regauged(path, [torch.eye(4, dtype=torch.float64), rotation(1), rotation(2), rotation(3)])
-    from loracurve.evaluation import labels_of, point_nll, predict_split
+    from loracurve.inference.prediction import labels_of, point_nll, predict_split
 
     # On the training rows, which the adapters know: on others a bad adapter may be worse than none.
     train, t = task.encode("train"), torch.linspace(0, 1, 7, dtype=torch.float64)

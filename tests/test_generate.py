@@ -14,10 +14,12 @@ from tiny import adapters_on, lora_config, peft_twin, random_points, tiny
 from tokenizers_made import eos_style, llama_style, qwen_style
 from torch import Tensor
 
-from loracurve.errors import UserError
-from loracurve.generate import GenerateConfig, Generation, choose_tokens, generate
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.randomness import generator
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import Generation, choose_tokens, generate
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
 from loracurve.tasks.tokens import leading_tokens, tokenise
 
 T = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
@@ -241,7 +243,7 @@ def test_progress_counts_the_steps_of_each_batch() -> None:
 
 
 def test_mixtures_take_weights_for_each_example() -> None:
-    from loracurve.objective import mixture_log_probs
+    from loracurve.inference.information import mixture_log_probs
 
     log_probs = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     weights = torch.tensor([[0.2, 0.6], [0.3, 0.4], [0.5, 0.0]])

@@ -10,10 +10,11 @@ import pytest
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 
 from loracurve.cli import main
-from loracurve.generate import GenerateConfig, Generation
-from loracurve.generate import generate as decode
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import Generation
+from loracurve.inference.generation import generate as decode
 from loracurve.report.generations import print_generation, write_generations
-from loracurve.run import open_run
+from loracurve.runs.run import open_run
 
 LIMIT = ["--max_new_tokens=4", "--points=2"]
 

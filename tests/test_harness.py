@@ -15,10 +15,11 @@ from made import made_task, vocabulary
 from made_runs import QUICK, base_folder, command, config_file, data_folder
 from tiny import lora_config, random_points, tiny
 
-from loracurve.errors import UserError
-from loracurve.harness import Scorer, harness_class, main, rolling_windows
-from loracurve.inference import quadrature
-from loracurve.model import CurveModel, CurveSpec
+from loracurve.curve.quadrature import quadrature
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.lm_eval import Scorer, harness_class, main, rolling_windows
+from loracurve.system.errors import UserError
 from loracurve.tasks.tokens import leading_tokens, tokenise
 
 PAIRS = [

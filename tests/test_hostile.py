@@ -29,23 +29,23 @@ from tiny import tiny
 from tokenizers_made import qwen_style
 
 from loracurve.baselines.single import Single
-from loracurve.bases import load_base
-from loracurve.bench.reporting import write_tables
+from loracurve.bench.config import slug
 from loracurve.bench.runner import run_suite
 from loracurve.bench.store import read_predictions, record_of
-from loracurve.bench.suite import cells_of, slug
-from loracurve.bench.suite_files import load_suite
-from loracurve.checkpoint import LoopState, load_checkpoint
+from loracurve.bench.suite import cells_of, load_suite
+from loracurve.bench.tables.write import write_tables
 from loracurve.cli import main
-from loracurve.config import ModelConfig
-from loracurve.config_files import load_config
-from loracurve.errors import UserError, one_line
-from loracurve.lora_space import load_adapter
-from loracurve.model import CurveModel
-from loracurve.predicting import read_calibration
-from loracurve.serving import ServedCurve
-from loracurve.storage import load_curve, read_json, read_table, read_tensors
-from loracurve.tasks.data import read_dataset, read_rows
+from loracurve.curve.files import load_adapter, load_curve
+from loracurve.model.base_model import load_base
+from loracurve.model.config import ModelConfig
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.config import load_config
+from loracurve.runs.predict import read_calibration
+from loracurve.serving.multi_lora_client import ServedCurve
+from loracurve.system.errors import UserError, one_line
+from loracurve.system.files import read_json, read_table, read_tensors
+from loracurve.tasks.dataset import read_dataset, read_rows
+from loracurve.training.checkpoint import LoopState, load_checkpoint
 
 FUZZ = settings(
     max_examples=100,

@@ -5,17 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from loracurve import curve
-from loracurve.errors import UserError
-from loracurve.inference import (
-    Predictive,
-    arc_length_weights,
-    effective_points,
-    evaluation_mode,
-    likelihood_weights,
-    predict,
-    quadrature,
-)
+from loracurve.curve import bezier
+from loracurve.curve.quadrature import quadrature
+from loracurve.inference.model_average import arc_length_weights, effective_points, likelihood_weights
+from loracurve.inference.prediction import predict
+from loracurve.inference.predictive import Predictive
+from loracurve.model.runner import evaluation_mode
+from loracurve.system.errors import UserError
 
 
 def random_log_probs(*shape, seed=0):
@@ -38,8 +34,8 @@ def test_uniform_quadrature():
 def test_gauss_legendre_is_exact_for_piecewise_polynomials(segments):
     t, w = quadrature("gauss-legendre", 3 * segments, segments)
     assert t.dtype == w.dtype == torch.float64 and w.sum().item() == pytest.approx(1)
-    c = curve.coefficients(t, segments, 2)
-    torch.testing.assert_close(c.T @ (w[:, None] * c), curve.coefficient_gram(segments, 2))
+    c = bezier.coefficients(t, segments, 2)
+    torch.testing.assert_close(c.T @ (w[:, None] * c), bezier.coefficient_gram(segments, 2))
 
 
 def test_monte_carlo_needs_and_obeys_a_generator():
@@ -61,7 +57,7 @@ def test_bad_quadratures(kind, points, message):
 
 
 def test_arc_length_weights_follow_the_speed():
-    gram = curve.gram([torch.tensor([[0.0], [1.0], [4.0]], dtype=torch.float64)])  # second segment 3 times as long
+    gram = bezier.gram([torch.tensor([[0.0], [1.0], [4.0]], dtype=torch.float64)])  # second segment 3 times as long
     t, w = quadrature("gauss-legendre", 4, 2)
     weights = arc_length_weights(t, w, gram, 2, 1)
     torch.testing.assert_close(weights, torch.tensor([1, 1, 3, 3], dtype=torch.float64) / 8)

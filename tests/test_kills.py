@@ -23,17 +23,17 @@ import yaml
 from made_runs import QUICK, base_folder, command, config_file, data_folder
 from test_bench import bytes_of, little
 
-from loracurve import storage
 from loracurve.baselines.single import Single
-from loracurve.bench.options import plain
-from loracurve.bench.reporting import write_tables
+from loracurve.bench.provenance import plain
 from loracurve.bench.runner import run_suite
-from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.bench.tables.write import write_tables
 from loracurve.cli import main
-from loracurve.errors import UserError
-from loracurve.locking import LOCK, locked
-from loracurve.loop import LoopConfig
-from loracurve.storage import read_json
+from loracurve.system import files
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_json
+from loracurve.system.folders import LOCK, locked
+from loracurve.training.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.training.config import LoopConfig
 
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 OFTEN = ["--anchor_training.checkpoint_every=1", "--curve_training.checkpoint_every=1"]
@@ -81,7 +81,7 @@ def whole_files_only(folder: Path) -> None:
         if not path.name.startswith("."):
             json.loads(path.read_text())
     for path in folder.rglob("[!.]*.safetensors"):
-        storage.read_tensors(path)
+        files.read_tensors(path)
     with locked(folder):
         assert not list(folder.rglob(".*.tmp")), "unfinished files of killed processes are removed"
 
@@ -168,7 +168,7 @@ def test_a_run_killed_within_its_writes_goes_on_to_the_same_bits(
             return calls[name](*arguments, **options)
 
         for name in calls:
-            setattr(storage.os, name, partial(dying, name))
+            setattr(files.os, name, partial(dying, name))
         command(*fit(out))
 
     for _ in range(6):
@@ -341,8 +341,8 @@ def test_names_of_files_and_new_folders_are_flushed(tmp_path: Path, monkeypatch:
         flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
 
-    monkeypatch.setattr("loracurve.storage.os.fsync", recorded)
-    storage.write_json(tmp_path / "a" / "b" / "c.json", 1)
+    monkeypatch.setattr("loracurve.system.files.os.fsync", recorded)
+    files.write_json(tmp_path / "a" / "b" / "c.json", 1)
     assert flushed[:2] == [str(tmp_path), str(tmp_path / "a")]
     assert Path(flushed[2]).parent == tmp_path / "a" / "b" and flushed[2].endswith(".tmp")
     assert flushed[3] == str(tmp_path / "a" / "b") and len(flushed) == 4
@@ -366,7 +366,7 @@ def test_disks_that_are_full_or_read_only_cost_one_line(
         raise OSError(fault, os.strerror(fault))
 
     # The disk is full when contents are flushed; a read-only one refuses to make the file.
-    monkeypatch.setattr(storage.os, "fsync" if fault == errno.ENOSPC else "replace", failing)
+    monkeypatch.setattr(files.os, "fsync" if fault == errno.ENOSPC else "replace", failing)
     scan = [
         "--points=3",
         "--plane=0",

@@ -13,20 +13,24 @@ from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 from torch import Tensor
 
-from loracurve import curve, sharpness
-from loracurve.barriers import barrier, barrier_frame, excess, gauge_verdicts
-from loracurve.batching import collate
-from loracurve.diversity import diversity_frame, information_frame, pairwise_divergence
-from loracurve.errors import UserError
-from loracurve.gauge import delta_w_gram
-from loracurve.inference import predict
-from loracurve.landscape import LaidOut, lay_out, mean_loss, merged_adapter, predict_merged, scan_paths
-from loracurve.lora_space import adapter_at
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.paths import PATHS, Path, anchor_paths, curve_path, grid, joints, scalings_of, update_norms
-from loracurve.planes import choose_corners, plane_frames, plane_through
-from loracurve.sharpness import balanced_adapter, hessian_top_eigenvalue, perturbed, sharpness_along
-from loracurve.slopes import loss_slopes, weight_gradients
+from loracurve.curve import bezier
+from loracurve.curve.gauge import delta_w_gram
+from loracurve.curve.lora_space import adapter_at
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict
+from loracurve.landscape.barriers import barrier, barrier_frame, excess, gauge_verdicts
+from loracurve.landscape.config import PATHS
+from loracurve.landscape.diversity import diversity_frame, information_frame, pairwise_divergence
+from loracurve.landscape.paths import Path, anchor_paths, curve_path, grid, joints, scalings_of, update_norms
+from loracurve.landscape.plane import choose_corners, plane_frames, plane_through
+from loracurve.landscape.scan import LaidOut, lay_out, mean_loss, predict_merged, scan_paths
+from loracurve.landscape.sharpness import balanced_adapter, hessian_top_eigenvalue, perturbed, sharpness_along
+from loracurve.landscape.slopes import loss_slopes, weight_gradients
+from loracurve.model import merging
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.merging import merged_adapter
+from loracurve.system.errors import UserError
+from loracurve.tasks.batching import collate
 
 LINES = [name for name in PATHS if name != "curve"]
 
@@ -356,19 +360,19 @@ def test_hessian_of_a_quadratic_is_known() -> None:
         return torch.stack([-loss, torch.log1p(-(-loss).exp())])[None, None]
 
     stub.scores = scores  # type: ignore[assignment]
-    original = sharpness.merged_adapter
-    sharpness.merged_adapter = fold  # type: ignore[assignment]
+    original = merging.merged_adapter
+    merging.merged_adapter = fold  # type: ignore[assignment]
     try:
         found = hessian_top_eigenvalue(stub, adapter, split, iterations=60)  # type: ignore[arg-type]
     finally:
-        sharpness.merged_adapter = original
+        merging.merged_adapter = original
     assert found == pytest.approx(5.0, rel=1e-6)
 
 
 def test_plane_projection_by_hand() -> None:
     # Control points in R^3: corners (0,0,0), (2,0,0), (1,3,0) and one point at (1,1,4) above the plane.
     points = torch.tensor([[0, 0, 0], [2, 0, 0], [1, 3, 0], [1, 1, 4]], dtype=torch.float64)
-    plane = plane_through(curve.gram([points]), (0, 1, 2))
+    plane = plane_through(bezier.gram([points]), (0, 1, 2))
     xy, outside = plane.project(torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(xy, points[:, :2], rtol=1e-12, atol=1e-12)
     expected = torch.tensor([0, 0, 0, 4 / 18**0.5], dtype=torch.float64)
@@ -377,10 +381,10 @@ def test_plane_projection_by_hand() -> None:
     torch.testing.assert_close(back @ points, points[:3], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(back.sum(1), torch.ones(3, dtype=torch.float64))
     with pytest.raises(UserError, match="on one line"):
-        plane_through(curve.gram([points[[0, 1, 1]] * torch.tensor([[1.0], [1.0], [2.0]])]), (0, 1, 2))
+        plane_through(bezier.gram([points[[0, 1, 1]] * torch.tensor([[1.0], [1.0], [2.0]])]), (0, 1, 2))
     # Any isometric or shifted copy of the points has the same coordinates up to the origin.
     shifted = points + torch.tensor([5.0, -1.0, 2.0])
-    again = plane_through(curve.gram([shifted]), (0, 1, 2)).project(torch.eye(4, dtype=torch.float64))
+    again = plane_through(bezier.gram([shifted]), (0, 1, 2)).project(torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(again[0], xy, rtol=1e-9, atol=1e-9)
 
 
@@ -394,7 +398,7 @@ def test_a_curve_inside_the_plane_has_nothing_outside(tmp_path: FilePath) -> Non
     with pytest.raises(UserError, match="straight line"):
         choose_corners(1, 1)
     # A grid point at a control point's coordinates has that control point's loss.
-    plane = plane_through(curve.gram(points.values()), (0, 1, 2))
+    plane = plane_through(bezier.gram(points.values()), (0, 1, 2))
     place = plane.coefficients(torch.tensor(drawn[drawn["kind"] == "control"][["x", "y"]].to_numpy())[1])
     expected = mean_loss(model, {n: p[1] for n, p in points.items()}, split)
     assert mean_loss(model, adapter_at(points, place), split) == pytest.approx(expected, abs=1e-6)

@@ -16,15 +16,17 @@ from tiny import lora_config, peft_twin, random_points, tiny
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loracurve.baselines.base import Setting
 from loracurve.baselines.laplace import Laplace
-from loracurve.baselines.plain_peft import ClassLogits, peft_model
-from loracurve.errors import UserError
-from loracurve.evaluation import labels_of, predict_split
-from loracurve.loop import LoopConfig
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.programs import slot_times
-from loracurve.tasks import Encoded, Row
+from loracurve.baselines.method import Setting
+from loracurve.baselines.peft_model import ClassLogits, peft_model
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.tasks.dataset import Row
+from loracurve.tasks.encoding import Encoded
+from loracurve.training.config import LoopConfig
 
 CASES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
 

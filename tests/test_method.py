@@ -14,21 +14,23 @@ from made_runs import base_folder, config_file, data_folder
 from test_training import QUIET, build
 from tiny import lora_config, random_points, tiny
 
-from loracurve import curve
-from loracurve.batching import collate
-from loracurve.bootstrap import BootstrapConfig, BootstrapWeights
 from loracurve.cli import main
-from loracurve.corruption import CorruptionConfig, ordinary_tokens, unlabelled
-from loracurve.errors import UserError
-from loracurve.evaluation import predict_split
-from loracurve.loop import LoopConfig, batch_numbers
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig, jensen_shannon, negative_log_likelihood
-from loracurve.perturbation import PerturbationConfig
-from loracurve.programs import AnchorsProgram, CurveProgram
-from loracurve.routes import Layout
-from loracurve.sampling import Sampling
-from loracurve.training import FitConfig, fit, fit_anchors
+from loracurve.curve import bezier
+from loracurve.curve.config import Sampling
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.information import jensen_shannon, negative_log_likelihood
+from loracurve.inference.prediction import predict_split
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.routes import Layout
+from loracurve.system.errors import UserError
+from loracurve.tasks.batching import collate
+from loracurve.training.anchors import AnchorsObjective
+from loracurve.training.config import CorruptionConfig, FitConfig, LoopConfig, ObjectiveConfig, PerturbationConfig
+from loracurve.training.corruption import ordinary_tokens, unlabelled
+from loracurve.training.curves import CurveObjective
+from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.likelihood_bootstrap import BootstrapConfig, BootstrapWeights
+from loracurve.training.loop import batch_numbers
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_points_in_several_passes_have_the_same_gradients_in_less_memory(
     found, kept_in_one = [], 0
     for passes in (1, 2, 4):
         config = shared_points(points=4, point_passes=passes, batch_size=6, seed=3, **options)
-        program = CurveProgram(model, train, validation, config, ordinary_tokens(task.tokenizer), tau=0.5)
+        program = CurveObjective(model, train, validation, config, ordinary_tokens(task.tokenizer), tau=0.5)
         (part,) = program.parts(2)
         kept: list[int] = []
 
@@ -246,7 +248,7 @@ def test_passes_draw_the_same_dropout_again(tmp_path: Path) -> None:
     model.set_curve(model.spec, random_points(model))
     model.train()
     train, validation = task.encode("train"), task.encode("validation")
-    program = CurveProgram(model, train, validation, shared_points(points=2, point_passes=2, batch_size=4))
+    program = CurveObjective(model, train, validation, shared_points(points=2, point_passes=2, batch_size=4))
     (part,) = program.parts(0)
 
     def value() -> torch.Tensor:
@@ -276,13 +278,13 @@ def test_passes_that_cannot_be_had_are_refused() -> None:
 
 
 def test_each_text_of_a_packed_row_is_trained_at_its_own_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loracurve.packing.WORTH_PACKING", -1.0)  # pack texts of like length too
+    monkeypatch.setattr("loracurve.tasks.packing.WORTH_PACKING", -1.0)  # pack texts of like length too
     task = made_task(tmp_path, "qwen2", "lm")
     model = CurveModel(tiny("qwen2", torch.float64, vocabulary(task)), lora_config("qwen2"), CurveSpec(2, 2))
     model.set_curve(model.spec, random_points(model))
     train = task.encode("train")
     config = FitConfig(steps=1, batch_size=5, points=2, row_tokens=10_000)
-    program = CurveProgram(model, train, task.encode("validation"), config)
+    program = CurveObjective(model, train, task.encode("validation"), config)
     (part,) = program.parts(3)
     assert part.layout == Layout("tokens", 2) and len(part.batch.input_ids) == 1
     numbers, t = batch_numbers(config.seed, 3, len(train), 5), program._points(5, 3, 0)
@@ -310,8 +312,8 @@ def test_bootstrap_weights_multiply_the_likelihood_at_their_points(
         batch_size=6, accumulation=2, share_points=share, bootstrap=BootstrapConfig("tied", 0.4), seed=3
     )
     train = task.encode("train")
-    program = CurveProgram(model, train, task.encode("validation"), config)
-    plain = CurveProgram(model, train, task.encode("validation"), replace(config, bootstrap=BootstrapConfig()))
+    program = CurveObjective(model, train, task.encode("validation"), config)
+    plain = CurveObjective(model, train, task.encode("validation"), replace(config, bootstrap=BootstrapConfig()))
     weights = BootstrapWeights(3, 0.4, tied_at=(0.0, 0.5, 1.0))
     for i, (part, same) in enumerate(zip(program.parts(5), plain.parts(5), strict=True)):
         assert same.weights is None and part.weights is not None
@@ -332,7 +334,7 @@ def test_anchors_are_trained_with_the_weights_at_their_t(tmp_path: Path) -> None
     model.set_curve(model.spec, random_points(model))
     weights = BootstrapWeights(7, 0.3)
     train = task.encode("train")
-    program = AnchorsProgram(model, train, task.encode("validation"), LoopConfig(batch_size=4), 3, weights)
+    program = AnchorsObjective(model, train, task.encode("validation"), LoopConfig(batch_size=4), 3, weights)
     (part,) = program.parts(2)
     expected = torch.zeros(())
     for m, t in enumerate((0.0, 0.5, 1.0)):
@@ -354,7 +356,7 @@ def test_tokens_of_one_text_share_their_weight(share: bool, tmp_path: Path) -> N
     model = CurveModel(tiny("llama", vocabulary=vocabulary(task)), lora_config("llama"), CurveSpec(1, 2))
     train = task.encode("train")
     config = shared_points(batch_size=5, bootstrap=BootstrapConfig("everywhere"), share_points=share)
-    (part,) = CurveProgram(model, train, task.encode("validation"), config).parts(0)
+    (part,) = CurveObjective(model, train, task.encode("validation"), config).parts(0)
     assert part.weights is not None
     owner = [next(e for e in range(len(train)) if i < train.token_offsets[e + 1]) for i in part.batch.index.tolist()]
     columns = {e: part.weights[:, [o == e for o in owner]] for e in owner}
@@ -385,7 +387,7 @@ def test_the_diversity_term_is_taken_on_unlabelled_text(architecture: str, tmp_p
     others = unlabelled(task, file)
     assert len(others) == 4 and all(e.label is None for e in others.examples)
     config = other_config("text", file=str(file))
-    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config, others=others)
+    program = CurveObjective(model, task.encode("train"), task.encode("validation"), config, others=others)
     (part,) = program.parts(0)
     assert part.other is not None and sorted(set(part.other.index.tolist())) == [0, 1, 2, 3]
     scores = model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
@@ -433,8 +435,8 @@ def test_what_is_invisible_has_no_influence(architecture: str, scoring: str, pac
 
 
 def _corrupted(model: CurveModel, task: Any, batch: Any) -> Any:
-    from loracurve.corruption import corrupt
-    from loracurve.randomness import generator
+    from loracurve.system.randomness import generator
+    from loracurve.training.corruption import corrupt
 
     copy, visible = corrupt(batch, "attention", 0.8, ordinary_tokens(task.tokenizer), generator(1))
     return copy if copy.attention_mask is not None else replace(copy, visible=visible)
@@ -445,7 +447,7 @@ def test_training_with_corrupted_inputs(kind: str, tmp_path: Path) -> None:
     model, _, task = build("qwen2", tmp_path, CurveSpec(1, 2))
     result = fit(model, task, other_config(kind, steps=2, accumulation=2, share_points=False), **QUIET)
     assert result.steps == 2
-    program = CurveProgram(
+    program = CurveObjective(
         model, task.encode("train"), task.encode("validation"), other_config(kind), ordinary_tokens(task.tokenizer)
     )
     first, again, later = (program.parts(s)[0].other for s in (0, 0, 1))
@@ -500,7 +502,7 @@ def test_shapes_stay_what_they_are_and_resume_to_the_bit(spec: CurveSpec, tmp_pa
             h = 1e-6
             joints = torch.arange(1 - spec.closed, spec.segments, dtype=torch.float64) / spec.segments
             sides = [
-                curve.derivative_coefficients((joints + s * h) % 1, spec.segments, spec.degree) @ p.double().flatten(1)
+                bezier.derivative_coefficients((joints + s * h) % 1, spec.segments, spec.degree) @ p.double().flatten(1)
                 for s in (-1, 1)
             ]
             torch.testing.assert_close(*sides, rtol=1e-3, atol=1e-4)
@@ -509,7 +511,7 @@ def test_shapes_stay_what_they_are_and_resume_to_the_bit(spec: CurveSpec, tmp_pa
     fit(model, task, config, tmp_path / "cut", **QUIET)
     assert all(torch.equal(p, whole[n]) for n, p in model.control_points().items())
     model.save_pretrained(tmp_path / "saved")
-    from loracurve.storage import load_curve
+    from loracurve.curve.files import load_curve
 
     _, found, points = load_curve(tmp_path / "saved")
     assert asdict(found) == asdict(spec) and all(torch.equal(p, whole[n]) for n, p in points.items())
@@ -523,7 +525,7 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
     config = shared_points(
         steps=1, batch_size=4, learning_rate=1e-2, warmup=0, weight_decay=0.5, keep="last", max_grad_norm=0.05
     )
-    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
+    program = CurveObjective(model, task.encode("train"), task.encode("validation"), config)
     (part,) = program.parts(0)
     # By hand: free points are the leaves, control points are made from them, the penalty is that along the curve.
     ties = {n: spec.dependence(spec.is_shared(n)) for n in start}
@@ -539,7 +541,7 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
         g = g.mT if n.endswith("lora_B.weight") else g
         grads[n] = torch.tensordot(made[n].mT, g, dims=1) * moving[n].view(-1, 1, 1)
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-    gram = curve.coefficient_gram(spec.segments, spec.degree)
+    gram = bezier.coefficient_gram(spec.segments, spec.degree)
     expected = {}
     for n, g in grads.items():
         g = g * min(1.0, 0.05 / (norm + 1e-6))
@@ -560,7 +562,7 @@ def test_layers_have_points_of_their_own(architecture: str, tmp_path: Path) -> N
     model, _, task = build(architecture, tmp_path, CurveSpec(2, 2), torch.float64, **options)
     model.set_curve(model.spec, random_points(model))
     config = shared_points(steps=2, batch_size=4, layerwise=True)
-    program = CurveProgram(model, task.encode("train"), task.encode("validation"), config)
+    program = CurveObjective(model, task.encode("train"), task.encode("validation"), config)
     (part,) = program.parts(1)
     assert part.coefficients.shape == (len(model.layers), 2, 5)
     assert len({tuple(c) for c in part.coefficients[:, 0].tolist()}) == len(model.layers)

@@ -10,24 +10,24 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve.baselines.base import Method, Setting
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import ConvexMix, Ensemble, LongerEnsemble, mixture_weights
 from loracurve.baselines.lines import Line
+from loracurve.baselines.method import Method, Setting
 from loracurve.baselines.single import Single
 from loracurve.baselines.temperature import TemperatureScaled
-from loracurve.calibration import fit_temperature
-from loracurve.config import CurveConfig
-from loracurve.errors import UserError
-from loracurve.evaluation import labels_of, predict_split
-from loracurve.gauge import align
-from loracurve.loop import LoopConfig
-from loracurve.lora_space import PREFIX
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig
-from loracurve.predictive import Predictive
-from loracurve.programs import slot_times
-from loracurve.training import fit_anchors
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.config import CurveConfig
+from loracurve.curve.gauge import align
+from loracurve.curve.lora_space import PREFIX
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.calibration import fit_temperature
+from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.inference.predictive import Predictive
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.training.config import LoopConfig, ObjectiveConfig
+from loracurve.training.fit import fit_anchors
 
 TRAINING = LoopConfig(steps=4, batch_size=4, learning_rate=1e-2, evaluate_every=2)
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from loracurve import metrics
-from loracurve.inference import Predictive
-from loracurve.metrics import Scalar
+from loracurve.inference import intervals, metrics
+from loracurve.inference.metrics import Scalar
+from loracurve.inference.predictive import Predictive
 
 PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]], dtype=torch.float64)
 LABELS = torch.tensor([0, 0, 2, 0])
@@ -141,29 +141,29 @@ def test_detection_summary():
 
 def test_bootstrap_is_reproducible_and_matches_the_normal_interval():
     values = normal(400) * 2 + 1
-    first, again = metrics.bootstrap_interval(values, 7), metrics.bootstrap_interval(values, 7)
-    assert first == again != metrics.bootstrap_interval(values, 8)
+    first, again = intervals.bootstrap_interval(values, 7), intervals.bootstrap_interval(values, 7)
+    assert first == again != intervals.bootstrap_interval(values, 8)
     half = 1.96 * (values.std() / 20).item()
     assert first.estimate == pytest.approx(values.mean().item())
     assert first.low == pytest.approx(first.estimate - half, abs=0.15 * half)
     assert first.high == pytest.approx(first.estimate + half, abs=0.15 * half)
     with pytest.raises(ValueError, match="level"):
-        metrics.bootstrap_interval(values, 0, level=95)
+        intervals.bootstrap_interval(values, 0, level=95)
 
 
 def test_bootstrap_covers():
     data = normal(300, 60, seed=5)
-    covered = sum(not metrics.bootstrap_interval(row, i, resamples=400).distinguishable for i, row in enumerate(data))
+    covered = sum(not intervals.bootstrap_interval(row, i, resamples=400).distinguishable for i, row in enumerate(data))
     assert 0.90 <= covered / 300 <= 0.98
 
 
 def test_paired_bootstrap_uses_the_pairing():
     hard = normal(300) * 10
     better = hard - 0.1 + 0.1 * normal(300, seed=1)
-    difference = metrics.paired_bootstrap(better, hard, 0)
+    difference = intervals.paired_bootstrap(better, hard, 0)
     assert difference.distinguishable and difference.estimate == pytest.approx(-0.1, abs=0.02)
-    assert not metrics.paired_bootstrap(
+    assert not intervals.paired_bootstrap(
         better[torch.randperm(300, generator=torch.Generator())], hard, 0
     ).distinguishable
     with pytest.raises(ValueError, match="same examples"):
-        metrics.paired_bootstrap(hard, hard[:-1], 0)
+        intervals.paired_bootstrap(hard, hard[:-1], 0)

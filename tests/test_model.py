@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, adapters_on, lora_config, peft_twin, random_points, tiny
 
-from loracurve.errors import UserError
-from loracurve.layers import CurveLinear
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.routes import Route
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.layers import CurveLinear
+from loracurve.model.routes import Route
+from loracurve.system.errors import UserError
 
 T = torch.tensor([0.0, 0.2, 0.5, 0.85, 1.0], dtype=torch.float64)
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}

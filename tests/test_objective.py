@@ -4,17 +4,16 @@ import warnings
 import pytest
 import torch
 
-from loracurve.errors import UserError
-from loracurve.objective import (
-    ObjectiveConfig,
+from loracurve.inference.information import (
     entropy,
     jensen_shannon,
     mixture_log_probs,
     negative_log_likelihood,
-    objective,
     pairwise_jensen_shannon,
-    resolve_tau,
 )
+from loracurve.system.errors import UserError
+from loracurve.training.config import ObjectiveConfig, resolve_tau
+from loracurve.training.objective import objective
 
 
 def random_log_probs(*shape, seed=0, absent=False):

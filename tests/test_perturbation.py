@@ -15,28 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from loracurve import weight_noise
-from loracurve.errors import UserError
-from loracurve.gauge import balanced
-from loracurve.layers import CurveLinear
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.perturbation import (
-    Draws,
-    FlatLora,
-    LoraSpace,
-    Perturbation,
-    PerturbationConfig,
-    flat_lora,
-    needs_shared_points,
-    needs_single_point,
-    perturb_factors,
-    sam_ascent,
-    sam_backward,
-    shifted,
-    squared_row_norms,
-    strength,
-)
-from loracurve.routes import Route
+from loracurve.curve.gauge import balanced
+from loracurve.curve.spec import CurveSpec
+from loracurve.model import weight_noise
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.layers import CurveLinear
+from loracurve.model.routes import Route
+from loracurve.model.weight_noise import Draws, flat_lora, perturb_factors, squared_row_norms
+from loracurve.system.errors import UserError
+from loracurve.training.config import PerturbationConfig, needs_shared_points, needs_single_point, strength
+from loracurve.training.perturbation import FlatLora, LoraSpace, Perturbation
+from loracurve.training.sam import sam_ascent, sam_backward, shifted
 
 CPU = torch.device("cpu")
 DOUBLE = torch.float64

@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import cross_entropy
 
-from loracurve.baselines.base import Fitted, Setting, from_adapters
 from loracurve.baselines.blob import BLoB, GaussianAdapter, divergence_weight, gaussian_divergence
 from loracurve.baselines.flat_lora import FlatLoRA
 from loracurve.baselines.ivon import IVON
 from loracurve.baselines.mc_dropout import MCDropout, masked_adapters
-from loracurve.baselines.own_loop import OneAdapter, fresh_adapter, train
+from loracurve.baselines.method import Fitted, Setting, from_adapters
+from loracurve.baselines.single_adapter_loop import OneAdapter, fresh_adapter, train
 from loracurve.baselines.swag import SWAG, Iterates
-from loracurve.batching import collate
-from loracurve.errors import UserError
-from loracurve.evaluation import labels_of, predict_split
-from loracurve.loop import LoopConfig, batch_numbers
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.perturbation import PerturbationConfig
-from loracurve.programs import slot_seeds, slot_times
-from loracurve.training import fit_anchors
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.tasks.batching import collate
+from loracurve.training.anchors import slot_seeds
+from loracurve.training.config import LoopConfig, PerturbationConfig
+from loracurve.training.fit import fit_anchors
+from loracurve.training.loop import batch_numbers
 
 LOOP = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2)
 ARCHITECTURES = {"qwen2": "letter", "encoder": "head"}
@@ -220,7 +222,7 @@ def test_ivon_equals_the_library_used_directly(tmp_path: Path) -> None:
     method = IVON(learning_rate=0.1, effective_samples=500.0, hessian=0.5, weight_decay=1e-3, clip_radius=0.2, passes=2)
     found = method.fit(of).predict(of.task.encode("test"))
 
-    from loracurve.randomness import stream_seed
+    from loracurve.system.randomness import stream_seed
 
     model, rows = of.model, of.task.encode("train")
     model.set_curve(CurveSpec.slots(1), fresh_adapter(of))

@@ -11,11 +11,12 @@ import transformers
 from made_runs import QUICK, base_folder, config_file, data_folder
 from tiny import adapters_on, lora_config, peft_twin, random_points
 
-from loracurve.bases import load_base
 from loracurve.cli import main
-from loracurve.errors import UserError
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.storage import read_json
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.base_model import load_base
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_json
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)

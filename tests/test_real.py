@@ -13,13 +13,16 @@ import torch
 from made import shared_points
 from torch import Tensor
 
-from loracurve.bases import Dtype, load_base, load_tokenizer
-from loracurve.batching import collate, evaluation_batches
-from loracurve.loop import LoopConfig
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.quickstart import smollm2_folder
-from loracurve.tasks import Task, TaskConfig, load_task
-from loracurve.training import fit, fit_anchors
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.base_model import load_base, load_tokenizer
+from loracurve.model.config import Dtype
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.quickstart import smollm2_folder
+from loracurve.tasks.batching import collate, evaluation_batches
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import Task, load_task
+from loracurve.training.config import LoopConfig
+from loracurve.training.fit import fit, fit_anchors
 
 pytestmark = pytest.mark.real
 

@@ -20,11 +20,11 @@ from tokenizers_made import bert_style
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from loracurve.bases import load_base
 from loracurve.cli import main
-from loracurve.config_files import load_config
-from loracurve.model import CurveModel
-from loracurve.run import Run, open_run
+from loracurve.model.base_model import load_base
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.config import load_config
+from loracurve.runs.run import Run, open_run
 
 SCORINGS = {"letter": "qwen2", "text": "llama", "head": "encoder", "lm": "llama"}
 CASES = list(product(["anchored", "free"], SCORINGS))
@@ -208,7 +208,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         if phase == "evaluation":
-            patch.setattr("loracurve.run_evaluation.write_predictions", write_predictions)
+            patch.setattr("loracurve.runs.evaluate.write_predictions", write_predictions)
         assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not (out / "metrics.json").exists()

@@ -3,14 +3,15 @@ import math
 import pytest
 import torch
 
-from loracurve import curve
-from loracurve.errors import UserError
-from loracurve.randomness import generator
-from loracurve.sampling import check_sampling, sample_points
+from loracurve.curve import bezier
+from loracurve.curve.config import check_sampling
+from loracurve.curve.sampling import sample_points
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
 
 WAYS = ["stratified", "uniform", "arc-length", "quasi-random", "half-period"]
 # A line of even speed, on which arc length is t.
-LINE = {"gram": curve.gram([torch.tensor([[0.0], [1.0]])])}
+LINE = {"gram": bezier.gram([torch.tensor([[0.0], [1.0]])])}
 
 
 def kolmogorov_distance(sample):
@@ -64,10 +65,10 @@ def test_half_period_pairs_are_half_apart(count):
 
 def test_arc_length_points_are_even_in_length():
     control = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.2, 0.1], [2.0, 1.0], [5.0, 1.0]], dtype=torch.float64)
-    gram = curve.gram([control])
+    gram = bezier.gram([control])
     t = sample_points((200,), "arc-length", generator(4), gram=gram, segments=2, degree=2)
-    whole = curve.arc_length(gram, 2, 2)
-    fractions = torch.stack([curve.arc_length(gram, 2, 2, 0.0, at) / whole for at in t.tolist()])
+    whole = bezier.arc_length(gram, 2, 2)
+    fractions = torch.stack([bezier.arc_length(gram, 2, 2, 0.0, at) / whole for at in t.tolist()])
     assert ((fractions + 1e-9) * 200).floor().tolist() == list(range(200))
     assert kolmogorov_distance(t) > 0.2, "uneven speed: even in length is uneven in t"
 

@@ -15,9 +15,8 @@ import pytest
 import yaml
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 
-from loracurve.cli import main
-from loracurve.landscape_commands import spell_out
-from loracurve.paths import PATHS
+from loracurve.cli import main, spell_out
+from loracurve.landscape.config import PATHS
 from loracurve.report.page import about
 from loracurve.report.run_data import read_run
 

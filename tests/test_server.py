@@ -24,19 +24,20 @@ from hypothesis import strategies as st
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 
 from loracurve.cli import main
-from loracurve.errors import UserError
-from loracurve.generate import GenerateConfig, generate
-from loracurve.run import Run, open_run
-from loracurve.server.batcher import Batcher, Closed, Job, QueueFull
-from loracurve.server.options import ServeConfig
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import generate
+from loracurve.runs.run import Run, open_run
+from loracurve.serving.batcher import Batcher, Closed, Job, QueueFull
+from loracurve.serving.config import ServeConfig
+from loracurve.system.errors import UserError
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 testclient = pytest.importorskip("fastapi.testclient")
 
-from loracurve.server.app import make_app  # noqa: E402
-from loracurve.server.engine import Engine  # noqa: E402
+from loracurve.serving.app import make_app  # noqa: E402
+from loracurve.serving.engine import Engine  # noqa: E402
 
 TEXTS = ["the film is good", "a truly awful", "it was fine", "quite dull", "i found the music lovely", "poor " * 30]
 ROWS = [{"id": f"r{i}", "text": text} for i, text in enumerate(TEXTS)]

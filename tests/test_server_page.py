@@ -13,14 +13,14 @@ import pytest
 from browser import CHROMIUM, Browser
 from made_runs import QUICK, base_folder, command, config_file, data_folder
 
-from loracurve.run import open_run
-from loracurve.server.options import ServeConfig
+from loracurve.runs.run import open_run
+from loracurve.serving.config import ServeConfig
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from loracurve.server.app import make_app  # noqa: E402
+from loracurve.serving.app import make_app  # noqa: E402
 
 
 @contextmanager

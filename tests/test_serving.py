@@ -16,11 +16,11 @@ import torch
 from made_runs import QUICK, base_folder, command, config_file, data_folder
 from transformers import PreTrainedTokenizerFast
 
-from loracurve.bases import load_base
-from loracurve.errors import UserError
-from loracurve.evaluation import predict_split
-from loracurve.run import open_run
-from loracurve.serving import ServedCurve
+from loracurve.inference.prediction import predict_split
+from loracurve.model.base_model import load_base
+from loracurve.runs.run import open_run
+from loracurve.serving.multi_lora_client import ServedCurve
+from loracurve.system.errors import UserError
 
 
 class Server(ThreadingHTTPServer):
@@ -299,7 +299,7 @@ def test_many_prompts_are_several_requests(
     whole = client.choices(texts, [" no", " yes", " negative"]).probs
     assert [len(asked["prompt"]) for asked in server.asked] == [15] * 3
     server.asked = []
-    monkeypatch.setattr("loracurve.serving.client._MOST_PROMPTS", 7)  # two texts of three answers
+    monkeypatch.setattr("loracurve.serving.multi_lora_client._MOST_PROMPTS", 7)  # two texts of three answers
     torch.testing.assert_close(client.choices(texts, [" no", " yes", " negative"]).probs, whole, atol=1e-9, rtol=0)
     assert [len(asked["prompt"]) for asked in server.asked] == [6] * 6 + [3] * 3
 

@@ -13,15 +13,17 @@ from test_trainer import run_example
 from tiny import lora_config, peft_twin, tiny
 from tokenizers_made import llama_style
 
-from loracurve.errors import UserError
-from loracurve.generate import GenerateConfig, generate
-from loracurve.lora_space import adapter_at
-from loracurve.model import CurveModel, CurveSpec
+from loracurve.curve.lora_space import adapter_at
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import generate
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from loracurve.sft import CurveSFTTrainer  # noqa: E402
+from loracurve.training.sft import CurveSFTTrainer  # noqa: E402
 
 TEXTS = ["the film is good and plain", "it was a dull story", "a truly lovely one", "this music feels rather awful"]
 ASSISTANT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

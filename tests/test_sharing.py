@@ -16,11 +16,12 @@ import yaml
 from made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 from tiny import lora_config, random_points, tiny
 
-from loracurve import sharing
 from loracurve.cli import main
-from loracurve.errors import UserError
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.storage import read_json
+from loracurve.curve import hub as curve_hub
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -58,7 +59,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     stub = Hub()
-    monkeypatch.setattr(sharing, "HfApi", stub)
+    monkeypatch.setattr(curve_hub, "HfApi", stub)
     return stub
 
 
@@ -149,7 +150,7 @@ def test_the_code_on_the_card_loads_the_curve(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     if scoring == "head":
         assert space["probs"].shape == (2,) and float(space["probs"].sum()) == pytest.approx(1)
-        from loracurve.run import open_run
+        from loracurve.runs.run import open_run
 
         assert torch.equal(logits(space["model"]), logits(open_run(runs[scoring]).model))
     else:
@@ -168,7 +169,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     command("share", runs["label"], "--hub", "me/curve", "--base", "org/tiny", "--private")
     assert capsys.readouterr().out == "Uploaded: hub/me/curve/3\n" and not list(tmp_path.iterdir())
     files = hub.repositories["me/curve"]
-    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*sharing.FILES, "README.md"])
+    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*files.FILES, "README.md"])
     assert b'from_pretrained("me/curve")' in files["README.md"]
 
     cache = tmp_path / "cache"
@@ -190,8 +191,8 @@ def test_only_the_two_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(sharing, "snapshot_download", fetch)
-    assert sharing.curve_folder("me/curve", "v1") == tmp_path
+    monkeypatch.setattr(curve_hub, "snapshot_download", fetch)
+    assert curve_hub.curve_folder("me/curve", "v1") == tmp_path
     assert asked == {
         "name": "me/curve",
         "revision": "v1",

@@ -9,9 +9,11 @@ import torch
 from made import made_task, vocabulary
 from tiny import lora_config, random_points, tiny
 
-from loracurve import predictor, splits
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.splits import folding_tokens, predict_splits
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference import prediction
+from loracurve.inference.prediction import folding_tokens, predict_splits
+from loracurve.model import predictor
+from loracurve.model.curve_model import CurveModel
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 SCORING = {"qwen2": "letter", "llama": "text", "encoder": "head"}
@@ -48,7 +50,7 @@ def test_tokens_from_which_folding_pays(tmp_path: Path, monkeypatch: pytest.Monk
     sets = {"test": task.encode("test")}
     predict_splits(model, sets, T)
     assert len(calls) == 1
-    monkeypatch.setattr(splits, "room_for_merged", lambda model: False)
+    monkeypatch.setattr(prediction, "room_for_merged", lambda model: False)
     predict_splits(model, sets, T)
     assert len(calls) == 1
     upper, _ = build("qwen2", tmp_path / "upper", layers_to_transform=[2], target_modules=["q_proj"])
@@ -66,7 +68,7 @@ def test_language_models_run_their_points_together(tmp_path: Path) -> None:
 def test_logits_of_texts_limit_the_points_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = build("llama", tmp_path)
     sets = {"test": task.encode("test")}
-    (batch,) = splits.laid_out_for(model, sets["test"])
+    (batch,) = prediction.laid_out_for(model, sets["test"])
     assert batch.answer_ids is None and batch.positions is not None
     assert model.passes(batch, len(T)) == 1
     together = predict_splits(model, sets, T, way="points")["test"].point_log_probs
@@ -79,5 +81,5 @@ def test_logits_of_texts_limit_the_points_of_a_pass(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(one_by_one, together)
     # Scores of single tokens read out those alone.
     other, letters = build("qwen2", tmp_path / "letters")
-    (batch,) = splits.laid_out_for(other, letters.encode("test"))
+    (batch,) = prediction.laid_out_for(other, letters.encode("test"))
     assert other.passes(batch, len(T)) == 1

@@ -14,11 +14,14 @@ import torch
 from tiny import lora_config, tiny
 from tokenizers_made import bert_style, eos_style, llama_style, qwen_style, smollm_style
 
-from loracurve.errors import UserError
-from loracurve.evaluation import predict_split
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.tasks import TEMPLATES, Dataset, Row, Task, TaskConfig, load_task, read_dataset
-from loracurve.tasks.templates import custom_template, fields_of
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict_split
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.dataset import Dataset, Row, read_dataset
+from loracurve.tasks.task import Task, load_task
+from loracurve.tasks.templates import TEMPLATES, custom_template, fields_of
 from loracurve.tasks.tokens import answer_tokens
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

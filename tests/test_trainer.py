@@ -17,12 +17,13 @@ from tiny import adapters_on, lora_config, peft_twin, random_points, tiny
 from tokenizers_made import qwen_style
 from transformers import TrainingArguments
 
-from loracurve.errors import UserError
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig
-from loracurve.randomness import generator
-from loracurve.sampling import sample_points
-from loracurve.trainer import CurveTrainer
+from loracurve.curve.sampling import sample_points
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.training.config import ObjectiveConfig
+from loracurve.training.trainer import CurveTrainer
 
 
 def rows(count: int = 12, classifier: bool = False) -> list[dict[str, Any]]:

@@ -13,17 +13,19 @@ from made import made_task, shared_points, vocabulary
 from tiny import lora_config, random_points, tiny
 from torch.nn.functional import cross_entropy
 
-from loracurve import curve
-from loracurve.checkpoint import LoopState, load_checkpoint, save_checkpoint
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig, batch_numbers, learning_rate_factor
-from loracurve.lora_space import PREFIX, adapter_at, initial_control_points
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig
-from loracurve.programs import slot_seeds
-from loracurve.sampling import sample_points
-from loracurve.tasks import Task
-from loracurve.training import fit, fit_anchors
+from loracurve.curve import bezier
+from loracurve.curve.lora_space import PREFIX, adapter_at
+from loracurve.curve.sampling import sample_points
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.injection import initial_control_points
+from loracurve.system.errors import UserError
+from loracurve.tasks.task import Task
+from loracurve.training.anchors import slot_seeds
+from loracurve.training.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.training.config import LoopConfig, ObjectiveConfig
+from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.loop import batch_numbers, learning_rate_factor
 
 QUIET = {"progress": False}
 ARCHITECTURES = {"qwen2": "letter", "llama": "text", "encoder": "head"}
@@ -173,16 +175,16 @@ def test_training_learns_and_the_best_state_is_kept(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     seen = [h["validation_nll"] for h in result.history if "validation_nll" in h]
     assert result.validation_nll == [min(v[m] for v in seen) for m in range(2)]
-    from loracurve.programs import AnchorsProgram
+    from loracurve.training.anchors import AnchorsObjective
 
-    now = AnchorsProgram(model, task.encode("train"), task.encode("validation"), LoopConfig(), 2).validate()
+    now = AnchorsObjective(model, task.encode("train"), task.encode("validation"), LoopConfig(), 2).validate()
     assert now == pytest.approx(result.validation_nll, abs=1e-6)
 
 
 def test_rows_with_their_own_points_have_the_gradient_of_single_points(tmp_path: Path) -> None:
     model, _, task = build("llama", tmp_path, CurveSpec(2, 2), torch.float64)
     model.set_curve(model.spec, random_points(model))
-    from loracurve.batching import collate
+    from loracurve.tasks.batching import collate
 
     batch = collate(task.encode("train"), range(6), row_tokens=1)
     assert len(batch.input_ids) == 6
@@ -224,10 +226,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
 
 
 def test_weight_decay_is_the_gradient_of_the_mean_squared_norm_along_the_curve() -> None:
-    gram = curve.coefficient_gram(2, 2)
+    gram = bezier.coefficient_gram(2, 2)
     points = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    (0.5 * (curve.coefficients(t, 2, 2) @ points).pow(2).sum(1).mean()).backward()
+    (0.5 * (bezier.coefficients(t, 2, 2) @ points).pow(2).sum(1).mean()).backward()
     torch.testing.assert_close(gram @ points.detach(), points.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -237,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     with pytest.raises(UserError, match=r"at step \d+.*last good state") as error:
         fit(model, task, shared_points(steps=50, batch_size=4, learning_rate=1e30, max_grad_norm=0), run, **QUIET)
     assert "\n" not in str(error.value)
-    from loracurve.storage import read_json, read_tensors
+    from loracurve.system.files import read_json, read_tensors
 
     kept = read_tensors(run / read_json(run / "checkpoint.json")["tensors"])
     assert all(torch.isfinite(v).all() for k, v in kept.items() if k.endswith("best"))

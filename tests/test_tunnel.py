@@ -3,22 +3,22 @@ import math
 import pytest
 import torch
 
-from loracurve import curve
-from loracurve.curve_options import reduction
-from loracurve.errors import UserError
-from loracurve.randomness import generator
-from loracurve.tunnel import Tunnel, sample_tunnel
+from loracurve.curve import bezier, constraints
+from loracurve.curve.constraints import reduction
+from loracurve.experimental.tunnel import Tunnel, sample_tunnel
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
 
 SHAPES = [(2, 2), (1, 3), (2, 3), (3, 2)]
 
 
 def points(segments, degree, dim=12, seed=0):
-    k = curve.number_of_control_points(segments, degree)
+    k = constraints.number_of_control_points(segments, degree)
     return torch.randn(k, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def tunnel_of(control, segments, degree, sigma=0.1, **options):
-    return Tunnel(curve.gram([control]), segments, degree, sigma, **options)
+    return Tunnel(bezier.gram([control]), segments, degree, sigma, **options)
 
 
 def vectors(tunnel, t, control):
@@ -38,7 +38,7 @@ def test_frame_is_orthonormal_and_normal_to_the_curve(segments, degree):
     t = torch.cat([torch.linspace(0, 1, 37, dtype=torch.float64), torch.arange(segments + 1).double() / segments])
     e = vectors(tunnel, t, control)
     close(e @ e.transpose(1, 2), torch.eye(tunnel.dimension, dtype=torch.float64).expand(len(t), -1, -1))
-    velocity = curve.derivative_coefficients(t, segments, degree) @ control
+    velocity = bezier.derivative_coefficients(t, segments, degree) @ control
     close(torch.einsum("ndp,np->nd", e, velocity), torch.zeros(len(t), tunnel.dimension, dtype=torch.float64))
     close(tunnel.frame(t).sum(1), torch.zeros(len(t), tunnel.dimension, dtype=torch.float64))
 
@@ -58,7 +58,7 @@ def test_frame_of_a_plane_curve_is_its_normal():
     control = torch.tensor([[0, 0], [1, 2], [3, 0]], dtype=torch.float64)
     t = torch.linspace(0, 1, 20, dtype=torch.float64)
     e = vectors(tunnel_of(control, 1, 2), t, control)[:, 0]
-    velocity = curve.derivative_coefficients(t, 1, 2) @ control
+    velocity = bezier.derivative_coefficients(t, 1, 2) @ control
     normal = torch.stack([-velocity[:, 1], velocity[:, 0]], 1) / velocity.norm(dim=1, keepdim=True)
     close(e, normal * (e[0] @ normal[0]).sign())
 
@@ -87,11 +87,11 @@ def test_coordinates(segments, degree):
     tunnel = tunnel_of(control, segments, degree)
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     zero = torch.zeros(11, tunnel.dimension, dtype=torch.float64)
-    close(tunnel.coefficients(t, zero), curve.coefficients(t, segments, degree))
+    close(tunnel.coefficients(t, zero), bezier.coefficients(t, segments, degree))
     xi = torch.randn(11, tunnel.dimension, dtype=torch.float64, generator=generator(0))
     beside = tunnel.coefficients(t, xi)
     close(beside.sum(1), torch.ones(11, dtype=torch.float64))
-    distance = ((beside - curve.coefficients(t, segments, degree)) @ control).norm(dim=1)
+    distance = ((beside - bezier.coefficients(t, segments, degree)) @ control).norm(dim=1)
     close(distance, xi.norm(dim=1))
 
 
@@ -114,9 +114,9 @@ def test_prior():
     assert xi.shape == (4000, 3)
     assert t.mean().item() == pytest.approx(0.5, abs=0.02) and t.var().item() == pytest.approx(1 / 12, rel=0.1)
     torch.testing.assert_close(xi.T.cov(), 0.09 * torch.eye(3, dtype=torch.float64), rtol=0.1, atol=0.01)
-    gram = curve.gram([control])
+    gram = bezier.gram([control])
     t, _ = tunnel_of(control, 2, 2, 0.3, prior="arc-length").sample_prior(4000, generator(1))
-    half = curve.arc_length_parameter(torch.tensor(0.5), gram, 2, 2).item()
+    half = bezier.arc_length_parameter(torch.tensor(0.5), gram, 2, 2).item()
     assert (t < half).double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
@@ -137,7 +137,7 @@ def test_posterior_of_a_gaussian_toy(temperature, prior):
     rows = tunnel.coefficients(grid_t, grid_xi[:, None])
     log_weight = log_likelihood(rows) / temperature - (grid_xi / 0.5) ** 2 / 2
     if prior == "arc-length":
-        log_weight += curve.speed(grid_t, curve.gram([control]), 1, 2).log()
+        log_weight += bezier.speed(grid_t, bezier.gram([control]), 1, 2).log()
     weight = log_weight.softmax(0)
 
     count = 2000 if prior == "uniform" else 400
@@ -178,14 +178,14 @@ def test_chains_are_reproducible_and_thinned():
 
 
 def test_refusals():
-    gram = curve.gram([points(2, 2)])
+    gram = bezier.gram([points(2, 2)])
     with pytest.raises(UserError, match="distance > 0"):
         Tunnel(gram, 2, 2, 0.0)
     with pytest.raises(UserError, match="uniform or arc-length"):
         Tunnel(gram, 2, 2, 0.1, prior="arc")
-    for flat in (torch.ones(5, 3), curve.on_line(points(1, 1), 4)):
+    for flat in (torch.ones(5, 3), bezier.on_line(points(1, 1), 4)):
         with pytest.raises(UserError, match="span a plane"):
-            Tunnel(curve.gram([flat]), 2, 2, 0.1)
+            Tunnel(bezier.gram([flat]), 2, 2, 0.1)
     tunnel = Tunnel(gram, 2, 2, 0.1)
     with pytest.raises(UserError, match="temperature"):
         sample_tunnel(tunnel, lambda c: 0.0, 1, generator(0), temperature=0.0)

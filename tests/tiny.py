@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from loracurve.lora_space import adapter_at
+from loracurve.curve.lora_space import adapter_at
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 ARCHITECTURES = ["qwen2", "llama", "encoder"]

@@ -13,26 +13,27 @@ from importlib.metadata import PackageNotFoundError, version
 # PEFT imports bitsandbytes where there is one, which on a CPU warns that it lacks kernels that would make it faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from loracurve.bases import load_base
-from loracurve.calibration import (
-    conformal_quantile,
-    fit_temperature,
-    prediction_sets,
-    selective_threshold,
-)
-from loracurve.config import CurveConfig, EvaluationConfig, LoraOptions, ModelConfig, RunConfig
-from loracurve.errors import UserError
-from loracurve.evaluation import predict_split
-from loracurve.gauge import align
-from loracurve.generate import GenerateConfig, Generation, generate
-from loracurve.inference import predict, quadrature
-from loracurve.loop import FitResult, LoopConfig
-from loracurve.model import CurveModel, CurveSpec
-from loracurve.objective import ObjectiveConfig
-from loracurve.predictive import Predictive
-from loracurve.run import fit_run, open_run
-from loracurve.tasks import Task, TaskConfig, load_task
-from loracurve.training import FitConfig, fit, fit_anchors, fit_curves
+from loracurve.curve.config import CurveConfig, LoraOptions
+from loracurve.curve.gauge import align
+from loracurve.curve.quadrature import quadrature
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.calibration import conformal_quantile, fit_temperature, prediction_sets, selective_threshold
+from loracurve.inference.config import EvaluationConfig, GenerateConfig
+from loracurve.inference.generation import Generation, generate
+from loracurve.inference.prediction import predict, predict_split
+from loracurve.inference.predictive import Predictive
+from loracurve.model.base_model import load_base
+from loracurve.model.config import ModelConfig
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.config import RunConfig
+from loracurve.runs.fit import fit_run
+from loracurve.runs.run import open_run
+from loracurve.system.errors import UserError
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import Task, load_task
+from loracurve.training.config import FitConfig, LoopConfig, ObjectiveConfig
+from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.loop import FitResult
 
 try:
     __version__ = version("loracurve")
@@ -61,7 +62,6 @@ __all__ = [
     "conformal_quantile",
     "fit",
     "fit_anchors",
-    "fit_curves",
     "fit_run",
     "fit_temperature",
     "generate",

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the input is wrong (one line on standard error), 1 a fault
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -19,29 +20,40 @@ from typing import Any
 
 import docstring_parser
 
-from loracurve import __version__, distributed
-from loracurve.bench.command import bench
-from loracurve.commands import calibrate, evaluate, export, fit, predict, quickstart
-from loracurve.config import RunConfig
-from loracurve.config_files import Parser, load_config, parse, run_parser
-from loracurve.errors import UserError, nearest, one_line
-from loracurve.generate import GenerateConfig
-from loracurve.generate_command import generate
-from loracurve.landscape_commands import report, scan, spell_out
-from loracurve.scanning import ScanConfig
-from loracurve.server.command import serve
-from loracurve.server.options import ServeConfig
-from loracurve.share_command import share
+from loracurve import __version__
+from loracurve.commands import (
+    bench,
+    calibrate,
+    evaluate,
+    export,
+    fit,
+    generate,
+    predict,
+    quickstart,
+    report,
+    scan,
+    serve,
+    share,
+)
+from loracurve.inference.config import GenerateConfig
+from loracurve.landscape.config import ScanConfig
+from loracurve.runs.config import RunConfig, load_config, run_parser
+from loracurve.serving.config import ServeConfig
+from loracurve.system import distributed
+from loracurve.system.errors import UserError, nearest, one_line
+from loracurve.system.options import Parser, parse
 
-__all__ = ["COMMANDS", "main", "parse_fit_config"]
+__all__ = ["COMMANDS", "main", "parse_fit_config", "spell_out"]
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (quickstart, fit, evaluate, predict, generate, serve, export, calibrate, scan, report, share, bench)
 }
+
 # Commands in which several processes of a launcher share the work.
 SHARED = ("fit", "evaluate", "predict")
+
 # Commands whose first argument is a dataclass of options.
 OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig, "serve": ServeConfig}
 
@@ -120,7 +132,7 @@ def _run(arguments: Sequence[str]) -> None:
         names = [p for p in inspect.signature(COMMANDS[name]).parameters if p != "options"]
         COMMANDS[name](options, **{p: values[p] for p in names})
     elif name == "bench":
-        from loracurve.bench.suite_files import suite_of
+        from loracurve.bench.suite import suite_of
 
         bench(suite_of(values), **{p: values[p] for p in inspect.signature(bench).parameters if p != "suite"})
     else:
@@ -180,3 +192,24 @@ def _quieten_upstream() -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def spell_out(arguments: Sequence[str], lists: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Options as the parser takes them: `--adapters A B` as `--adapters=["A", "B"]`, `--best` as `--best=true`.
+
+    A value given to a flag (`--best false`) stays.
+    """
+    out: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in lists:
+            values = []
+            while rest and not rest[0].startswith("-"):
+                values.append(rest.pop(0))
+            listed = len(values) == 1 and values[0].startswith("[")
+            word = f"{word}={values[0] if listed else json.dumps(values)}"
+        elif word in flags and not (rest and rest[0].lower() in ("true", "false")):
+            word = f"{word}=true"
+        out.append(word)
+    return out

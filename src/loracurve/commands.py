@@ -1,18 +1,87 @@
-"""Sub-commands on a run: each a function whose signature is its options and whose docstring is its help."""
+"""The table of commands: each is a function whose signature is its options and whose docstring is its help.
+
+What does the work is loaded when a command runs, so that help and mistakes are answered before torch is imported.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from loracurve.config import RunConfig
-from loracurve.distributed import on_main
-from loracurve.errors import UserError
+from rich.console import Console
+from rich.progress import Progress
 
-__all__ = ["calibrate", "evaluate", "export", "fit", "predict", "quickstart"]
+from loracurve.bench.config import Executor, SuiteConfig
+from loracurve.inference.config import GenerateConfig
+from loracurve.landscape.config import ScanConfig
+from loracurve.report.generations import Measure
+from loracurve.runs.config import RunConfig
+from loracurve.serving.command import _bind, _ending_well, _read_token
+from loracurve.serving.config import ServeConfig
+from loracurve.system.distributed import on_main
+from loracurve.system.errors import UserError
+from loracurve.tasks.dataset import Row, read_rows
+
+__all__ = [
+    "bench",
+    "calibrate",
+    "evaluate",
+    "export",
+    "fit",
+    "generate",
+    "predict",
+    "quickstart",
+    "report",
+    "scan",
+    "serve",
+    "share",
+]
+
+
+def bench(
+    suite: SuiteConfig,
+    out: str = "runs/bench",
+    jobs: int = 0,
+    seconds: float | None = None,
+    retry: bool = False,
+    tables_only: bool = False,
+    executor: Executor = "processes",
+    address: str | None = None,
+) -> None:
+    """Compare methods on tasks and seeds: SUITE.yaml, or smoke, small or paper; the same command resumes.
+
+    Args:
+        suite: all options of a suite, from a YAML file and the command line.
+        out: folder for the results, new or begun by the same suite.
+        jobs: cells that run side by side. Default: one for each GPU, without GPUs one (with Ray one for each node).
+        seconds: start no further cell after this time.
+        retry: run cells again that failed.
+        tables_only: make tables and page from what is in the folder, without running anything.
+        executor: processes of this machine, or the workers of a Ray cluster.
+        address: address of the Ray cluster, auto for one started on this machine. Default: what RAY_ADDRESS says, else
+            a cluster of this machine alone.
+    """
+    from loracurve.bench.runner import run_suite
+    from loracurve.bench.suite import cells_of, scans_of
+    from loracurve.bench.tables.write import write_tables
+
+    folder = Path(out)
+    if tables_only and not (folder / "suite.yaml").is_file():
+        raise UserError(f"{out}: expected the folder of a suite that was run, found none; run it without --tables_only")
+    try:
+        if not tables_only:
+            run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
+    finally:
+        if (folder / "suite.yaml").is_file():
+            tables = write_tables(suite, folder, page=True)
+            missing = sum(len(t.rows) for t in tables if t.name == "left_out")
+            total = len(cells_of(suite)) + len(scans_of(suite))
+            print(f"{total - missing} of {total} cells have results; tables.md and report.html are in {folder}")
 
 
 def quickstart(out: str = "runs/quickstart", resume: bool = False, seed: int = 0) -> None:
@@ -23,7 +92,7 @@ def quickstart(out: str = "runs/quickstart", resume: bool = False, seed: int = 0
         resume: go on with a run that was interrupted.
         seed: seed of data, anchors and curve.
     """
-    from loracurve.quickstart import run_quickstart
+    from loracurve.runs.quickstart import run_quickstart
 
     run_quickstart(Path(out), resume, seed)
 
@@ -36,8 +105,8 @@ def fit(config: RunConfig, out: str, resume: bool = False) -> None:
         out: new folder for the run.
         resume: go on with a run that was interrupted.
     """
-    from loracurve.report.tables import print_report
-    from loracurve.run import fit_run
+    from loracurve.report.terminal import print_report
+    from loracurve.runs.fit import fit_run
 
     print_report(fit_run(config, Path(out), resume))
     print(f"The run is in {out}")
@@ -63,11 +132,14 @@ def evaluate(
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
     """
-    from loracurve.evaluation import Method, labels_of, predict_split, summarise
-    from loracurve.report.tables import print_methods
-    from loracurve.run import environment, new_folder, open_run
-    from loracurve.run_evaluation import write_predictions
-    from loracurve.storage import write_json
+    from loracurve.inference.prediction import labels_of, predict_split
+    from loracurve.report.terminal import print_methods
+    from loracurve.runs.evaluate import MethodPredictions as Method
+    from loracurve.runs.evaluate import summarise, write_predictions
+    from loracurve.runs.run import open_run
+    from loracurve.system.environment import environment
+    from loracurve.system.files import write_json
+    from loracurve.system.folders import new_folder
 
     opened = open_run(run, task)
     asked = {"points": points, "weights": weights, "inference": inference}
@@ -107,9 +179,9 @@ def predict(run: str, input: str, out: str | None = None, points: int | None = N
         out: new JSONL file. Default: standard output.
         points: points of the curve. Default: the run's own.
     """
-    from loracurve.predicting import predict_rows
-    from loracurve.run import open_run
-    from loracurve.storage import atomic_write
+    from loracurve.runs.predict import predict_rows
+    from loracurve.runs.run import open_run
+    from loracurve.system.files import atomic_write
 
     on_main(lambda: _check_new(out))
     opened = open_run(run)
@@ -139,8 +211,10 @@ def export(
         best: only the point of lowest validation NLL.
         t: only this point, in [0, 1].
     """
-    from loracurve.run import best_point, new_folder, open_run
-    from loracurve.storage import export_adapter, write_json
+    from loracurve.curve.files import export_adapter
+    from loracurve.runs.run import best_point, open_run
+    from loracurve.system.files import write_json
+    from loracurve.system.folders import new_folder
 
     if out is None:
         raise UserError("export: expected --out FOLDER for the adapters, found none")
@@ -190,11 +264,208 @@ def calibrate(
         input: labelled JSONL rows that were not used in training. Default: the validation split, which also chose the
             trained state, so that the guarantee then holds only approximately.
     """
-    from loracurve.predicting import calibrate_run
-    from loracurve.run import open_run
+    from loracurve.runs.predict import calibrate_run
+    from loracurve.runs.run import open_run
 
     for name, value in (("risk", risk), ("delta", delta), ("alpha", alpha)):
         if not 0 < value < 1:
             raise UserError(f"{name}: expected a number between 0 and 1, found {value}")
     for line in calibrate_run(open_run(run), risk, delta, alpha, measure, Path(input) if input else None):
         print(line)
+
+
+def generate(
+    options: GenerateConfig,
+    run: str,
+    prompt: str | None = None,
+    input: str | None = None,
+    out: str | None = None,
+    html: str | None = None,
+    points: int | None = None,
+    colour: Measure = "mutual_information",
+) -> None:
+    """Continue prompts by the average over the curve, with the uncertainty of each token: RUN --prompt TEXT.
+
+    Args:
+        options: how to decode.
+        run: run directory of a causal language model, whatever its task.
+        prompt: one text, printed in colours with what follows. It is continued as it stands, without a chat template.
+        input: JSONL file with an id and a prompt in each row instead; one JSON line each is written.
+        out: new JSONL file. Default: standard output for --input, none for --prompt.
+        html: new HTML file with the texts in colours.
+        points: points of the curve. Default: the run's own.
+        colour: what the colours in the terminal show.
+    """
+    from loracurve.inference.generation import generate as decode
+    from loracurve.report.generations import print_generation, write_generations
+    from loracurve.runs.run import open_run
+    from loracurve.system.files import atomic_write
+
+    if (prompt is None) == (input is None):
+        raise UserError("generate: expected --prompt TEXT or --input FILE.jsonl, found both or neither")
+    for file in (out, html):
+        if file is not None and Path(file).exists():
+            raise UserError(f"{file} exists already; choose another --out or --html")
+    rows = [Row("prompt", prompt=prompt)] if input is None else read_rows(input, "language_modelling", (), False)
+    texts = [(row.text if row.prompt is None else row.prompt) or "" for row in rows]
+    opened = open_run(run)
+    if opened.model.is_classifier:
+        raise UserError(f"{run}: expected a run of a causal language model, found a classifier; use loracurve predict")
+    evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+    average = opened.average(evaluation)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        batches = -(-len(texts) // options.batch_size)
+        shown = bar.add_task("tokens", total=batches * options.max_new_tokens)
+        generations = decode(
+            opened.model,
+            opened.task.tokenizer,
+            texts,
+            options,
+            average.where,
+            average.weights,
+            lambda _: bar.advance(shown),
+        )
+    if html is not None:
+        write_generations(Path(html), generations, Path(run).resolve().name)
+    lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
+    if out is not None:
+        atomic_write(Path(out), lambda p: p.write_text(lines))
+    elif prompt is None:
+        sys.stdout.write(lines)
+    if prompt is not None:
+        print_generation(generations[0], colour)
+    for file in (out, html):
+        if file is not None:
+            print(f"Written to {file}", file=sys.stderr)
+
+
+def scan(
+    options: ScanConfig,
+    run: str | None = None,
+    adapters: list[str] | None = None,
+    task: str | None = None,
+    base: str | None = None,
+    scoring: Literal["letter", "label", "text", "head", "lm"] | None = None,
+    out: str | None = None,
+) -> None:
+    """Scan the loss along paths between adapters and along the curve: RUN, or --adapters A B C --task T.
+
+    Args:
+        options: how finely.
+        run: run directory; comes first, without --run.
+        adapters: PEFT adapter folders instead of a run, at least two; nothing is trained.
+        task: their data: a folder, the name of a hub data set, or word_sentiment.
+        base: their base model. Default: the one they name.
+        scoring: how answers are scored. Default: head for classifiers, letter for multiple choice, else label.
+        out: new folder. Default: RUN/scan, or scan.
+    """
+    from loracurve.landscape.subject import adapters_to_scan
+    from loracurve.landscape.survey import scan_to_folder
+    from loracurve.report.terminal import print_barriers
+    from loracurve.runs.scan import run_to_scan
+
+    if (run is None) == (adapters is None):
+        raise UserError("expected a run directory or --adapters A B C --task T, found both or neither")
+    folder = Path(out) if out else Path(run, "scan") if run else Path("scan")
+    if adapters is not None:
+        if task is None:
+            raise UserError("expected the adapters' data, found no --task; give --task FOLDER")
+        subject = adapters_to_scan(adapters, task, base, scoring, options.dtype)
+    else:
+        assert run is not None
+        for name, value in (("task", task), ("base", base), ("scoring", scoring)):
+            if value is not None:
+                raise UserError(f"--{name} goes with --adapters; a run has its own")
+        subject = run_to_scan(run, options.dtype)
+    print_barriers(scan_to_folder(subject, folder, options))
+    print(f"Written to {folder}")
+
+
+def report(runs: list[str], out: str | None = None, overwrite: bool = False) -> None:
+    """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF in RUN/figures.
+
+    Args:
+        runs: run directories or folders of scans, side by side on the page; they come first, without --runs.
+        out: the page. Default: RUN/report.html for one run, report.html for several.
+        overwrite: replace a page that is there.
+    """
+    from loracurve.report.page import write_page
+
+    page = Path(out) if out else Path(runs[0], "report.html") if len(runs) == 1 else Path("report.html")
+    if page.exists() and not overwrite:
+        raise UserError(f"{page} exists already; choose another --out, or replace it by --overwrite")
+    write_page([Path(run) for run in runs], page)
+    print(f"Written to {page}")
+
+
+def serve(options: ServeConfig, run: str, points: int | None = None) -> None:
+    """Answer HTTP requests for predictions and texts, with a page to try it: RUN [--port N].
+
+    Args:
+        options: where to listen, and the limits.
+        run: run directory; it is only read.
+        points: points of the curve. Default: the run's own.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve: expected the package {error.name}, found none; pip install 'loracurve[serve]'"
+        ) from error
+    from loracurve.runs.run import open_run
+    from loracurve.serving.app import make_app
+    from loracurve.serving.http_protocol import ImpatientProtocol
+
+    token = None if options.token_file is None else _read_token(Path(options.token_file))
+    listener = _bind(options.host, options.port)
+    with listener:
+        opened = open_run(run)
+        evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+        app: Any = make_app(opened, options, evaluation, token)
+        protocol: Any = partial(ImpatientProtocol, options.read_timeout_s)
+        settings = uvicorn.Config(
+            app,
+            http=protocol,
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=options.max_connections,
+            timeout_graceful_shutdown=int(options.timeout_s) + 1,
+        )
+        listener.listen(128)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"Serving {run} on http://{host}:{listener.getsockname()[1]} (stop it by Ctrl-C)", flush=True)
+        with _ending_well():
+            uvicorn.Server(settings).run(sockets=[listener])
+
+
+def share(
+    run: str, out: str | None = None, hub: str | None = None, base: str | None = None, private: bool = False
+) -> None:
+    """Write the curve of a run with a model card into a folder, or upload both to the Hugging Face hub.
+
+    Args:
+        run: run directory, evaluated.
+        out: new folder for curve_config.json, control_points.safetensors and README.md.
+        hub: OWNER/NAME on the hub to upload them to; you must be logged in there.
+        base: name of the base model on the hub. Default: the one the run used.
+        private: make a new repository private.
+    """
+    from loracurve.curve.hub import push_curve
+    from loracurve.runs.share import share_run
+
+    if out is None and hub is None:
+        raise UserError("share: expected --out FOLDER or --hub OWNER/NAME, found neither")
+    with TemporaryDirectory() as temporary:
+        folder = share_run(run, out or temporary, base, hub)
+        if out is not None:
+            print(f"Written to {out}; read {out}/README.md before others do")
+        if hub is not None:
+            print(f"Uploaded: {push_curve(folder, hub, private or None)}")

@@ -1,1 +1,1 @@
-"""Other ways to predict with adapters, to compare curves with. One skeleton for all: `base.Method`."""
+"""The methods that curves are compared with, one module each."""

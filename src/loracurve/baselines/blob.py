@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, fit_notes, from_adapters
-from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, fresh_adapter, train
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig
-from loracurve.randomness import generator
+from loracurve.baselines.method import Fitted, Setting, fit_notes, from_adapters
+from loracurve.baselines.single_adapter_loop import AdamW, NllAt, OneAdapter, fresh_adapter, train
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.training.config import LoopConfig
 
 __all__ = ["BLoB", "divergence_weight", "gaussian_divergence"]
 

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from loracurve.baselines.base import Fitted, Setting, along_curve, fit_notes
-from loracurve.config import CurveConfig, EvaluationConfig
-from loracurve.errors import UserError, nearest
-from loracurve.evaluation import choose_average
-from loracurve.inference import Rule
-from loracurve.loop import LoopConfig
-from loracurve.model import CurveSpec
-from loracurve.training import FitConfig, fit, fit_anchors
-from loracurve.tunnel import TunnelConfig
-from loracurve.tunnel_inference import tunnel_average
+from loracurve.baselines.method import Fitted, Setting, along_curve, fit_notes
+from loracurve.curve.config import CurveConfig, Rule
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.config import EvaluationConfig, TunnelConfig
+from loracurve.inference.model_average import average_of
+from loracurve.system.errors import UserError, nearest
+from loracurve.training.config import FitConfig, LoopConfig
+from loracurve.training.fit import fit
 
 __all__ = ["Curve", "own_options", "passes_of", "with_changes"]
+
 
 T = TypeVar("T")
 
@@ -59,13 +58,11 @@ class Curve:
             quadrature=self.quadrature,
             weights=self.weights,
             temperature=self.temperature,
+            inference=self.inference,
             tunnel=self.tunnel,
             seed=setting.seed,
         )
-        if self.inference == "tunnel":
-            average = tunnel_average(model, evaluation, task)
-        else:
-            average = choose_average(model, evaluation, task.encode("validation"))
+        average = average_of(model, evaluation, task)
         notes = fit_notes(result) | result.settled | {"average": average.record}
         return along_curve(setting, model.spec, model.control_points(), average.where, cost, average.weights, notes)
 
@@ -77,15 +74,9 @@ class Curve:
         if shape.kind == "free":
             model.set_curve(spec, model.fresh_points(spec, setting.seed))
             return 0.0
-        cost = float(shape.anchors)
         model.set_curve(CurveSpec.slots(shape.anchors), setting.first(shape.anchors))
-        if training.bootstrap.kind == "everywhere":  # anchors are trained with the weights at their t
-            weights = training.bootstrap.weights(setting.seed, ())
-            folder = setting.folder / "anchors" if setting.folder else None
-            result = fit_anchors(model, setting.task, setting.training, folder, weights, progress=setting.progress)
-            cost = shape.anchors * result.steps * setting.training.batch_size / setting.unit
-        model.anchor(shape.degree, shape.alignment, shape.inner, setting.seed, shape.pieces, shape.closed, shape.smooth)
-        return cost
+        model.anchor(shape.degree, shape.alignment, shape.inner, setting.seed, shape.pieces, shape.closed)
+        return float(shape.anchors)
 
     def training_of(self, setting: Setting) -> FitConfig:
         """One fine-tune's options with this curve's changes, and as many steps as `units` pays for."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, fine_tune, from_adapters
-from loracurve.errors import UserError
-from loracurve.evaluation import labels_of, point_nll
-from loracurve.objective import mixture_log_probs
+from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
+from loracurve.inference.information import mixture_log_probs
+from loracurve.inference.prediction import labels_of, point_nll
+from loracurve.system.errors import UserError
 
 __all__ = ["ConvexMix", "Ensemble", "LongerEnsemble", "mixture_weights"]
 

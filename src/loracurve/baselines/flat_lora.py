@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from loracurve.baselines.base import Fitted, Setting, fit_notes, from_adapters
-from loracurve.baselines.own_loop import fresh_adapter
-from loracurve.errors import UserError
-from loracurve.fit_config import FitConfig
-from loracurve.loop import LoopConfig
-from loracurve.perturbation import PerturbationConfig
-from loracurve.programs import slot_seeds
-from loracurve.spec import CurveSpec
-from loracurve.training import fit
+from loracurve.baselines.method import Fitted, Setting, fit_notes, from_adapters
+from loracurve.baselines.single_adapter_loop import fresh_adapter
+from loracurve.curve.spec import CurveSpec
+from loracurve.system.errors import UserError
+from loracurve.training.anchors import slot_seeds
+from loracurve.training.config import FitConfig, LoopConfig, PerturbationConfig
+from loracurve.training.fit import fit
 
 __all__ = ["FlatLoRA"]
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, fit_notes, from_adapters
-from loracurve.baselines.own_loop import NllAt, OneAdapter, fresh_adapter, train
-from loracurve.errors import UserError
-from loracurve.randomness import stream_seed
+from loracurve.baselines.method import Fitted, Setting, fit_notes, from_adapters
+from loracurve.baselines.single_adapter_loop import NllAt, OneAdapter, fresh_adapter, train
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import stream_seed
 
 __all__ = ["IVON"]
+
 
 RATE = 0.3  # At 1 a small model does not leave the majority class on some tasks (results/suites/ivon.yaml).
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loracurve.baselines.base import Fitted, Setting
-from loracurve.baselines.plain_peft import AnswerHead, ClassLogits
-from loracurve.errors import UserError
-from loracurve.predictive import Predictive
-from loracurve.randomness import generator
-from loracurve.tasks import Encoded
+from loracurve.baselines.method import Fitted, Setting
+from loracurve.baselines.peft_model import AnswerHead, ClassLogits
+from loracurve.inference.predictive import Predictive
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.tasks.encoding import Encoded
 
 __all__ = ["INSTALL", "Laplace"]
+
 
 INSTALL = (
     "pip install --no-deps laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv "

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from loracurve.baselines.base import Fitted, Setting, along_curve
-from loracurve.errors import UserError
-from loracurve.inference import quadrature
-from loracurve.landscape import lay_out, predict_merged
-from loracurve.model import CurveSpec
-from loracurve.paths import Path, PathName, anchor_paths, scalings_of
-from loracurve.predictive import Predictive
-from loracurve.tasks import Encoded
+from loracurve.baselines.method import Fitted, Setting, along_curve
+from loracurve.curve.quadrature import quadrature
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference.predictive import Predictive
+from loracurve.landscape.config import PathName
+from loracurve.landscape.paths import Path, anchor_paths, scalings_of
+from loracurve.landscape.scan import lay_out, predict_merged
+from loracurve.system.errors import UserError
+from loracurve.tasks.encoding import Encoded
 
 __all__ = ["Line"]
 

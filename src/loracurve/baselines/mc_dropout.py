@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loracurve.baselines.base import Fitted, Setting, fine_tune, from_adapters
-from loracurve.errors import UserError
-from loracurve.layers import CurveLinear
-from loracurve.lora_space import ControlPoints
-from loracurve.model import CurveModel
-from loracurve.randomness import generator
+from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
+from loracurve.curve.lora_space import ControlPoints
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.layers import CurveLinear
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
 
 __all__ = ["MCDropout", "masked_adapters"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loracurve.baselines.base import Fitted, Setting, fine_tune, from_adapters
+from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
 
 __all__ = ["Single"]
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loracurve.baselines.base import Fitted, Setting, from_adapters
-from loracurve.baselines.own_loop import AdamW, NllAt, OneAdapter, train
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig
-from loracurve.randomness import generator
+from loracurve.baselines.method import Fitted, Setting, from_adapters
+from loracurve.baselines.single_adapter_loop import AdamW, NllAt, OneAdapter, train
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.training.config import LoopConfig
 
 __all__ = ["SWAG", "Iterates"]
 

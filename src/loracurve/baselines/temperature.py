@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loracurve.baselines.base import Fitted, Method, Setting
-from loracurve.calibration import apply_temperature, fit_temperature
-from loracurve.evaluation import labels_of
-from loracurve.predictive import Predictive
-from loracurve.tasks import Encoded
+from loracurve.baselines.method import Fitted, Method, Setting
+from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.prediction import labels_of
+from loracurve.inference.predictive import Predictive
+from loracurve.tasks.encoding import Encoded
 
 __all__ = ["TemperatureScaled"]
 

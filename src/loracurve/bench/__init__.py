@@ -1,1 +1,1 @@
-"""Suites: methods x tasks x seeds, with a store of results and tables."""
+"""Suites of methods x tasks x seeds: running, storing, tables."""

@@ -11,6 +11,7 @@ import torch
 
 __all__ = ["NO_MEMORY", "PeakMemory", "free_memory", "out_of_memory"]
 
+
 NO_MEMORY = "the device ran out of memory"  # reason of a failed cell
 
 

@@ -14,15 +14,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+from loracurve.bench.cells import Result, run_cell
+from loracurve.bench.config import SuiteConfig
 from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.store import record_of
-from loracurve.bench.suite import Cell, SuiteConfig
-from loracurve.errors import one_line
+from loracurve.bench.suite import Cell
+from loracurve.system.errors import one_line
 
-__all__ = ["Result", "run_cell", "run_in_pool", "spread", "visible_gpus"]
-
-Result = tuple[bool, list[str]]
-"""Whether a cell did not break, and what there is to say about it."""
+__all__ = ["run_in_pool", "spread", "visible_gpus"]
 
 
 def run_in_pool(
@@ -97,9 +96,6 @@ def visible_gpus(count: int) -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-_group = None
-
-
 def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
     """In a new process, before torch looks for devices: take a place; end with the parent, even if that is killed."""
     if gpu := places.get():
@@ -114,16 +110,3 @@ def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def run_cell(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
-    """In another process: run one cell; the model stays loaded for the next one of the same task and seed."""
-    global _group
-    from loracurve.bench.runner import Group, run_one
-
-    if _group is None or (_group.task, _group.seed) != (cell.task, cell.seed):
-        if _group is not None:
-            _group.close()
-        _group = Group(suite, cell.task, cell.seed, out)
-    lines: list[str] = []
-    return run_one(_group, cell, lines.append), lines

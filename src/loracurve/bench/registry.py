@@ -1,28 +1,39 @@
-"""The methods by name. Modules are imported when they are asked for: some need optional packages."""
+"""The methods by name."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from loracurve.errors import UserError, nearest
+from loracurve.baselines.blob import BLoB
+from loracurve.baselines.curve import Curve
+from loracurve.baselines.ensembles import ConvexMix, Ensemble, LongerEnsemble
+from loracurve.baselines.flat_lora import FlatLoRA
+from loracurve.baselines.ivon import IVON
+from loracurve.baselines.laplace import Laplace
+from loracurve.baselines.lines import Line
+from loracurve.baselines.mc_dropout import MCDropout
+from loracurve.baselines.single import Single
+from loracurve.baselines.swag import SWAG
+from loracurve.baselines.temperature import TemperatureScaled
+from loracurve.system.errors import UserError, nearest
 
 __all__ = ["METHODS", "ONE_MODE", "method_class", "method_name"]
 
-METHODS: dict[str, str] = {
-    "single": "loracurve.baselines.single:Single",
-    "ensemble": "loracurve.baselines.ensembles:Ensemble",
-    "longer_ensemble": "loracurve.baselines.ensembles:LongerEnsemble",
-    "convex_mix": "loracurve.baselines.ensembles:ConvexMix",
-    "temperature": "loracurve.baselines.temperature:TemperatureScaled",
-    "line": "loracurve.baselines.lines:Line",
-    "mc_dropout": "loracurve.baselines.mc_dropout:MCDropout",
-    "swag": "loracurve.baselines.swag:SWAG",
-    "laplace": "loracurve.baselines.laplace:Laplace",
-    "ivon": "loracurve.baselines.ivon:IVON",
-    "blob": "loracurve.baselines.blob:BLoB",
-    "flat_lora": "loracurve.baselines.flat_lora:FlatLoRA",
-    "curve": "loracurve.baselines.curve:Curve",
+
+METHODS: dict[str, type[Any]] = {
+    "single": Single,
+    "ensemble": Ensemble,
+    "longer_ensemble": LongerEnsemble,
+    "convex_mix": ConvexMix,
+    "temperature": TemperatureScaled,
+    "line": Line,
+    "mc_dropout": MCDropout,
+    "swag": SWAG,
+    "laplace": Laplace,
+    "ivon": IVON,
+    "blob": BLoB,
+    "flat_lora": FlatLoRA,
+    "curve": Curve,
 }
 
 # Methods that train one adapter and stay around it.
@@ -33,12 +44,9 @@ def method_class(name: str) -> type[Any]:
     """The options of a method, a dataclass with `fit`; raises UserError for an unknown name."""
     if name not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, found {name!r}{nearest(name, METHODS)}")
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), attribute)
-    return found
+    return METHODS[name]
 
 
 def method_name(method: object) -> str | None:
     """The name of a method's class; None for anything else."""
-    place = f"{type(method).__module__}:{type(method).__qualname__}"
-    return next((name for name, where in METHODS.items() if where == place), None)
+    return next((name for name, kind in METHODS.items() if type(method) is kind), None)

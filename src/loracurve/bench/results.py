@@ -12,15 +12,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loracurve import metrics
 from loracurve.baselines.ensembles import Ensemble
-from loracurve.bench.deciding import counts_above_chance, tempered_scores
+from loracurve.bench.config import LANDSCAPE, SuiteConfig
+from loracurve.bench.statistics import counts_above_chance, tempered_scores
 from loracurve.bench.store import Predictions, read_predictions, record_of, write_frame
-from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig, cells_of, full_ensemble, scans_of
-from loracurve.calibration import apply_temperature
-from loracurve.objective import negative_log_likelihood
-from loracurve.predictive import Predictive
-from loracurve.randomness import stream_seed
+from loracurve.bench.suite import Cell, cells_of, full_ensemble, scans_of
+from loracurve.inference import metrics
+from loracurve.inference.calibration import apply_temperature
+from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.predictive import Predictive
+from loracurve.system.randomness import stream_seed
 
 __all__ = [
     "CellResult",
@@ -32,6 +33,7 @@ __all__ = [
     "stacked",
     "write_metrics",
 ]
+
 
 # One point has no mutual information; a zero would read as a finding.
 _OF_SEVERAL_POINTS = ("mutual_information", "pairwise_jsd", "disagreement", "_mi")

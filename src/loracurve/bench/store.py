@@ -22,17 +22,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loracurve.bench.options import made_with
-from loracurve.bench.suite import LANDSCAPE, Cell, SuiteConfig
-from loracurve.errors import UserError, one_line
-from loracurve.predictive import Predictive
-from loracurve.storage import atomic_write, read_json, read_table
-from loracurve.tasks import Encoded
+from loracurve.bench.config import LANDSCAPE, SuiteConfig
+from loracurve.bench.provenance import made_with
+from loracurve.bench.suite import Cell
+from loracurve.inference.predictive import Predictive
+from loracurve.system.errors import UserError, one_line
+from loracurve.system.files import atomic_write, read_json, read_table
+from loracurve.tasks.encoding import Encoded
 
 __all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
 
+
 STEPS = 64  # of the stored log-odds, in one nat
+
 _LARGEST, _NO_CLASS = 2**15 - 1, -(2**15)
+
 _COMPACT: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 19,

@@ -2,126 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from loracurve.baselines.base import Method
+from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
-from loracurve.bench.landscapes import LandscapeConfig
-from loracurve.config import LoraOptions, ModelConfig
-from loracurve.errors import UserError
-from loracurve.loop import LoopConfig
-from loracurve.tasks import Scoring, TaskConfig
+from loracurve.baselines.method import Method
+from loracurve.bench.config import LANDSCAPE, SuiteConfig, SuiteTask, slug
+from loracurve.bench.registry import method_class
+from loracurve.bench.retired import RetiredCurve, without_retired
+from loracurve.bench.suite_files import config_arguments, suite_parser
+from loracurve.system.errors import UserError
+from loracurve.system.options import parse, parse_mapping
+from loracurve.training.config import FitConfig
 
-__all__ = [
-    "LANDSCAPE",
-    "Cell",
-    "Executor",
-    "SuiteConfig",
-    "SuiteTask",
-    "cells_of",
-    "full_ensemble",
-    "method_of",
-    "scans_of",
-    "slug",
-]
-
-Executor = Literal["processes", "ray"]
-"""What runs cells side by side: processes of this machine, or the workers of a Ray cluster."""
-LANDSCAPE = "landscape"  # stands for a method's name in the cell of a scan
-
-
-@dataclass(frozen=True)
-class SuiteTask(TaskConfig):
-    """A task of a suite: data and scoring, sets to compare with, and how long one fine-tune takes."""
-
-    data: str = ""
-    """A name in the suite's data folder or on the hub, or a folder. Default: the task's name in the suite."""
-    scoring: Scoring = "letter"
-    """letter: options are listed and their letters scored; label: the class's word, one token; text: log-likelihood of
-    each choice's text; head: a sequence classification head."""
-    shift: list[str] = field(default_factory=list)
-    """Data sets of the same label space, put into the same prompt: accuracy and calibration under shift."""
-    ood: list[str] = field(default_factory=list)
-    """Data sets of another label space, put into the same prompt: detection. A pattern such as mmlu_* joins several;
-    NAME:SPLIT takes another split than test."""
-    steps: int | None = None
-    """Steps of one fine-tune. Default: the suite's."""
-    batch_size: int | None = None
-    """Examples in a step. Default: the suite's."""
-    learning_rate: float | None = None
-    """Peak learning rate. Default: the suite's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scoring == "lm":
-            raise UserError("scoring: a suite compares predictions of classes, found lm; choose another scoring")
-
-    def to_task(self, data: str) -> TaskConfig:
-        """The plain task, with its data found."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
-        return TaskConfig(**values | {"data": data})
-
-
-@dataclass(frozen=True)
-class SuiteConfig:
-    """A benchmark: every method on every task with every seed."""
-
-    model: ModelConfig
-    tasks: dict[str, Any]
-    """The tasks by name, each with its options (a `SuiteTask`)."""
-    methods: dict[str, Any]
-    """The methods by the names that tables give them: `method`, its name in the library (default: the same), and its
-    options (in Python: the method's dataclass)."""
-    profile: str = "default"
-    """Shipped or own YAML file of defaults for all that follows: default, blob, laplace_lora, authors."""
-    data_folder: str | None = None
-    """Folder of data sets; names that are not in it are looked up on the hub."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of initial draws and data order; the data are the same for all."""
-    anchors: int = 10
-    """Adapters fine-tuned for each task and seed in one pass and shared by the methods; together the deep ensemble that
-    deep-ensemble equivalents refer to."""
-    samples: int = 10
-    """Forward passes that a prediction may take."""
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    training: LoopConfig = field(default_factory=LoopConfig)
-    train_rows: int = 500
-    """Training rows that are predicted too, for the diversity on them; 0: none."""
-    ood_rows: int = 1000
-    """Rows of each further set at most, drawn by the hash of their ids."""
-    references: list[str] = field(default_factory=list)
-    """Methods that all others are compared with. Default: ensembles of 5 and of all anchors, where they take part."""
-    landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
-    """Paths between the anchors of every task and seed, scanned after its cells, and figures along trained curves."""
-
-    def __post_init__(self) -> None:
-        for name in ("tasks", "methods", "seeds"):
-            if not getattr(self, name):
-                raise UserError(f"{name}: expected at least one, found none")
-        if self.anchors < 1 or self.samples < 1:
-            raise UserError(f"expected anchors and samples >= 1, found {self.anchors} and {self.samples}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds: expected different ones, found {self.seeds}")
-        if self.landscape.pairs >= self.anchors:
-            found = f"{self.landscape.pairs} of {self.anchors}"
-            raise UserError(f"landscape.pairs: expected fewer pairs than anchors, found {found}")
-        slugs = {LANDSCAPE: f"{LANDSCAPE} (the scan of the anchors)"}
-        for name in [*self.tasks, *self.methods]:
-            if slugs.setdefault(slug(name), name) != name:
-                raise UserError(f"names {slugs[slug(name)]!r} and {name!r} are too alike for folders; rename one")
-        for name in self.references:
-            if name not in self.methods:
-                raise UserError(f"references: expected methods of this suite, found {name!r}")
-
-    def training_of(self, task: str, seed: int) -> LoopConfig:
-        """One fine-tune on a task."""
-        own: SuiteTask = self.tasks[task]
-        changes = {k: getattr(own, k) for k in ("steps", "batch_size", "learning_rate")}
-        return dataclasses.replace(self.training, seed=seed, **{k: v for k, v in changes.items() if v is not None})
+__all__ = ["Cell", "cells_of", "full_ensemble", "load_suite", "method_from", "method_of", "scans_of", "suite_of"]
 
 
 @dataclass(frozen=True)
@@ -166,6 +63,44 @@ def method_of(suite: SuiteConfig, name: str) -> Any:
     return found
 
 
-def slug(name: str) -> str:
-    """A name as part of a path: one part, never `.` or `..`, and of a length that file systems take."""
-    return re.sub(r"[^A-Za-z0-9.+=-]+|^\.+", "_", name)[:120] or "_"
+def load_suite(path: str | Path, changes: Sequence[str] = ()) -> SuiteConfig:
+    """Read a suite from a file, or a shipped one by name; `changes` are options as on the command line.
+
+    Raises UserError for unknown keys, tasks and methods that do not exist, and wrong types.
+    """
+    return suite_of(parse(suite_parser(), config_arguments(path, changes)))
+
+
+def suite_of(values: Any) -> SuiteConfig:
+    """A suite from what its parser made: tasks and methods are still mappings."""
+    options = {f.name: values[f.name] for f in fields(SuiteConfig)}
+    for name in ("tasks", "methods"):
+        for key, entry in options[name].items():
+            if entry is not None and not isinstance(entry, Mapping):
+                raise UserError(f"{name}.{key}: expected options such as {{a: 1}}, found {entry!r}")
+    options["tasks"] = {k: parse_mapping(SuiteTask, v or {}, f"tasks.{k}") for k, v in options["tasks"].items()}
+    options["methods"] = {k: method_from(v or {}, k, f"methods.{k}") for k, v in options["methods"].items()}
+    return SuiteConfig(**options)
+
+
+def method_from(values: Mapping[str, Any], name: str, where: str) -> Any:
+    """A method from its options; `method` names its class, by default `name` does."""
+    options = dict(values)
+    kind = method_class(str(options.pop("method", name)))
+    if "of" in {f.name for f in fields(kind)}:
+        inner = options.pop("of", None)
+        if not isinstance(inner, Mapping) or "method" not in inner or options:
+            raise UserError(f"{where}: expected only of: {{method: ..., and its options}}, found {dict(values)}")
+        return kind(of=method_from(inner, "", f"{where}.of"))
+    return _curve_from(options, where) if kind is Curve else parse_mapping(kind, options, where)
+
+
+def _curve_from(values: Mapping[str, Any], where: str) -> Curve:
+    options, retired = without_retired(values)
+    given = options.pop("training", None) or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}.training: expected options such as {{a: 1}}, found {given!r}")
+    typed = parse_mapping(FitConfig, given, f"{where}.training")
+    method: Curve = parse_mapping(Curve, options, where)
+    found = vars(method) | {"training": {k: getattr(typed, k) for k in given}}
+    return RetiredCurve(**found, retired=retired) if retired else Curve(**found)

@@ -9,11 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from loracurve.bases import Dtype
+from loracurve.model.config import Dtype
 
 __all__ = ["TINY", "tiny_model"]
 
+
 TINY = "tiny-random-qwen2"
+
 _CORPUS = """Answer: Label: Text: Question: The sentiment of the word is negative positive yes no"""
 
 

@@ -1,1 +1,1 @@
-"""Figures and the page that show a run."""
+"""Figures, tables and pages. It reads files only."""

@@ -19,12 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from loracurve.storage import atomic_write
+from loracurve.system.files import atomic_write
 
 __all__ = ["GREY", "drawing", "figure_of", "panels", "save", "styles"]
 
+
 # Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
 _DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -35,7 +37,9 @@ _DASHES: tuple[Any, ...] = (
     (0, (1, 3)),
     (0, (9, 2)),
 )
+
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
 GREY = "#666666"
 
 # Sizes in points for figures of 5.2 inches, so that they can be read at the width of a phone, 360 pixels.

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from loracurve.errors import UserError
-from loracurve.metrics import risk_coverage_curve
+from loracurve.inference.metrics import risk_coverage_curve
+from loracurve.system.errors import UserError
 
 __all__ = ["MEASURES", "compared", "confidence", "reliability_frame", "selective_frame", "uncertainty_frame"]
+
 
 MEASURES = ("entropy", "expected_entropy", "mutual_information")
 

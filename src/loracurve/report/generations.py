@@ -11,17 +11,20 @@ import jinja2
 from rich.console import Console
 from rich.text import Text
 
-from loracurve.generate import Generation
-from loracurve.storage import atomic_write
+from loracurve.inference.generation import Generation
+from loracurve.system.files import atomic_write
 
 __all__ = ["Measure", "print_generation", "write_generations"]
 
+
 Measure = Literal["mutual_information", "expected_entropy", "entropy"]
+
 WORDS = {
     "mutual_information": "mutual information, what the points disagree on",
     "expected_entropy": "expected entropy, what the data leave open",
     "entropy": "entropy, both together",
 }
+
 # From white through orange to red: readable under black letters.
 _LIGHT, _DARK = (255, 255, 255), (235, 85, 60)
 

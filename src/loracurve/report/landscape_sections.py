@@ -13,6 +13,7 @@ from loracurve.report.run_data import RunData
 
 __all__ = ["diversity", "landscape", "loss_paths"]
 
+
 _NO_SCAN = "No scan yet: loracurve scan RUN makes one."
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import jinja2
 
-from loracurve.errors import UserError, one_line
 from loracurve.report import figures
 from loracurve.report.blocks import Block
 from loracurve.report.landscape_sections import loss_paths
 from loracurve.report.run_data import RunData, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
-from loracurve.storage import atomic_write, write_json
+from loracurve.system.errors import UserError, one_line
+from loracurve.system.files import atomic_write, write_json
 
 __all__ = ["about", "images_of", "render", "write_figures", "write_page"]
 

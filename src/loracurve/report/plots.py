@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loracurve.paths import PATHS
+from loracurve.landscape.config import PATHS
 from loracurve.report.figures import GREY, styles
 
 __all__ = [
     "PATH_LABELS",
-    "diversity_map",
     "divergence_against_distance",
+    "diversity_map",
     "hessian",
     "information",
     "paths",
@@ -65,6 +65,7 @@ def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
 
 # A path looks the same in every figure, whichever others are drawn; these are names of `evaluation` for the same lines.
 _STYLED = dict(zip(("curve", *(p for p in PATHS if p != "curve")), styles(), strict=False))
+
 _STYLED |= {"straight line": _STYLED["straight"], "aligned line": _STYLED["balanced+procrustes"]}
 
 

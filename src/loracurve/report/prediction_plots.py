@@ -11,6 +11,7 @@ from loracurve.report.figures import GREY, styles
 
 __all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
+
 _HEADINGS = {
     "entropy": "total: entropy",
     "expected_entropy": "aleatoric: expected entropy",

@@ -8,12 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from loracurve.errors import UserError
-from loracurve.storage import read_json, read_table
-from loracurve.tasks import as_text, open_dataset
-from loracurve.yaml_files import read_yaml
+from loracurve.system.errors import UserError
+from loracurve.system.files import read_json, read_table
+from loracurve.system.yaml_files import read_yaml
+from loracurve.tasks.dataset import as_text
+from loracurve.tasks.task import open_dataset
 
 __all__ = ["RunData", "read_run", "texts_of"]
+
 
 _TABLES = ("paths", "speeds", "diversity")
 

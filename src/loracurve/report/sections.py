@@ -14,15 +14,17 @@ from loracurve.report import figures, frames, prediction_plots
 from loracurve.report.blocks import Block, Section, Sheet, interval, number
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
 from loracurve.report.run_data import RunData, texts_of
-from loracurve.storage import records
+from loracurve.system.files import records
 
 __all__ = ["SECTIONS", "side_by_side"]
 
+
 COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+
 _NO_PREDICTIONS = "No predictions were kept (language modelling)."
 
-
 _SUMMARY = {"acc": 3, "nll": 4, "brier": 4, "ece": 3, "mutual_information": 4, "pairwise_jsd": 4, "aurc_entropy": 4}
+
 _HEADS = ["passes", "ACC", "NLL", "Brier", "ECE", "MI", "pair JSD", "AURC"]
 
 

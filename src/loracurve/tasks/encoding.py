@@ -8,9 +8,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
-from loracurve.errors import UserError
-from loracurve.tasks.data import Dataset, Row, as_text
-from loracurve.tasks.gaps import fillings, given_lengths
+from loracurve.system.errors import UserError
+from loracurve.tasks.cloze import fillings, given_lengths
+from loracurve.tasks.dataset import Dataset, Row, as_text
 from loracurve.tasks.templates import LETTERS, Template, fields_of, label_word
 from loracurve.tasks.tokens import answer_tokens, choice_tokens, common_prefix, fit_fields, leading_tokens, tokenise
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoded", "Encoder", "Example"]
+
 
 Fields = dict[str, str]
 

@@ -12,19 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loracurve.errors import UserError, nearest
-from loracurve.tasks.data import Kind, Row, as_text
-from loracurve.tasks.gaps import split_gap
+from loracurve.system.errors import UserError, nearest
+from loracurve.tasks.cloze import split_gap
+from loracurve.tasks.dataset import Kind, Row, as_text
 
 __all__ = ["LETTERS", "TEMPLATES", "Template", "custom_template", "default_template", "fields_of", "label_word"]
 
+
 LETTERS = string.ascii_uppercase
+
 Form = Literal["letter", "label", "text", "head"]
+
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "classification": ("text", "text2", "options"),
     "multiple_choice": ("question", "context", "options"),
     "language_modelling": (),
 }
+
 MAIN_FIELD: dict[Kind, str] = {"classification": "text", "multiple_choice": "question", "language_modelling": "text"}
 
 

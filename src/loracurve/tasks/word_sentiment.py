@@ -14,14 +14,18 @@ import re
 import statistics
 from pathlib import Path
 
-from loracurve.errors import UserError
-from loracurve.tasks.data import Dataset, Row, subset
+from loracurve.system.errors import UserError
+from loracurve.tasks.dataset import Dataset, Row, subset
 
 __all__ = ["FAMILY_LETTERS", "word_sentiment"]
 
+
 FAMILY_LETTERS = 5
+
 MIN_MEAN = 1.0
+
 MAX_SPREAD = 1.0
+
 _PLAIN = re.compile("[a-z]{3,}")
 
 

@@ -1,0 +1,98 @@
+"""The options that a cell's numbers depend on: recorded with its results, and compared when these are used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loracurve.baselines.curve import Curve, own_options
+from loracurve.bench.config import SuiteConfig
+from loracurve.bench.registry import method_name
+from loracurve.bench.retired import RetiredCurve, merged, with_defaults
+from loracurve.bench.suite import Cell, method_of
+
+__all__ = ["fingerprint", "made_with", "options_of", "plain"]
+
+
+def plain(value: Any, defaults: bool = True) -> Any:
+    """Dataclasses as mappings that YAML and JSON can hold; methods keep their names.
+
+    Args:
+        defaults: with False, fields that have their default value are left out.
+    """
+    if isinstance(value, RetiredCurve):
+        return merged(plain(value.present, defaults), value.in_full if defaults else value.retired)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = method_name(value)
+        found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        kept = {f.name for f in dataclasses.fields(value) if defaults or found[f.name] != _default(f)}
+        return ({"method": name} if name else {}) | {k: plain(v, defaults) for k, v in found.items() if k in kept}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, defaults) for k, v in value.items()}
+    return [plain(v, defaults) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def options_of(
+    suite: SuiteConfig, cell: Cell | None = None, task: str = "", seed: int = 0, defaults: bool = True
+) -> dict[str, Any]:
+    """Everything that a cell's (or without one, a task's anchors') numbers depend on, folders' places apart."""
+    task, seed = (cell.task, cell.seed) if cell else (task, seed)
+    values = {
+        "model": plain(suite.model, defaults) | {"name": Path(suite.model.name).name},
+        "task": plain(suite.tasks[task], defaults) | {"data": Path(suite.tasks[task].data or task).name},
+        "lora": plain(suite.lora, defaults),
+        "training": plain(suite.training_of(task, seed), defaults),
+        "anchors": suite.anchors,
+    }
+    if cell:
+        method = method_of(suite, cell.method)
+        values |= {"method": plain(_spelt_out(method) if defaults else method, defaults), "samples": suite.samples}
+        values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
+    found: dict[str, Any] = _same_numbers(values)
+    return found
+
+
+def made_with(recorded: Mapping[str, Any], suite: SuiteConfig, cell: Cell | None = None, **which: Any) -> bool:
+    """Whether recorded `options_of` are those of the suite. Options that came into the library since must have their
+    defaults, which change nothing; so must those that have left it."""
+    chosen = options_of(suite, cell, defaults=False, **which)
+    return _within(recorded, with_defaults(options_of(suite, cell, **which))) and _within(chosen, recorded)
+
+
+def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", seed: int = 0) -> str:
+    """Hash of `options_of`, for names of folders."""
+    text = json.dumps(options_of(suite, cell, task, seed), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _spelt_out(method: Any) -> Any:
+    """A method whose curve, its own or that of a method inside, says all options of its training: they stand in no
+    field, and what the library's defaults are may change."""
+    if isinstance(method, Curve):
+        return dataclasses.replace(method, training=own_options(method))
+    inside = getattr(method, "of", None)
+    return method if inside is None else dataclasses.replace(method, of=_spelt_out(inside))
+
+
+def _within(part: Any, whole: Any) -> bool:
+    """Whether every key of nested mappings is in the other one, with an equal value."""
+    if isinstance(part, Mapping) and isinstance(whole, Mapping):
+        return all(k in whole and _within(v, whole[k]) for k, v in part.items())
+    return bool(part == whole)
+
+
+def _same_numbers(value: Any) -> Any:
+    """2 and 2.0 are one option."""
+    if isinstance(value, dict):
+        return {k: _same_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_same_numbers(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,1 @@
+"""The tables and the page of a suite, from what its store holds."""

@@ -1,0 +1,105 @@
+"""Tables in Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loracurve.inference.intervals import Interval
+from loracurve.system.files import atomic_write
+
+__all__ = ["Table", "Value", "shown", "write_table"]
+
+
+Value = str | int | float | Interval | None
+
+
+@dataclass
+class Table:
+    """A table: Interval cells become three columns in CSV, and `estimate [low, high]` elsewhere; None is a dash."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[Sequence[Value]] = field(default_factory=list)
+    notes: str = ""
+    bold: dict[str, str] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", ""]
+        if self.notes:
+            lines += [self.notes, ""]
+        lines += ["| " + " | ".join(self.columns) + " |"]
+        lines += ["|" + "|".join("---" if self.is_text(i) else "---:" for i in range(len(self.columns))) + "|"]
+        lines += ["| " + " | ".join(shown(v).replace("|", "/") for v in row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """A tabular for package booktabs."""
+        alignment = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
+        rows = [" & ".join(_escape(shown(v)) for v in row) + r" \\" for row in self.rows]
+        head = " & ".join(_escape(c) for c in self.columns) + r" \\"
+        begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
+        return "\n".join([f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", end, ""])
+
+    def csv(self) -> str:
+        wide = [any(isinstance(row[i], Interval) for row in self.rows) for i in range(len(self.columns))]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        header = []
+        for column, three in zip(self.columns, wide, strict=True):
+            header += [column, f"{column} low", f"{column} high"] if three else [column]
+        writer.writerow(header)
+        for row in self.rows:
+            cells: list[object] = []
+            for value, three in zip(row, wide, strict=True):
+                if isinstance(value, Interval):
+                    cells += [_exact(v) for v in value]
+                else:
+                    cells += [_exact(value)] + ["", ""] * three
+            writer.writerow(cells)
+        return buffer.getvalue()
+
+    def is_text(self, column: int) -> bool:
+        return any(isinstance(row[column], str) for row in self.rows)
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write NAME.md, NAME.tex and NAME.csv; of a table without rows remove those of an earlier call."""
+    for suffix, text in (("md", table.markdown), ("tex", table.latex), ("csv", table.csv)):
+        path = folder / f"{table.name}.{suffix}"
+        if table.rows:
+            _write(path, text())
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    atomic_write(path, lambda p: p.write_text(text))
+
+
+def shown(value: Value) -> str:
+    """A value as readers see it."""
+    if isinstance(value, Interval):
+        if math.isnan(value.low):
+            return shown(value.estimate)
+        return f"{shown(value.estimate)} [{shown(value.low)}, {shown(value.high)}]"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    return str(value)
+
+
+def _exact(value: Value) -> object:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _escape(text: str) -> str:
+    for character in "&%$#_{}":
+        text = text.replace(character, "\\" + character)
+    return text

@@ -1,0 +1,1 @@
+"""The curve as a value: geometry, shape, control points, gauge, files. Knows no model."""

@@ -1,0 +1,64 @@
+"""The model card of a curve: what it is, what it was fitted to, its results, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import peft
+from huggingface_hub import ModelCardData
+
+from loracurve.curve.spec import CurveSpec
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    config: peft.LoraConfig, spec: CurveSpec, base: str, repo: str | None = None, run: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of a curve folder, in the hub's format: YAML header and Markdown.
+
+    Args:
+        config: LoRA options.
+        spec: shape of the curve.
+        base: name of the base model on the hub.
+        repo: where the curve will lie; None: a placeholder.
+        run: what `card.md` says of the evaluated run that made the curve (`runs.share`): name, task, sizes, training,
+            block, seed, average, examples. None: its data, settings and results are left out.
+    """
+    classifier = config.task_type == peft.TaskType.SEQ_CLS
+    header = ModelCardData(
+        base_model=base,
+        library_name="loracurve",
+        pipeline_tag="text-classification" if classifier else "text-generation",
+        tags=["lora", "bayesian", "uncertainty", "mode-connectivity"],
+    )
+    values: dict[str, Any] = {
+        "header": header.to_yaml(),
+        "title": repo.rpartition("/")[2] if repo else run["name"] if run else "A curve of LoRA adapters",
+        "base": base,
+        "repo": repo or "FOLDER OR NAME",
+        "classifier": classifier,
+        "shape": _shape(config, spec),
+        "run": run,
+        "seed": 0,
+    } | dict(run or {})
+    environment: Any = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    source = files("loracurve.curve").joinpath("card.md").read_text(encoding="utf-8")
+    return environment.from_string(source).render(values)
+
+
+def _shape(config: peft.LoraConfig, spec: CurveSpec) -> str:
+    """Control points, segments and adapters in two sentences."""
+    anchors = len(spec.anchor_times)
+    through = f"anchored: it runs through {anchors} independently fine-tuned adapters" if anchors else "free"
+    plural = "s" * (spec.segments > 1)
+    targets = config.target_modules
+    maps = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
+    alignment = f", aligned by {spec.alignment}" if spec.alignment != "none" else ""
+    return (
+        f"The curve has {spec.size} control points in {spec.segments} segment{plural} of degree {spec.degree} and is "
+        f"{through}{alignment}. The adapters have rank {config.r} and alpha {config.lora_alpha:g} on {maps}."
+    )

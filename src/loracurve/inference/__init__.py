@@ -1,0 +1,1 @@
+"""Predictions at points of a curve, their average and uncertainty, metrics and calibration."""

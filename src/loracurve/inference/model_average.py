@@ -1,0 +1,123 @@
+"""Bayesian model averages along a curve: which points, and with which weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracurve.curve.bezier import gram, speed
+from loracurve.curve.quadrature import quadrature
+from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.information import mixture_log_probs
+from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator
+from loracurve.tasks.encoding import Encoded
+from loracurve.tasks.task import Task
+
+__all__ = [
+    "Average",
+    "average_of",
+    "arc_length_weights",
+    "choose_average",
+    "effective_points",
+    "fit_likelihood_temperature",
+    "likelihood_weights",
+]
+
+
+REGISTERED = {"tunnel": "loracurve.experimental.tunnel_average:tunnel_average"}
+"""Inference methods beside the curve's own, by the name that `EvaluationConfig.inference` has for them."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """Points of a curve and their weights."""
+
+    t: Tensor
+    weights: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+    """how they came about, for metrics.json"""
+    coefficients: Tensor | None = None
+    """[n, K] where they do not lie on the curve (tunnel)"""
+
+    @property
+    def where(self) -> Tensor:
+        """What `CurveModel.point_log_probs` takes: [n] t, or [n, K] coefficients."""
+        return self.t if self.coefficients is None else self.coefficients
+
+
+def average_of(model: CurveModel, config: EvaluationConfig, task: Task) -> Average:
+    """The points and weights to predict with, by the inference method that `config` names."""
+    if config.inference == "curve":
+        return choose_average(model, config, task.encode("validation"))
+    found: Average = resolve_name(REGISTERED[config.inference])(model, config, task)
+    return found
+
+
+def choose_average(model: CurveModel, config: EvaluationConfig, validation: Encoded) -> Average:
+    """The points and weights that `config` asks for; likelihood weights look at the validation rows."""
+    spec = model.spec
+    draw = generator(config.seed, "quadrature")
+    t, weights = quadrature(config.quadrature, config.points, spec.segments, draw, spec.closed)
+    record: dict[str, Any] = {"points": config.points, "quadrature": config.quadrature, "weights": config.weights}
+    if config.weights == "arc-length":
+        control = gram(p.detach() for p in model.factors).cpu()
+        weights = arc_length_weights(t, weights, control, spec.segments, spec.degree)
+    elif config.weights == "likelihood":
+        predictive = predict_split(model, validation, t)
+        nll = point_nll(predictive, labels_of(validation))
+        temperature = config.temperature or fit_likelihood_temperature(nll, weights)
+        record |= {"temperature": temperature, "rows": nll.shape[1], "prior": weights.tolist()}
+        weights = likelihood_weights(nll.sum(1), weights, temperature)
+    return Average(
+        t, weights, record | {"t": t.tolist(), "w": weights.tolist(), "effective": effective_points(weights)}
+    )
+
+
+def fit_likelihood_temperature(nll: Tensor, prior: Tensor) -> float:
+    """T in [0.1, 10^6] whose weights give the lowest NLL of the average on the same rows; one number, a coarse grid.
+
+    Args:
+        nll: [n, E] of each example at each point. prior: [n] weights before the data.
+    """
+    grid = torch.logspace(-1, 6, 57, dtype=torch.float64).tolist()
+
+    def average_nll(temperature: float) -> float:
+        w = likelihood_weights(nll.sum(1), prior, temperature)
+        return float(-mixture_log_probs(-nll, w).mean())
+
+    return min(grid, key=average_nll)
+
+
+def arc_length_weights(t: Tensor, w: Tensor, gram: Tensor, segments: int, degree: int) -> Tensor:
+    """Prior uniform in arc length: w_i ||theta'(t_i)||, normalised, ``[n]``; `w` itself for a curve of length 0."""
+    weights = w * speed(t, gram, segments, degree).to(w)
+    return weights / weights.sum() if weights.sum() > 0 else w
+
+
+def likelihood_weights(total_nll: Tensor, prior_weights: Tensor, temperature: float) -> Tensor:
+    """Tempered posterior over the points, w_i ~ prior_i exp(-total_nll_i / T), ``[n]`` float64, summing to 1.
+
+    `total_nll` ``[n]`` is summed over the data, in nats. T = 1 is Bayes' rule, T = infinity leaves the prior.
+
+    Raises:
+        UserError: T is not positive.
+        ValueError: no point has a finite likelihood and a positive prior weight.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature: expected a number above 0, found {temperature}; raise it")
+    weights = (prior_weights.double().log() - total_nll.double() / temperature).softmax(0)
+    if weights.isnan().any():
+        raise ValueError(f"expected finite total NLL at some point, found {total_nll.tolist()}")
+    return weights
+
+
+def effective_points(weights: Tensor) -> float:
+    """1 / sum w_i^2 (Kish): how many equally weighted points would average as much."""
+    return 1 / weights.double().square().sum().item()

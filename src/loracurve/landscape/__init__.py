@@ -1,0 +1,1 @@
+"""The loss along and around paths through LoRA space."""

@@ -1,0 +1,1 @@
+"""A Hugging Face model that carries a curve: layers, ways to run, merging, loading."""

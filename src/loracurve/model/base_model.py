@@ -1,0 +1,161 @@
+"""Loading base models and tokenizers from folders, the hub, or GGUF files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from loracurve.model.config import Dtype, Quantisation
+from loracurve.system.errors import UserError
+from loracurve.system.files import flush
+from loracurve.system.folders import is_running
+
+__all__ = ["cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
+
+
+def load_base(
+    name: str,
+    classifier: bool = False,
+    dtype: Dtype = "auto",
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+    quantise: Quantisation = "none",
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a causal language model or a sequence classifier with its tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub. A folder with a single `.gguf` file is read through transformers.
+        classifier: a sequence classification head instead of a language-model head.
+        dtype: `auto` takes the checkpoint's own.
+        num_labels: size of a new classification head.
+        trust_remote_code: allow code from the hub; off unless asked for.
+        quantise: hold the linear maps' weights in 4 (nf4, doubly quantised) or 8 bits, as QLoRA does (Dettmers et al.
+            2023, arXiv 2305.14314); they are multiplied in `dtype`, for `auto` in bfloat16.
+
+    Raises:
+        UserError: nothing loadable there, or bitsandbytes is not installed.
+    """
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if (gguf := _single_gguf(name)) is not None:
+        extra |= _gguf_options(gguf)
+    if quantise != "none":
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        extra |= _quantised_options(quantise, getattr(torch, dtype), gguf)
+    try:
+        model = kind.from_pretrained(
+            name,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load model {name!r}: {' '.join(str(error).split())[:240]}") from error
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if classifier and model.config.pad_token_id is None:
+        # Classifiers on decoders find the last token by the padding token.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer; where it has no padding token, EOS serves (padding is masked everywhere)."""
+    extra = {"gguf_file": gguf} if (gguf := _single_gguf(name)) is not None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:240]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _single_gguf(name: str) -> str | None:
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    return files[0].name if len(files) == 1 else None
+
+
+def _gguf_options(file: str) -> dict[str, Any]:
+    """Options that read a GGUF file into plain weights; later transformers would keep its packed blocks."""
+    packed_by_default = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": packed_by_default(dequantize=True)} if packed_by_default else {}
+    return {"gguf_file": file, **plain}
+
+
+def _quantised_options(quantise: Quantisation, dtype: torch.dtype, gguf: str | None) -> dict[str, Any]:
+    """Options that quantise weights while they are loaded."""
+    if gguf is not None:
+        raise UserError(f"model.quantise: expected none for the GGUF file {gguf}, found {quantise}; set it to none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantise: {quantise} needs the package bitsandbytes, found none; pip install 'loracurve[quant]'"
+        )
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    how: Any = {"load_in_4bit": True, **four} if quantise == "nf4" else {"load_in_8bit": True}
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(**how),
+        "device_map": {"": PartialState().device},
+    }
+
+
+def model_window(model: nn.Module) -> int | None:
+    """Longest input the model takes, in tokens, or None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for converted models (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loracurve"
+
+
+def convert_gguf(source: Path, dtype: torch.dtype, target: Path) -> Path:
+    """Convert a GGUF file to a safetensors folder once, because dequantising takes ten times as long as loading.
+
+    Args:
+        source: the `.gguf` file.
+        dtype: dtype of the converted weights.
+        target: folder to make; returned as it is if it is there already.
+
+    Returns:
+        `target`. It appears only when it is complete.
+    """
+    if target.is_dir():
+        return target
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_gguf_options(source.name))
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The weights are plain now; with this entry save_pretrained would ask for a GGUF quantiser.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    for old in target.parent.glob(f".{target.name}.*"):
+        number = old.suffix[1:]
+        if number.isdigit() and not is_running(int(number)):  # of a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in [*partial.iterdir(), partial]:
+        flush(path)
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():  # another process may have finished first
+            raise
+    return target

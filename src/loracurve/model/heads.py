@@ -1,0 +1,89 @@
+"""Heads: a classification head that is a point of the curve itself, and a language-model head read only at places."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loracurve.model.functional import contract, read_out
+from loracurve.model.layers import CurveLayer, CurveLinear
+from loracurve.model.routes import Route, repeat_for_rows
+
+__all__ = ["CurveDense", "OutputHead"]
+
+
+class CurveDense(CurveLayer):
+    """A dense layer trained whole (a head of `modules_to_save`): weight [K, o, i] and bias [K, o] are curve points."""
+
+    base_layer: nn.Linear
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, base_layer: nn.Linear, route: Route) -> None:
+        super().__init__(base_layer, route)
+        self._merged: tuple[Tensor, Tensor | None] | None = None
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {suffix: list(p.shape) for suffix, p in self.base_layer.named_parameters()}
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def set_factors(self, factors: dict[str, Tensor]) -> None:
+        self.weight = nn.Parameter(factors["weight"])
+        self.bias = nn.Parameter(factors["bias"]) if "bias" in factors else None
+
+    def merge(self, coefficients: Tensor) -> None:
+        weight = torch.tensordot(coefficients.to(self.weight), self.weight.detach(), dims=1)
+        bias = None if self.bias is None else torch.tensordot(coefficients.to(self.bias), self.bias.detach(), dims=1)
+        self._merged = weight, bias
+
+    def unmerge(self) -> None:
+        self._merged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = self.route
+        if route.kind == "base":
+            return self.base_layer(x)
+        if route.kind == "merged":
+            assert self._merged is not None
+            weight, bias = self._merged
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        assert route.coefficients is not None
+        # A head is small: all control points at once, whatever the way to run.
+        c = repeat_for_rows(route.coefficients, x.shape[0])[None]
+        y = contract(x.reshape(1, c.shape[1], -1, x.shape[-1]), self.weight.to(x.dtype)[None], c)[0]
+        if self.bias is not None:
+            y = y + (c[0] @ self.bias.to(x.dtype))[:, None]
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class OutputHead(nn.Module):
+    """The language-model head, computed only at the positions and for the tokens that the route asks for.
+
+    Without positions it is the head itself. With positions its output is [P, C] instead of [R, T, vocabulary]; what a
+    model does to logits afterwards (scaling, soft-capping) acts element by element and stays as it is.
+    """
+
+    inner: nn.Linear | CurveLinear
+
+    def __init__(self, inner: nn.Linear | CurveLinear, route: Route) -> None:
+        super().__init__()
+        self.inner = inner
+        self.route = route
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for code that ties or inspects output embeddings."""
+        return (self.inner.base_layer if isinstance(self.inner, CurveLinear) else self.inner).weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        route = self.route
+        if route.positions is None:
+            return self.inner(hidden)
+        chosen = hidden.reshape(-1, hidden.shape[-1])[route.positions]
+        if isinstance(self.inner, CurveLinear):
+            assert route.position_rows is not None
+            return self.inner.select(chosen, route.position_rows, route.token_ids)
+        return read_out(chosen, self.inner.weight, self.inner.bias, route.token_ids)

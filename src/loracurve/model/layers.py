@@ -1,0 +1,272 @@
+"""Linear layers that carry a whole curve of adapters; a route (`routes`) says where each row of a batch lies on it.
+
+A point of the curve is theta = sum_k c_k P_k, so a row's own t is only its coefficient vector c. Four ways to run give
+the same result: *rows* (each row its own c), *tokens* (each token, where examples share rows), *points* (groups of rows
+share a c, factors are materialised once for each group) and *merged* (one c for all rows, folded into a copy of the
+weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loracurve.model.functional import (
+    combine,
+    contract,
+    expand,
+    grouped_linear,
+    read_out,
+    windowed,
+    windowed_coefficients,
+)
+from loracurve.model.routes import Route, Shared, repeat_for_rows
+from loracurve.model.weight_noise import MapNoise
+
+__all__ = ["CurveLayer", "CurveLinear", "join_siblings"]
+
+
+class CurveLayer(nn.Module):
+    """What curve layers share: the base layer, the route, and control points as parameters of leading dimension K."""
+
+    def __init__(self, base_layer: nn.Module, route: Route) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.route = route
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The layer's control points by PEFT's parameter suffix (`lora_A.weight`, ...), each [K, ...]."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of one control point's tensors by suffix, in PEFT's layout."""
+        raise NotImplementedError
+
+    def set_factors(self, factors: dict[str, Tensor]) -> None:
+        """Replace the control points by tensors of any leading dimension K, in PEFT's layout."""
+        raise NotImplementedError
+
+    def merge(self, coefficients: Tensor) -> None:
+        """Fold the point with these coefficients [K] into a copy of the weight, used by the route kind `merged`."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Drop the copy that `merge` made."""
+        raise NotImplementedError
+
+
+class CurveLinear(CurveLayer):
+    """y = W0 x + s B(t) A(t) x with stacked factors.
+
+    `A` is [K, r, n_in] and `B` is stored transposed, [K, r, n_out], so that the stacked up-projection is one
+    contiguous matrix [K r, n_out]. `scaling` is PEFT's alpha / r (or alpha / sqrt(r)).
+    """
+
+    base_layer: nn.Linear
+    A: nn.Parameter
+    B: nn.Parameter
+    cast: tuple[Tensor, Tensor] | None = None
+    """A and B in the compute dtype, where those of all layers were cast together for this pass"""
+    noise: MapNoise | None = None
+    """perturbs the map in training mode where rows run in groups at few points (`loracurve.perturbation`)"""
+
+    def __init__(
+        self, base_layer: nn.Module, route: Route, rank: int, scaling: float, dropout: float, n_in: int, n_out: int
+    ) -> None:
+        super().__init__(base_layer, route)
+        self.rank, self.scaling = rank, scaling
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.in_features, self.out_features = n_in, n_out
+        # GPT-2's Conv1D keeps its weight as [n_in, n_out].
+        self.transposed = type(base_layer).__name__ == "Conv1D"
+        self._merged: Tensor | None = None
+        self.siblings: tuple[CurveLinear, ...] = (self,)
+        """layers expected to see the same input, this one among them; they share one product with their stacked A"""
+        self.place = 0
+        """place among the siblings"""
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {"lora_A.weight": [self.rank, self.in_features], "lora_B.weight": [self.out_features, self.rank]}
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
+    def set_factors(self, factors: dict[str, Tensor]) -> None:
+        self.A = nn.Parameter(factors["lora_A.weight"])
+        self.B = nn.Parameter(factors["lora_B.weight"].mT.contiguous())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"cast": None}  # belongs to a pass: copies of the layer have none
+
+    def _stack(self, which: Literal[0, 1], dtype: torch.dtype) -> Tensor:
+        """A (0) or B (1), all control points, in a dtype."""
+        if self.cast is not None and self.cast[which].dtype == dtype:
+            return self.cast[which]
+        return (self.A, self.B)[which].to(dtype)
+
+    def _at_groups(self, which: Literal[0, 1], dtype: torch.dtype) -> Tensor:
+        """[G, r, n], A (0) or B (1) at the points of the groups."""
+        assert self.route.groups is not None
+        if self.route.whole:
+            return self._stack(which, dtype)
+        return combine(self.route.groups, (self.A, self.B)[which], dtype)
+
+    def merge(self, coefficients: Tensor) -> None:
+        weight = getattr(self.base_layer, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise RuntimeError("merged evaluation needs floating-point base weights; use points=... instead")
+        weight = weight.detach()
+        a, b = (combine(coefficients[None].to(f.device), f.detach(), weight.dtype)[0] for f in (self.A, self.B))
+        left, right = (a.mT, b) if self.transposed else (b.mT, a)
+        if self._merged is None:
+            self._merged = torch.empty_like(weight)
+        # The product is added in the accumulators, so that the sum is rounded once.
+        torch.addmm(weight, left, right, alpha=self.scaling, out=self._merged)
+
+    def unmerge(self) -> None:
+        self._merged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = self.route
+        if route.kind == "merged":
+            assert self._merged is not None
+            weight = self._merged.mT if self.transposed else self._merged
+            return F.linear(x, weight, self.base_layer.bias)
+        if route.kind == "base":
+            return self.base_layer(x)
+        if self.noise is not None and self.training:
+            return self._perturbed(x, self.noise)
+        hidden = self._hidden(x)
+        parts = len(hidden)
+        # Flat, so that the sum below is made in the base layer's own output and not in a view of it.
+        y = self.base_layer(x.reshape(-1, x.shape[-1]) if parts == 1 else x.reshape(parts, -1, x.shape[-1]))
+        return self._add(y, hidden, x).view(*x.shape[:-1], -1)
+
+    def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
+        """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
+        ids = slice(None) if token_ids is None else token_ids
+        weight = self.base_layer.weight if self._merged is None else self._merged
+        y = read_out(x, weight.mT if self.transposed else weight, self.base_layer.bias, token_ids)
+        if self.route.kind in ("base", "merged"):
+            return y
+        c = self.route.coefficients
+        assert c is not None
+        if self.noise is None or not self.training:
+            return self._add_selected(y, x, self.A, self.B[:, :, ids], c[rows])
+        a, b = self._perturbed_factors(self.noise)
+        b, group = b[:, :, ids], rows // (len(c) // len(a))
+        own = torch.eye(len(a), dtype=x.dtype, device=x.device)[group]
+        return self.noise.output(self._add_selected(y, x, a, b, own), x, a, b, token_ids, group)
+
+    def _add_selected(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """y + s B(t) A(t) x for inputs [P, n_in] with coefficients [P, K], in the memory of y [P, C]."""
+        hidden = contract(self.dropout(x)[None, :, None], a.to(x.dtype)[None], c[None])
+        return y.addmm_(expand(hidden, c[None] * self.scaling)[0].to(y.dtype), b.to(y.dtype).flatten(0, 1))
+
+    def _perturbed_factors(self, noise: MapNoise) -> tuple[Tensor, Tensor]:
+        """Factors [G, r, n_in] and [G, r, n_out] at the points of the groups, perturbed."""
+        groups = self.route.groups
+        if groups is None:
+            raise RuntimeError("a perturbation needs rows in equal groups at shared points of the curve")
+        return noise.factors(*(combine(groups, f, f.dtype) for f in (self.A, self.B)))
+
+    def _perturbed(self, x: Tensor, noise: MapNoise) -> Tensor:
+        """The layer under noise; without siblings, because factors and draws are this layer's own."""
+        a, b = self._perturbed_factors(noise)
+        hidden = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype)) * self.scaling
+        y = self._sum(self.base_layer(x.reshape(len(a), -1, x.shape[-1])), hidden, b.to(x.dtype))
+        return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """A(t) x: [W, N, T, r] by windows and rows (*rows*), [1, N T, 1, r] (*tokens*), or scaled [G, M, r] by groups
+        of rows (*points*).
+
+        Siblings take what the first of them computed for all.
+        """
+        route = self.route
+        # Dropout gives each an input of its own; with points by layer each has a route of its own.
+        dropping = self.training or not isinstance(self.dropout, nn.Dropout)
+        dropping = dropping and not isinstance(self.dropout, nn.Identity)
+        if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
+            return self._project(self.dropout(x), (self,))[0]
+        shared = route.shared
+        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
+            shared = route.shared = Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
+        elif shared.x is not x:
+            # They are no siblings after all.
+            for layer in self.siblings:
+                layer.siblings, layer.place = (layer,), 0
+            route.shared = None
+            return self._project(x, (self,))[0]
+        hidden = shared.hidden.pop(self.place)
+        if not shared.hidden:
+            route.shared = None
+        return hidden
+
+    def _project(self, x: Tensor, layers: tuple[CurveLinear, ...]) -> list[Tensor]:
+        """`_hidden` of several layers in one product."""
+        route = self.route
+        ranks = [layer.rank for layer in layers]
+        if route.kind == "points":
+            a = _join([layer._at_groups(0, x.dtype) for layer in layers])
+            hidden = grouped_linear(x.reshape(len(a), -1, x.shape[-1]), a).split(ranks, dim=-1)
+            return [h * layer.scaling for h, layer in zip(hidden, layers, strict=True)]
+        c = self._row_coefficients(x)
+        a = windowed(_join([layer._stack(0, x.dtype) for layer in layers]), route.windows, route.degree)
+        return list(contract(x.reshape(*c.shape[:2], -1, x.shape[-1]), a, c).split(ranks, dim=-1))
+
+    def _row_coefficients(self, x: Tensor) -> Tensor:
+        """[W, N, k] of the rows of x, or of its tokens where these have their own"""
+        route = self.route
+        assert route.coefficients is not None
+        rows = x.shape[:-1].numel() if route.kind == "tokens" else x.shape[0]
+        return windowed_coefficients(repeat_for_rows(route.coefficients, rows), route.windows, route.degree)
+
+    def _add(self, y: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+        """y + s B(t) hidden for the input x, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
+        route = self.route
+        if route.kind == "points":
+            b = self._at_groups(1, y.dtype)
+        else:
+            hidden = expand(hidden, self._row_coefficients(x) * self.scaling)
+            b = windowed(self._stack(1, y.dtype), route.windows, route.degree).flatten(1, 2)
+        return self._sum(y, hidden, b)
+
+    def _sum(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
+        """y + hidden b for hidden [G, M, k] and b [G, k, n_out], in the memory of y where that can be."""
+        if torch.compiler.is_compiling():
+            # The sum becomes a part of what reads it; a sum in place would copy y first, as large as an output is.
+            return y + (hidden[0] @ b[0] if y.dim() == 2 else torch.bmm(hidden, b))
+        if not self.base_layer.weight.is_floating_point():  # what a quantised layer returns may be a view
+            return torch.addmm(y, hidden[0], b[0]) if y.dim() == 2 else torch.baddbmm(y, hidden, b)
+        return y.addmm_(hidden[0], b[0]) if y.dim() == 2 else y.baddbmm_(hidden, b)
+
+
+# Maps of one module that see the same input in most architectures; a layer that does not is noticed when it runs.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def join_siblings(layers: Mapping[str, CurveLayer]) -> None:
+    """Let layers of one parent module that see the same input share one down-projection.
+
+    Args:
+        layers: curve layers by module name.
+    """
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        for group in SIBLINGS:
+            if child not in group:
+                continue
+            found = [layers.get(f"{parent}.{other}") for other in group]
+            siblings = tuple(x for x in found if isinstance(x, CurveLinear))
+            if isinstance(layer, CurveLinear) and len({x.in_features for x in siblings}) == 1:
+                layer.siblings, layer.place = siblings, siblings.index(layer)
+
+
+def _join(stacks: list[Tensor]) -> Tensor:
+    """[*, r_i, n] -> [*, sum of r_i, n]"""
+    return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)

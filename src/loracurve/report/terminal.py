@@ -1,0 +1,117 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["method_rows", "print_barriers", "print_methods", "print_report"]
+
+
+COLUMNS = {"acc": "ACC", "nll": "NLL", "ece": "ECE", "mutual_information": "MI"}
+
+
+def method_rows(methods: Mapping[str, Any], split: str = "test") -> list[dict[str, Any]]:
+    """Rows of the summary: single adapters are averaged into one row, the others stand as they are."""
+    singles = [m for name, m in methods.items() if re.fullmatch(r"adapter \d+", name)]
+    rows = []
+    if singles:
+        figures = {k: _mean([m["sets"][split][k] for m in singles]) for k in singles[0]["sets"][split] if k in COLUMNS}
+        found = {s: _detection([m["detection"].get(s) for m in singles]) for s in singles[0]["detection"]}
+        # One point has no mutual information; a zero would read as a finding.
+        figures["mutual_information"] = None
+        found = {s: (by_entropy, None) for s, (by_entropy, _) in found.items()}
+        rows.append({"method": f"single adapter (mean of {len(singles)})", "passes": 1, **figures, "detection": found})
+    for name, m in methods.items():
+        if m in singles:
+            continue
+        found = {s: _detection([d]) for s, d in m["detection"].items()}
+        rows.append({"method": name, "passes": m["passes"], **m["sets"][split], "detection": found})
+    return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _detection(found: list[Mapping[str, Any] | None]) -> tuple[float | None, float | None]:
+    known = [f for f in found if f]
+    return _mean([f["auroc_entropy"] for f in known]), _mean([f["auroc_mi"] for f in known])
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
+    """Print accuracy and calibration of each method, and how well uncertainty tells other sets from this one."""
+    rows = method_rows(methods, split)
+    table = _table(f"{split} split", ["method", "passes", *COLUMNS.values()])
+    for row in rows:
+        table.add_row(row["method"], str(row["passes"]), *(_number(row.get(k)) for k in COLUMNS))
+    console = Console()
+    console.print(table)
+    sets = sorted({s for row in rows for s in row["detection"]})
+    if sets:
+        table = _table(f"AUROC of telling a set from {split}, by entropy / by MI", ["method", "passes", *sets])
+        for row in rows:
+            if row["detection"]:
+                cells = (" / ".join(_number(v, 3) for v in row["detection"][s]) for s in sets)
+                table.add_row(row["method"], str(row["passes"]), *cells)
+        console.print(table)
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print the tables of methods and the paired comparisons of the curve with each of them."""
+    print_methods(report["methods"])
+    table = _table(
+        "curve minus other, paired over test examples, 95 % bootstrap interval", ["other", "", "difference", ""]
+    )
+    for c in report["comparisons"]:
+        for measure in ("nll", "acc"):
+            found = c[measure]
+            better = (found["estimate"] < 0) == (measure == "nll")
+            verdict = (
+                ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
+            )
+            interval = f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+            table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval, verdict)
+    Console().print(table)
+
+
+def print_barriers(scan: Mapping[str, Any]) -> None:
+    """Print the barrier of every path between neighbouring anchors, from what `scanning.scan_to_folder` returns."""
+    chosen = scan["settings"]["choose"]
+    table = _table(
+        "barriers: test NLL above the line between two anchors,\n"
+        f"at the t* of most {chosen} NLL; 95 % interval, * excludes 0",
+        ["path", "", "t*", "excess", "above ends"],
+    )
+    for b in scan["barriers"]:
+        table.add_row(
+            b["path"],
+            f"{b['segment']}-{b['segment'] + 1}",
+            f"{b['t_star']:.2f}",
+            f"{b['excess']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]{' *' if b['distinguishable'] else '  '}",
+            f"{b['above_ends']:+.4f}",
+        )
+    console = Console()
+    console.print(table)
+    for row in scan["gauge"]:
+        console.print(row["sentence"])
+    cost = scan["cost"]
+    console.print(f"{cost['evaluations']} merged evaluations, {cost['seconds_per_evaluation']:.2f} s each")
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 or not heading else "right", no_wrap=True)
+    return table

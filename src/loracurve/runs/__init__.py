@@ -1,0 +1,1 @@
+"""A run directory from its options to predictions, scans and pages."""

@@ -1,0 +1,99 @@
+"""The options of a run. YAML files and the command line are made from these dataclasses; there is no second list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from loracurve.curve.config import CurveConfig, LoraOptions, check_points
+from loracurve.curve.retired import Part, refusal, split_retired
+from loracurve.inference.config import EvaluationConfig
+from loracurve.model.config import ModelConfig
+from loracurve.system.errors import UserError
+from loracurve.system.files import atomic_write
+from loracurve.system.options import Parser, parse_mapping
+from loracurve.system.yaml_files import read_yaml
+from loracurve.tasks.config import TaskConfig
+from loracurve.training.config import FitConfig, LoopConfig
+
+__all__ = ["RunConfig", "load_config", "run_parser", "save_config"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that `loracurve fit` needs."""
+
+    model: ModelConfig
+    task: TaskConfig
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    curve: CurveConfig = field(default_factory=CurveConfig)
+    adapters: list[str] = field(default_factory=list)
+    """Existing PEFT adapter folders to use as anchors instead of training them."""
+    anchor_training: LoopConfig = field(default_factory=LoopConfig)
+    curve_training: FitConfig = field(default_factory=FitConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where losses are logged while training, beside the run's own history.json."""
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.curve.kind == "free":
+            raise UserError(
+                "adapters: expected curve.kind anchored, a curve through them, found free; set curve.kind to anchored"
+            )
+        if len(self.adapters) == 1:
+            raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
+        # What cannot work should be known before training, not after it.
+        spec = self.curve.spec(len(self.adapters) or self.curve.anchors)
+        self.curve_training.check_curve(spec)
+        if self.evaluation.inference == "tunnel" and spec.size < 3:
+            raise UserError(
+                "evaluation.inference: expected curve for two control points, which span a line only, found tunnel; "
+                "raise curve.degree"
+            )
+        check_points(self.evaluation.quadrature, self.evaluation.points, spec.segments)
+
+
+def run_parser(**options: Any) -> Parser:
+    """The parser of a `RunConfig`: `--config FILE` and one option for each field."""
+    parser = Parser(**options)
+    parser.add_argument("--config", action="config", help="YAML file with the options below.")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file as a `RunConfig`; raises UserError for unknown keys, wrong types and missing files."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected a YAML file with the options of a run, found none")
+    values = read_yaml(Path(path))
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: expected options such as model and task, found none in it")
+    return parse_mapping(RunConfig, _without_retired(values), str(path))
+
+
+def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run without those that have left the library; raises UserError where it was made with them."""
+    out = dict(values)
+    parts: dict[str, Part] = {"curve": "curve", "curve_training": "training"}
+    for name, part in parts.items():
+        if isinstance(values.get(name), Mapping):
+            out[name], gone = split_retired(part, values[name])
+            if gone:
+                raise refusal(", ".join(f"{name}.{option}" for option in gone))
+    return out
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a config as YAML, atomically; `load_config` reads it back equal."""
+    text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    atomic_write(path, lambda p: p.write_text(text))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

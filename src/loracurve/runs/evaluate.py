@@ -1,0 +1,243 @@
+"""How a run is judged: its curve beside its anchors and lines between them, on every set; predictions are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from loracurve.curve.anchored import slot_times
+from loracurve.curve.bezier import chord_length
+from loracurve.curve.gauge import align, delta_w_gram
+from loracurve.curve.lora_space import ControlPoints
+from loracurve.curve.spec import CurveSpec
+from loracurve.inference import intervals, metrics
+from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.model_average import average_of, choose_average
+from loracurve.inference.prediction import labels_of, point_nll, predict_splits
+from loracurve.inference.predictive import Predictive
+from loracurve.model.curve_model import CurveModel
+from loracurve.report.figures import figure_of, save
+from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.system.distributed import on_main
+from loracurve.system.errors import UserError
+from loracurve.system.files import atomic_write
+from loracurve.system.randomness import stream_seed
+from loracurve.tasks.encoding import Encoded
+from loracurve.tasks.task import Task, open_dataset
+
+__all__ = ["MethodPredictions", "compare", "evaluate_methods", "evaluation_sets", "summarise", "write_predictions"]
+
+
+@dataclass
+class MethodPredictions:
+    """One way to predict: its predictions by set, and the forward passes each prediction takes."""
+
+    name: str
+    passes: int
+    sets: dict[str, Predictive] = field(default_factory=dict)
+    t: list[float] = field(default_factory=list)
+    """curve points, where there are any"""
+    validation: tuple[Predictive, Tensor] | None = None
+    """predictions of the validation rows and their labels, on which its temperature is fitted"""
+
+
+def summarise(methods: list[MethodPredictions], labels: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Figures of every method on every set, for metrics.json.
+
+    Args:
+        labels: [E] labels of the labelled sets. The others are reported by their uncertainties, and by how well these
+            tell them from the test set.
+    """
+    report: dict[str, Any] = {}
+    for method in methods:
+        entry: dict[str, Any] = {"passes": method.passes, "t": method.t, "sets": {}, "detection": {}}
+        for name, predictive in method.sets.items():
+            if name in labels:
+                entry["sets"][name] = metrics.classification_summary(predictive, labels[name])
+            else:
+                entry["sets"][name] = {
+                    key: getattr(predictive, key).mean().item()
+                    for key in ("entropy", "expected_entropy", "mutual_information", "pairwise_jsd", "disagreement")
+                }
+            if name not in labels and "test" in method.sets:
+                entry["detection"][name] = metrics.detection_summary(method.sets["test"], predictive)
+        if method.validation is not None:
+            entry["tempered"] = _tempered(method, *method.validation, labels)
+        if "test" in method.sets and method.t:
+            entry["point_nll"] = point_nll(method.sets["test"], labels["test"]).mean(1).tolist()
+        report[method.name] = entry
+    return report
+
+
+def _tempered(
+    method: MethodPredictions, validation: Predictive, known: Tensor, labels: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The temperature of the averaged prediction, fitted on validation rows, and what it makes of the labelled sets."""
+    rows = known >= 0
+    temperature = fit_temperature(validation.log_probs[rows], known[rows])
+    found: dict[str, Any] = {"temperature": temperature, "rows": int(rows.sum()), "sets": {}}
+    for name, predictive in method.sets.items():
+        if name in labels:
+            log_probs = apply_temperature(predictive.log_probs, temperature)
+            average = Predictive.from_log_probs(log_probs[None])
+            summary = metrics.classification_summary(average, labels[name])
+            found["sets"][name] = {key: summary[key] for key in ("nll", "brier", "ece")}
+    return found
+
+
+def compare(
+    first: MethodPredictions, second: MethodPredictions, labels: Tensor, seed: int, split: str = "test"
+) -> dict[str, Any]:
+    """Paired differences first - second on a labelled split: NLL, accuracy, Brier with bootstrap intervals."""
+    a, b = first.sets[split], second.sets[split]
+    values = {
+        "nll": (a.negative_log_likelihood(labels), b.negative_log_likelihood(labels)),
+        "acc": (a.correct(labels), b.correct(labels)),
+    }
+    if a.point_log_probs is not None and b.point_log_probs is not None:
+        values["brier"] = (metrics.brier_per_example(a.probs, labels), metrics.brier_per_example(b.probs, labels))
+    out: dict[str, Any] = {"first": first.name, "second": second.name, "split": split}
+    for name, (x, y) in values.items():
+        found = intervals.paired_bootstrap(x, y, stream_seed(seed, "bootstrap", first.name, second.name, name) % 2**31)
+        out[name] = {**found._asdict(), "distinguishable": found.distinguishable}
+    return out
+
+
+def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
+    """The tokenised sets: test, further splits of the data set, and the OOD sets in the same prompt."""
+    sets = {name: task.encode(name) for name in task.dataset.splits if name not in ("train", "validation")}
+    for data in config.ood:
+        dataset = open_dataset(data)
+        sets[f"ood:{dataset.name}"] = task.encode_foreign(dataset.rows("test"), f"ood:{dataset.name}")
+    if "test" not in sets:
+        raise UserError(f"{task.dataset.name}: expected a test split, found {', '.join(task.dataset.splits)}")
+    return sets
+
+
+def evaluate_methods(
+    model: CurveModel,
+    task: Task,
+    config: EvaluationConfig,
+    sets: dict[str, Encoded],
+    anchors: ControlPoints | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Predict every set by every method and write predictions.parquet; the model keeps its curve."""
+    validation = task.encode("validation")
+    average = choose_average(model, config, validation)
+    if config.weights == "likelihood":
+        columns = {"t": average.t, "posterior": average.weights, "prior": average.record["prior"]}
+        frame, temperature = pd.DataFrame(columns), average.record["temperature"]
+        figure = partial(figure_of, posterior_over_t, frame, temperature=temperature)
+        on_main(lambda: save(figure(), out / "figures", "posterior_over_t"))
+    held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
+    labels = {
+        name: labels_of(e)
+        for name, e in sets.items()
+        if e.scoring != "lm" and all(x.label is not None for x in e.examples)
+    }
+    curve = _along("curve", model, average.t, average.weights, sets, held_out)
+    report: dict[str, Any] = {"average": average.record}
+    methods = [curve]
+    if config.inference == "tunnel":
+        samples = average_of(model, config, task)
+        report["tunnel"] = samples.record
+        methods = [_along("tunnel", model, samples.where, samples.weights, sets, held_out), curve]
+    spec, points = model.spec, model.control_points()
+    if anchors is not None:
+        count = len(next(iter(anchors.values())))
+        slots = CurveSpec.slots(count)
+        model.set_curve(slots, anchors)
+        ensemble = _along("ensemble", model, slot_times(count), None, sets, held_out)
+        ensemble.t = []
+        if sets["test"].scoring == "lm":  # summaries cannot be taken apart
+            singles = [_along(f"adapter {m}", model, slot_times(count)[[m]], None, sets) for m in range(count)]
+            for single in singles:
+                single.t = []
+        else:
+            singles = [_single(ensemble, m) for m in range(count)]
+        methods = [*singles, ensemble, *methods[:-1]]
+        for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
+            model.set_curve(slots, control)
+            methods.append(_along(name, model, average.t, None, {"test": sets["test"]}, held_out))
+        methods.append(curve)
+        model.set_curve(spec, points)
+    lm = sets["test"].scoring == "lm"
+    if lm:
+        labels = {name: p.labels for name, p in curve.sets.items() if p.labels is not None}
+    report["methods"] = summarise(methods, labels)
+    report["comparisons"] = [
+        compare(curve, method, labels["test"], config.seed) for method in methods if method is not curve
+    ]
+    if anchors is not None:
+        scalings = {f"base_model.model.{n}.lora_A.weight": getattr(x, "scaling", 1.0) for n, x in model.layers.items()}
+        report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
+    if not lm:
+        on_main(partial(write_predictions, out / "predictions.parquet", methods, sets))
+    return report
+
+
+_HELD_OUT = "validation rows"  # no name of a split has a blank
+
+
+def _along(
+    name: str,
+    model: CurveModel,
+    t: torch.Tensor,
+    weights: torch.Tensor | None,
+    sets: dict[str, Encoded],
+    held_out: Encoded | None = None,
+) -> MethodPredictions:
+    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    return MethodPredictions(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
+
+
+def _single(ensemble: MethodPredictions, m: int) -> MethodPredictions:
+    """One member of an ensemble as a method of its own."""
+    sets = {}
+    for name, p in ensemble.sets.items():
+        if p.point_log_probs is not None:
+            sets[name] = Predictive.from_log_probs(p.point_log_probs[m : m + 1])
+    method = MethodPredictions(f"adapter {m}", 1, sets)
+    if ensemble.validation is not None:
+        predictive, labels = ensemble.validation
+        assert predictive.point_log_probs is not None
+        method.validation = Predictive.from_log_probs(predictive.point_log_probs[m : m + 1]), labels
+    return method
+
+
+def write_predictions(path: Path, methods: list[MethodPredictions], sets: dict[str, Encoded]) -> None:
+    """Write one row for each example, set and method as Parquet (columns as documented in the README)."""
+    tables = []
+    for method in methods:
+        for name, predictive in method.sets.items():
+            examples = sets[name].examples
+            n, count, _ = predictive.point_probs.shape
+            classes = [max(e.n_choices, 1) for e in examples]
+            columns: dict[str, Any] = {
+                "id": [e.id for e in examples],
+                "set": [name] * count,
+                "method": [method.name] * count,
+                "label": pa.array([e.label for e in examples], pa.int32()),
+                "probs": [p[:c] for p, c in zip(predictive.probs.tolist(), classes, strict=True)],
+                "point_probs": [
+                    [q[:c] for q in p]
+                    for p, c in zip(predictive.point_probs.transpose(0, 1).tolist(), classes, strict=True)
+                ],
+                "weights": [predictive.weights.tolist()] * count,
+                **{k: getattr(predictive, k).tolist() for k in ("entropy", "expected_entropy", "mutual_information")},
+            }
+            tables.append(pa.table(columns))
+    table = pa.concat_tables(tables)
+    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))

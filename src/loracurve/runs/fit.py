@@ -1,0 +1,149 @@
+"""Fitting a run: anchors (if anchored), curve, evaluation, into a run directory; everything resumable."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+from loracurve.curve.config import CurveConfig
+from loracurve.curve.files import export_adapter, load_adapter
+from loracurve.curve.lora_space import ControlPoints, stack_adapters
+from loracurve.curve.spec import CurveSpec
+from loracurve.model.curve_model import CurveModel
+from loracurve.runs.config import RunConfig, load_config, save_config
+from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
+from loracurve.runs.run import _base_and_task, _spread, logger
+from loracurve.system.distributed import is_main, main_holds, on_main
+from loracurve.system.environment import environment
+from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
+from loracurve.system.folders import locked, new_folder
+from loracurve.training.corruption import unlabelled
+from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.perturbation import Perturbation
+
+__all__ = ["fit_run"]
+
+
+def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json.
+
+    Raises:
+        UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
+    """
+    _check_tracker(config.tracker)
+    on_main(lambda: new_folder(out, resume))
+    with main_holds(lambda: locked(out)):
+        return _fit_run(config, out, progress)
+
+
+def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
+    if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
+        raise UserError(
+            f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
+        )
+    base, task = _base_and_task(config)
+    # Tokenising everything first finds faults in the data before hours of training.
+    sets = evaluation_sets(task, config.evaluation)
+    task.encode("train")
+    if config.curve_training.corruption.file is not None:
+        unlabelled(task, config.curve_training.corruption.file)
+
+    def begin() -> None:
+        save_config(config, out / "config.yaml")
+        write_json(out / "environment.json", environment())
+
+    on_main(begin)
+    classifier = config.task.scoring == "head"
+    lora = config.lora.to_peft(config.model.name, classifier)
+    timings: dict[str, float] = {}
+    accelerator = _tracking(config, out)
+    loop = {"progress": progress, "accelerator": accelerator}
+    started = time.perf_counter()
+    anchors: ControlPoints | None = None
+    if config.curve.kind == "free":
+        if config.curve.anchors != CurveConfig.anchors and is_main():
+            logger.warning("curve.anchors: a free curve has none; curve.kind anchored makes one through anchors")
+        model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
+        _spread(model, config)
+    else:
+        if config.adapters:
+            loaded = [load_adapter(folder) for folder in config.adapters]
+            model = CurveModel.from_adapters(base, config.adapters, alignment="none")
+            anchors = stack_adapters([tensors for _, tensors in loaded])
+            _spread(model, config)
+        else:
+            model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
+            _spread(model, config)
+            if config.curve_training.perturbation.kind == "flat_lora":
+                # Says before anchors are trained that a quantised base cannot have it.
+                Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
+            result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
+            on_main(partial(write_json, out / "anchors" / "history.json", result.history))
+            anchors = model.control_points()
+            timings["anchors"] = result.seconds
+        on_main(partial(_export, model, anchors, out / "anchors"))
+        model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
+        shape = config.curve
+        model.anchor(
+            shape.degree,
+            shape.alignment,
+            shape.inner,
+            config.curve_training.seed,
+            shape.pieces,
+            shape.closed,
+        )
+    result = fit(model, task, config.curve_training, out / "training", **loop)
+    accelerator.end_training()
+    timings["curve"] = result.seconds
+
+    def save_curve() -> None:
+        write_json(out / "training" / "history.json", result.history)
+        model.save_pretrained(out / "curve")
+
+    on_main(save_curve)
+    evaluated = time.perf_counter()
+    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
+    report["training"] = {
+        "best_step": result.best_step,
+        "validation_nll": result.validation_nll,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "processes": result.processes,
+    } | result.settled
+    report["seconds"] = timings | {
+        "evaluation": time.perf_counter() - evaluated,
+        "total": time.perf_counter() - started,
+    }
+    report["task"] = task.describe()
+    on_main(partial(write_json, out / "metrics.json", report))
+    return report
+
+
+def _export(model: CurveModel, adapters: ControlPoints, folder: Path) -> None:
+    """Write stacked adapters as PEFT folders 0, 1, ..."""
+    for m in range(len(next(iter(adapters.values())))):
+        export_adapter(model.config, {n: p[m] for n, p in adapters.items()}, folder / str(m))
+
+
+def _check_tracker(tracker: str) -> None:
+    """Raise UserError where the library of a tracker is not installed."""
+    available = {"none": lambda: True, "tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not available[tracker]():
+        raise UserError(
+            f"tracker: expected the package {tracker}, found none; pip install {tracker}, or leave tracker at none"
+        )
+
+
+def _tracking(config: RunConfig, out: Path) -> accelerate.Accelerator:
+    """An accelerator that logs where `config.tracker` says."""
+    if config.tracker == "none":
+        return accelerate.Accelerator()
+    accelerator = accelerate.Accelerator(log_with=config.tracker, project_dir=out)
+    accelerator.init_trackers("loracurve")
+    return accelerator

@@ -1,0 +1,51 @@
+"""The landscape of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from loracurve.curve.files import load_adapter
+from loracurve.curve.lora_space import stack_adapters
+from loracurve.landscape.paths import joints
+from loracurve.landscape.subject import Subject
+from loracurve.model.config import Dtype
+from loracurve.runs.config import load_config
+from loracurve.runs.run import open_run
+from loracurve.system.errors import UserError
+
+__all__ = ["run_to_scan"]
+
+
+def run_to_scan(folder: str | Path, dtype: Dtype) -> Subject:
+    """Open a finished run; a free curve lends its joints as anchors.
+
+    Raises:
+        UserError: no fitted curve there.
+    """
+
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: expected a run directory, found no config.yaml in it; make one with loracurve fit")
+    known = load_config(folder / "config.yaml")
+    run = open_run(folder)
+    if dtype != "auto" and dtype != known.model.dtype:
+        run.model.model.to(getattr(torch, dtype))
+        run.model.set_curve(run.model.spec, run.model.control_points())  # in the dtype that goes with the base's
+    folders = sorted((p for p in (folder / "anchors").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    spec = run.model.spec
+    from_anchors = len(folders) == spec.segments + 1  # fewer where several pieces lie between two of them
+    if from_anchors:
+        anchors = stack_adapters([load_adapter(p)[1] for p in folders])
+    else:
+        anchors = joints(run.model.control_points(), spec.degree)
+    record = {
+        "curve": asdict(spec),
+        "anchors_from": "anchors" if from_anchors else "joints of the curve",
+        "base": known.model.name,
+        "task": known.task.data,
+        "scoring": known.task.scoring,
+    }
+    return Subject(run.model, anchors, run.task, True, record)

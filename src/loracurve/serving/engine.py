@@ -1,0 +1,208 @@
+"""What the server runs on the model: rows of several requests predicted together, prompts decoded together."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracurve.inference.config import EvaluationConfig, GenerateConfig
+from loracurve.inference.generation import generate
+from loracurve.inference.prediction import predict_split
+from loracurve.runs.predict import prediction_records, read_calibration
+from loracurve.runs.run import Run
+from loracurve.serving.batcher import Job
+from loracurve.serving.config import ServeConfig
+from loracurve.system.errors import UserError
+from loracurve.tasks.dataset import Row, parse_row
+from loracurve.tasks.encoding import Encoded
+from loracurve.tasks.tokens import tokenise
+
+__all__ = ["PREDICT", "Engine"]
+
+
+PREDICT = "predict"
+
+MOST_FIELDS = 32
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the texts that are being decoded."""
+
+
+class Engine:
+    """A run made ready: its points and weights are chosen once.
+
+    Args:
+        run: an opened run.
+        options: the limits.
+        evaluation: points and weights to average. Default: the run's own.
+        count: told the number of tokens as they are read and generated: `count("read", 40)`.
+        observe: told the number of requests that ran together.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        options: ServeConfig,
+        evaluation: EvaluationConfig | None = None,
+        count: Callable[[str, int], None] = lambda kind, tokens: None,
+        observe: Callable[[int], None] = lambda requests: None,
+    ) -> None:
+        self.run, self.options, self.count, self.observe = run, options, count, observe
+        self.average = run.average(evaluation)
+        self.calibration = read_calibration(run.folder)
+        self.predicts = run.config.task.scoring != "lm"
+        self.generates = not run.model.is_classifier
+
+    def describe(self) -> dict[str, Any]:
+        """What this run can do, for clients: fields of a row, classes, points, limits."""
+        dataset = self.run.task.dataset
+        examples: dict[str, dict[str, Any]] = {
+            "classification": {"id": "1", "text": "a text"},
+            "multiple_choice": {"id": "1", "question": "a question", "choices": list(dataset.labels) or ["yes", "no"]},
+            "language_modelling": {"id": "1", "prompt": "a text"},
+        }
+        example = examples[dataset.kind]
+        row = dataset.splits["test"][0] if "test" in dataset.splits else None
+        if row is not None and row.text2 is not None:
+            example["text2"] = "its second text"
+        limits = ("max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "timeout_s")
+        return {
+            "run": self.run.folder.resolve().name,
+            "base": base.resolve().name if (base := Path(self.run.config.model.name)).is_dir() else str(base),
+            "task": dataset.kind,
+            "scoring": self.run.config.task.scoring,
+            "classes": list(self.run.task.classes),
+            "predict": self.predicts,
+            "generate": self.generates,
+            "points": len(self.average.weights),
+            "calibrated": self.calibration is not None,
+            "example_row": example,
+            "limits": {name: getattr(self.options, name) for name in limits},
+        }
+
+    def rows(self, records: Sequence[dict[str, Any]]) -> list[Row]:
+        """Rows as in training, checked; one without an id gets its place. Raises UserError."""
+        if not self.predicts:
+            raise UserError("this run is of language modelling, which has no classes to predict; use /generate")
+        dataset = self.run.task.dataset
+        self._check_count(len(records), "rows")
+        for i, record in enumerate(records):
+            if len(record) > MOST_FIELDS:
+                raise UserError(f"row {i + 1}: expected at most {MOST_FIELDS} fields, found {len(record)}")
+        _check_text(records, "row")
+        return [
+            parse_row({"id": str(i), **record}, dataset.kind, dataset.labels, f"row {i + 1}", require_label=False)
+            for i, record in enumerate(records)
+        ]
+
+    def prompts(self, prompts: Sequence[str], config: GenerateConfig) -> list[str]:
+        """Prompts, checked against the limits. Raises UserError."""
+        if not self.generates:
+            raise UserError("this run is of a classifier, which has no text to continue; use /predict")
+        self._check_count(len(prompts), "prompts")
+        _check_text(prompts, "prompt")
+        if config.max_new_tokens > self.options.max_new_tokens:
+            raise UserError(
+                f"max_new_tokens: expected at most {self.options.max_new_tokens}, found {config.max_new_tokens}"
+            )
+        return list(prompts)
+
+    def _check_count(self, count: int, what: str) -> None:
+        if not 1 <= count <= self.options.max_rows:
+            raise UserError(f"{what}: expected 1 to {self.options.max_rows}, found {count}; send several requests")
+
+    def work(self, key: Hashable, jobs: Sequence[Job]) -> None:
+        """Run jobs of one key: PREDICT, or how their prompts are decoded."""
+        self.observe(len(jobs))
+        if isinstance(key, GenerateConfig):
+            self._generate(key, jobs)
+        else:
+            self._predict(jobs)
+
+    def _predict(self, jobs: Sequence[Job]) -> None:
+        # Requests whose rows have the same answers (nearly always all of them) are one packed set.
+        together: dict[Hashable, list[tuple[Job, Encoded]]] = defaultdict(list)
+        for job in jobs:
+            try:
+                self._count_tokens([_texts(row) for row in job.work], "row")
+                encoded = self.run.task.encode_rows(job.work, "a request", labelled=False)
+            except UserError as error:
+                job.fail(error)
+                continue
+            together[encoded.answer_ids, encoded.classes].append((job, encoded))
+        for group in together.values():
+            examples = [example for _, encoded in group for example in encoded.examples]
+            whole = replace(group[0][1], examples=examples)
+            predictive = predict_split(self.run.model, whole, self.average.where, self.average.weights).to("cpu")
+            start = 0
+            for job, encoded in group:
+                own = predictive.index(torch.arange(start, start + len(encoded)))
+                start += len(encoded)
+                records = list(prediction_records(job.work, encoded, own, self.calibration))
+                job.succeed({"predictions": records, "truncated": encoded.truncated})
+
+    def _generate(self, config: GenerateConfig, jobs: Sequence[Job]) -> None:
+        asked: list[Job] = []
+        for job in jobs:
+            try:
+                self._count_tokens([[prompt] for prompt in job.work], "prompt")
+                asked.append(job)
+            except UserError as error:
+                job.fail(error)
+        if not asked:
+            return
+
+        def check(tokens: int) -> None:
+            if not any(job.live for job in asked):
+                raise _Abandoned("nobody waits for these texts any more")
+
+        generations = generate(
+            self.run.model,
+            self.run.task.tokenizer,
+            [prompt for job in asked for prompt in job.work],
+            replace(config, batch_size=self.options.batch_prompts),
+            self.average.where,
+            self.average.weights,
+            check,
+            [number for job in asked for number in range(len(job.work))],
+        )
+        self.count("generated", sum(len(g.token_ids) for g in generations))
+        left = iter(generations)
+        for job in asked:
+            job.succeed({"generations": [next(left).record() for _ in job.work]})
+
+    def _count_tokens(self, texts: Sequence[Sequence[str]], what: str) -> None:
+        """Count the tokens of each row's texts; raises UserError where a row has too many."""
+        flat = [text for row in texts for text in row if text]
+        lengths = iter([len(ids) for ids in tokenise(self.run.task.tokenizer, flat)] if flat else [])
+        found = [sum(next(lengths) for text in row if text) for row in texts]
+        for i, tokens in enumerate(found):
+            if tokens > self.options.max_tokens_per_row:
+                raise UserError(
+                    f"{what} {i + 1}: expected at most {self.options.max_tokens_per_row} tokens, found {tokens}; "
+                    "shorten it"
+                )
+        self.count("read", sum(found))
+
+
+def _check_text(items: Sequence[Any], what: str) -> None:
+    """Raise UserError where JSON escapes made text that no tokenizer takes."""
+    for i, item in enumerate(items):
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what} {i + 1}: expected text, found half of a surrogate pair; send UTF-8") from None
+        except RecursionError:
+            raise UserError(f"{what} {i + 1}: expected an object with text in its fields, found deep nesting") from None
+
+
+def _texts(row: Row) -> list[str]:
+    """All the text of a row that a client chooses."""
+    return [text for text in (row.context, row.question, row.text, row.text2, *row.choices) if text]

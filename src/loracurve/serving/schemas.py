@@ -1,0 +1,107 @@
+"""Bodies of requests and answers, from which the checks and the OpenAPI page are made."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import docstring_parser
+from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
+
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import Generation
+
+__all__ = ["Description", "Failure", "GenerateAnswer", "GenerateRequest", "Health", "PredictAnswer", "PredictRequest"]
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class PredictRequest(BaseModel):
+    """Rows to predict."""
+
+    model_config = _STRICT
+    rows: Annotated[list[dict[str, Any]], FailFast()] = Field(
+        description="Rows as in the training data; labels are not needed. One without an id gets its place as id. "
+        "GET /run has an example."
+    )
+
+
+class Prediction(BaseModel):
+    """One row's prediction. Entropies in nats, before the calibration's temperature."""
+
+    id: str
+    label: int = Field(description="Place of the most probable class.")
+    prediction: str = Field(description="Its name.")
+    probs: list[float] = Field(description="Averaged probabilities of the classes, tempered where it is calibrated.")
+    entropy: float = Field(description="Total uncertainty.")
+    expected_entropy: float = Field(description="Aleatoric: what the data leave open.")
+    mutual_information: float = Field(description="Epistemic: what the points disagree on.")
+    abstain: bool | None = Field(None, description="Only with a calibration: too uncertain to answer.")
+    set: list[str] | None = Field(None, description="Only with a calibration: classes that hold the label.")
+
+
+class PredictAnswer(BaseModel):
+    """Predictions in the order of the rows."""
+
+    predictions: list[Prediction]
+    truncated: int = Field(description="How many rows were cut on the left to fit the model's window.")
+
+
+def _decoding() -> dict[str, Any]:
+    """The fields of `GenerateConfig` that a client may set, with their defaults and descriptions."""
+    said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(GenerateConfig).params}
+    types = get_type_hints(GenerateConfig)
+    return {
+        f.name: (types[f.name], Field(f.default, description=said[f.name], allow_inf_nan=False))
+        if types[f.name] is float
+        else (types[f.name], Field(f.default, description=said[f.name]))
+        for f in fields(GenerateConfig)
+        if f.name != "batch_size"
+    }
+
+
+GenerateRequest = create_model(
+    "GenerateRequest",
+    __config__=_STRICT,
+    __doc__="Prompts to continue and how.",
+    prompts=(
+        Annotated[list[str], FailFast()],
+        Field(description="Texts, continued as they stand, without a chat template."),
+    ),
+    **_decoding(),
+)
+
+
+class GenerateAnswer(BaseModel):
+    """Texts in the order of the prompts."""
+
+    generations: list[Generation]
+
+
+class Description(BaseModel):
+    """What a run can do."""
+
+    run: str
+    base: str = Field(description="Name of the base model.")
+    task: str = Field(description="Kind of the rows.")
+    scoring: str
+    classes: list[str]
+    predict: bool
+    generate: bool
+    points: int = Field(description="Points of the curve that are averaged.")
+    calibrated: bool
+    example_row: dict[str, Any]
+    limits: dict[str, float]
+
+
+class Health(BaseModel):
+    """The server runs."""
+
+    status: str
+
+
+class Failure(BaseModel):
+    """What was expected, what was found, what to do, in one line."""
+
+    error: str

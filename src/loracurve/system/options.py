@@ -1,0 +1,139 @@
+"""YAML and command-line options to dataclasses and back, through jsonargparse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from loracurve.system.errors import UserError, nearest
+
+__all__ = ["Parser", "parse", "parse_mapping"]
+
+
+T = TypeVar("T")
+
+# Larger ones would only fill the memory before anything says so.
+_LARGEST = {
+    "anchors": 1000,
+    "segments": 1000,
+    "pieces": 1000,
+    "degree": 100,
+    "r": 2**16,
+    "batch_size": 2**20,
+} | dict.fromkeys(
+    ("points", "evaluation_points", "diversity_points", "samples", "members", "plane", "resamples"), 100_000
+)
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are exceptions, so that they can be told in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(exit_on_error=False, allow_abbrev=False, **options)
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> Any:
+    """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
+    with _in_one_line(parser):
+        values = parser.parse_args(_switched_on(parser, arguments))
+        _check_numbers(values.as_dict())
+        return parser.instantiate(values)
+
+
+def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
+    parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
+    with _in_one_line(parser, f"{where}: "):
+        _check_numbers(values)
+        found = parser.instantiate(parser.parse_object(dict(values)))
+        return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+
+
+@cache
+def _parser_of(kind: type[Any]) -> Parser:
+    parser = Parser()
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def _check_numbers(value: Any, name: str = "") -> None:
+    """Raise UserError for whole numbers that no option of this name can have."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(inner, str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(inner, name)
+    elif isinstance(value, int) and abs(value) > (most := _LARGEST.get(name, 2**62)):
+        raise UserError(f"{name}: expected a number of at most {most}, found a larger one")
+
+
+@contextmanager
+def _in_one_line(parser: Parser, where: str = "") -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{where}{error}") if where else error) from error
+    except (
+        jsonargparse.ArgumentError, ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError,
+        ValueError, yaml.YAMLError,
+    ) as error:  # fmt: skip
+        raise UserError(where + _one_line(error, parser)) from error
+
+
+def _switched_on(parser: Parser, arguments: Sequence[str]) -> list[str]:
+    """`--resume` for `--resume=true`: options that are true or false need no value to be true."""
+    switches = {o for a in parser._actions if getattr(a, "_typehint", None) is bool for o in a.option_strings}
+    values = {"true", "false", "yes", "no"}
+    following = [*arguments, ""][1:]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in values else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
+
+
+def _one_line(error: BaseException, parser: Parser) -> str:
+    """The part of a parser's message that says what is wrong."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    names = [action.dest for action in parser._actions]
+    if match := re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", text):
+        word = f"{match[1]}.{match[2]}"
+        return f"unknown option {word}{_closest(word, names)}"
+    if match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text):
+        word = match[1] or match[2]
+        return f"unknown option {word}{_closest(word, names)}"
+    if match := re.search(r"[Oo]ption '([\w.]+)' is not accepted", text):
+        return f"unknown option {match[1]}{_closest(match[1], names)}"
+    if "Unexpected config:" in text:
+        return "config: expected a YAML file with options such as model and task, found none in it"
+    text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
+    text = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", text).replace("Expected a one", "expected one")
+    return re.sub(r"<class '(\w+)'>", r"\1", text).replace("Expected", "expected").replace("Got value:", "Found")[:400]
+
+
+def _closest(word: str, names: Sequence[str]) -> str:
+    """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    headings = {name.partition(".")[0] for name in names}
+    heading = word.partition(".")[0]
+    if "." in word and heading not in headings and (found := nearest(heading, headings)):
+        return found
+    if found := nearest(word, names):
+        return found
+    last = {name.rsplit(".", 1)[-1]: name for name in names}
+    if found := nearest(word.rsplit(".", 1)[-1], last):
+        return f"; did you mean {last[found.split(chr(39))[1]]!r}?"
+    return ""

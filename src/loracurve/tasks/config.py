@@ -1,0 +1,64 @@
+"""Options of a task. No torch here: options are read before it is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from loracurve.system.errors import UserError, nearest
+
+__all__ = ["Scoring", "TaskConfig"]
+
+
+Scoring = Literal["letter", "label", "text", "head", "lm"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What to learn and how its answers are scored."""
+
+    data: str
+    """A data folder (train/validation/test.jsonl and meta.json), the name of a hub data set, or word_sentiment."""
+    scoring: Scoring
+    """letter: options are listed and their letters scored; label: the class's word, one token; text: log-likelihood of
+    each choice's text; head: a sequence classification head; lm: language modelling."""
+    template: str | None = None
+    """Name of a built-in prompt template. Default: the one for this kind of data and scoring."""
+    prompt: str | None = None
+    """A prompt of your own with fields such as {text}, {text2}, {question}, {context}, {options}."""
+    answers: list[str] | None = None
+    """What continues your own prompt, one for each class, in label order. A leading space is put in where needed."""
+    normalise: Literal["sum", "mean"] = "sum"
+    """Score of a choice's text: sum or mean of the log-likelihoods of its tokens."""
+    max_length: int | None = None
+    """Longest input in tokens, the choice or completion included. Default: the model's window."""
+    limit_train: int | None = None
+    """Use this many training rows, drawn by the hash of their ids."""
+    limit_validation: int | None = None
+    """Use this many validation rows."""
+    limit_test: int | None = None
+    """Use this many test rows."""
+    validation_fraction: float = 0.1
+    """Part of train that becomes validation where the data set has no validation split."""
+    append_eos: bool = False
+    """Language modelling: the end-of-sequence token belongs to the completion."""
+    seed: int = 0
+    """Seed of the validation split, of the limits and of word_sentiment's splits."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (("scoring", get_args(Scoring)), ("normalise", ("sum", "mean"))):
+            value = getattr(self, name)
+            if value not in valid:
+                raise UserError(
+                    f"{name}: expected one of {', '.join(valid)}, found {value!r}{nearest(str(value), valid)}"
+                )
+        for name in ("max_length", "limit_train", "limit_validation", "limit_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected a positive number, found {value}")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise UserError(f"validation_fraction: expected a number between 0 and 1, found {self.validation_fraction}")
+        if self.template is not None and self.prompt is not None:
+            raise UserError("expected template or prompt, found both; leave one out")
+        if self.answers is not None and self.prompt is None:
+            raise UserError("answers: expected a prompt with them, found none; give prompt too")

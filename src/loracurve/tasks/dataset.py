@@ -1,0 +1,278 @@
+"""Rows of a data set and how they are read from a folder: train/validation/test.jsonl and meta.json.
+
+Row schemas, one JSON object on each line:
+
+* classification: ``{id, text, [text2], label}``
+* multiple choice: ``{id, question, choices, label, [context]}``
+* language modelling: ``{id, text}`` or ``{id, prompt, completion}``
+
+meta.json holds ``task`` (one of the three kinds) and, for classification, ``labels``; ``notes``, ``source``,
+``license`` and ``sizes`` are optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from loracurve.system.errors import UserError, nearest
+
+__all__ = ["Dataset", "Kind", "Row", "as_text", "parse_row", "read_dataset", "read_rows", "split_validation", "subset"]
+
+
+Kind = Literal["classification", "multiple_choice", "language_modelling"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+
+MAX_CHOICES = 26
+
+MOST_CHARACTERS = 2**24  # of a line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item. Fields its kind doesn't have are None (`choices`: empty).
+
+    `label` is the index into the data set's labels (classification) or into `choices`; None where there is none.
+    `spread` is the standard deviation of the annotators' ratings, where a data set records it.
+    """
+
+    id: str
+    label: int | None = None
+    text: str | None = None
+    text2: str | None = None
+    question: str | None = None
+    choices: tuple[str, ...] = ()
+    context: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Named splits of rows of one kind.
+
+    `labels` are the class names; for multiple choice they may name the options, or be empty. `splits` has at least
+    ``train`` and ``test`` when read from a folder or the hub, and possibly further ones (out-of-distribution rows).
+    `notes` says how the splits differ from the published ones, `source` where the rows come from.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    splits: dict[str, list[Row]]
+    notes: str = ""
+    source: str = ""
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of `split`. Raises UserError naming the splits there are."""
+        if split not in self.splits:
+            known = ", ".join(self.splits)
+            raise UserError(
+                f"data set {self.name!r} has no split {split!r} (it has {known}){nearest(split, self.splits)}"
+            )
+        return self.splits[split]
+
+
+def as_text(row: Row) -> str:
+    """The plain text of a row of any kind, without its choices, for rows that are put into another task's prompt."""
+    if row.question is not None:
+        return f"{row.context} {row.question}" if row.context else row.question
+    if row.text is not None:
+        return f"{row.text} {row.text2}" if row.text2 else row.text
+    return f"{row.prompt or ''}{row.completion or ''}"
+
+
+def read_dataset(folder: str | Path) -> Dataset:
+    """Read a local data set. A missing validation.jsonl, or an empty one that meta.json's sizes declare as 0, leaves
+    the data set without that split.
+
+    Raises UserError for a missing file, an empty split, or a row that breaks the schema (with its line number).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"expected a data folder with meta.json and train/validation/test.jsonl, found no folder {folder}"
+        )
+    meta = _read_meta(folder / "meta.json")
+    kind, labels = _kind_and_labels(meta, folder / "meta.json")
+    splits: dict[str, list[Row]] = {}
+    for split in ("train", "validation", "test"):
+        path = folder / f"{split}.jsonl"
+        if split == "validation" and not path.exists():
+            continue
+        declared = meta.get("sizes")
+        declared_empty = isinstance(declared, dict) and declared.get(split) == 0
+        if split == "validation" and declared_empty and path.stat().st_size == 0:
+            continue
+        splits[split] = read_rows(path, kind, labels)
+    source = "; ".join(part for part in (_source_text(meta.get("source")), _license_text(meta)) if part)
+    return Dataset(folder.resolve().name, kind, labels, splits, str(meta.get("notes", "")), source)
+
+
+def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_labels: bool = True) -> list[Row]:
+    """Read one JSONL file of rows of `kind`.
+
+    `labels`: class names (classification) or option names (multiple choice; empty: any number of options). With
+    `require_labels` False a label may be absent or null, and a completion absent, as in input to predict and generate.
+
+    Raises UserError naming file and line for broken JSON, missing or mistyped fields, labels out of range and
+    duplicate ids; and for a missing file or one without rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"expected a file of {kind} rows, found no file {path}")
+    rows: list[Row] = []
+    line_of: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MOST_CHARACTERS + 1), ""), start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                if len(line) > MOST_CHARACTERS:
+                    raise UserError(f"{where}: expected at most {MOST_CHARACTERS} characters, found more")
+                try:
+                    record = json.loads(line)
+                except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+                    reason = getattr(error, "msg", str(error))
+                    raise UserError(f"{where}: expected one JSON object, found broken JSON ({reason})") from None
+                row = parse_row(record, kind, labels, where, require_labels)
+                if row.id in line_of:
+                    first = line_of[row.id]
+                    raise UserError(
+                        f"{where}: id {row.id!r} was used on line {first} already; give every row its own id"
+                    )
+                line_of[row.id] = number
+                rows.append(row)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected UTF-8 text, found byte {error.start} that is not; save it as UTF-8"
+        ) from None
+    if not rows:
+        raise UserError(f"{path}: expected at least one row, found an empty file")
+    return rows
+
+
+def parse_row(record: object, kind: Kind, labels: Sequence[str], where: str, require_label: bool = True) -> Row:
+    """One validated Row from a JSON object. `where` begins the message of every UserError ("file, line n")."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: expected a JSON object with the fields of a row, found {type(record).__name__}")
+    identity = record.get("id")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise UserError(f"{where}: expected a string 'id', found {identity!r}; give every row its own id")
+    identity = str(identity)
+    if kind == "language_modelling":
+        if "text" in record:
+            return Row(identity, text=_string(record, "text", where))
+        wanted = require_label or "completion" in record
+        completion = _string(record, "completion", where) if wanted else None
+        return Row(identity, prompt=_string(record, "prompt", where), completion=completion)
+    if kind == "classification":
+        label = _label(record, len(labels), where, require_label)
+        text2 = _string(record, "text2", where) if record.get("text2") is not None else None
+        return Row(identity, label, text=_string(record, "text", where), text2=text2)
+    choices = record.get("choices")
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not all(isinstance(c, str) for c in choices):
+        raise UserError(f"{where}: expected 'choices' as a list of strings, found {choices!r}")
+    most = len(labels) or MAX_CHOICES
+    if not 2 <= len(choices) <= most:
+        raise UserError(f"{where}: expected 2 to {most} choices, found {len(choices)}")
+    label = _label(record, len(choices), where, require_label)
+    context = _string(record, "context", where) if record.get("context") is not None else None
+    return Row(identity, label, question=_string(record, "question", where), choices=tuple(choices), context=context)
+
+
+def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(train, validation): the rows whose hashed id comes first become validation; at least one row stays in each.
+
+    Which rows they are depends on ids, `fraction` and `seed` only, never on the order of the rows.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise UserError(f"expected a validation fraction between 0 and 1, found {fraction}")
+    if len(rows) < 2:
+        raise UserError(f"expected at least 2 training rows to split off a validation set, found {len(rows)}")
+    held_out = subset(rows, min(max(1, round(fraction * len(rows))), len(rows) - 1), seed)
+    ids = {row.id for row in held_out}
+    return [row for row in rows if row.id not in ids], held_out
+
+
+def subset(rows: Sequence[Row], size: int, seed: int = 0) -> list[Row]:
+    """`size` rows in their old order, drawn by the hash of their ids; smaller subsets lie inside larger ones."""
+    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
+    chosen = {row.id for row in ranked[:size]}
+    return [row for row in rows if row.id in chosen]
+
+
+def _string(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = record.get(field)
+    if field not in record:
+        raise UserError(
+            f"{where}: expected a field {field!r}, found {sorted(record)}{nearest(field, map(str, record))}"
+        )
+    if not isinstance(value, str) or not value.strip():
+        # An empty prompt is meant: a completion from nothing.
+        if field == "prompt" and value == "":
+            return ""
+        raise UserError(f"{where}: expected {field!r} as text that is not blank, found {value!r}")
+    return value
+
+
+def _label(record: Mapping[str, Any], classes: int, where: str, required: bool) -> int | None:
+    value = record.get("label")
+    if value is None:
+        if required:
+            raise UserError(f"{where}: expected a 'label' from 0 to {classes - 1}, found none")
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{where}: expected 'label' as a whole number from 0 to {classes - 1}, found {value!r}")
+    if not 0 <= value < classes:
+        raise UserError(f"{where}: expected a label from 0 to {classes - 1}, found {value}")
+    return value
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    example = '{"task": "classification", "labels": ["negative", "positive"]}'
+    if not path.is_file():
+        raise UserError(f"expected {path}, found none; write one such as {example}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a JSON object such as {example}, found broken JSON ({error})") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: expected a JSON object such as {example}, found {type(meta).__name__}")
+    return meta
+
+
+def _kind_and_labels(meta: Mapping[str, Any], path: Path) -> tuple[Kind, tuple[str, ...]]:
+    kind = meta.get("task")
+    if kind not in KINDS:
+        raise UserError(
+            f"{path}: expected 'task' to be one of {', '.join(KINDS)}, found {kind!r}{nearest(str(kind), KINDS)}"
+        )
+    labels = meta.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+        raise UserError(f"{path}: expected 'labels' as a list of names, found {labels!r}")
+    if len(set(labels)) != len(labels) or (kind == "classification" and len(labels) < 2):
+        raise UserError(f"{path}: expected at least two different 'labels', found {labels!r}")
+    return kind, tuple(labels)
+
+
+def _source_text(source: object) -> str:
+    if isinstance(source, str):
+        return source
+    if isinstance(source, list):
+        return "; ".join(
+            f"{s['repository']}@{s.get('commit', '?')}" if isinstance(s, dict) and "repository" in s else str(s)
+            for s in source
+        )
+    return ""
+
+
+def _license_text(meta: Mapping[str, Any]) -> str:
+    return f"licence: {meta['license']}" if meta.get("license") else ""

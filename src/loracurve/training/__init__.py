@@ -1,0 +1,1 @@
+"""Fitting anchors and curves: objective, perturbation, step, loop, checkpoints, Trainer."""

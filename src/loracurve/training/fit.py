@@ -1,0 +1,121 @@
+"""Fitting anchors and curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.injection import initial_control_points
+from loracurve.system.distributed import join, world
+from loracurve.system.errors import UserError
+from loracurve.tasks.task import Task
+from loracurve.training.anchors import AnchorsObjective, slot_seeds
+from loracurve.training.config import FitConfig, LoopConfig, ObjectiveConfig, resolve_tau
+from loracurve.training.corruption import ordinary_tokens, unlabelled
+from loracurve.training.curves import CurveObjective
+from loracurve.training.loop import FitResult, run_loop
+from loracurve.training.perturbation import Perturbation
+
+__all__ = ["fit", "fit_anchors"]
+
+
+def fit_anchors(
+    model: CurveModel,
+    task: Task,
+    config: LoopConfig | None = None,
+    folder: Path | None = None,
+    **loop: object,
+) -> FitResult:
+    """Fine-tune the M adapters of a model made with `CurveSpec.slots(M)`, side by side in one pass.
+
+    Each adapter has its own initial draw, data order, clipping, validation and best snapshot; the result equals M
+    separate fine-tunes. Adapters start from fresh draws by `slot_seeds`.
+
+    Args:
+        model: its control points are replaced.
+        task: with train and validation rows.
+        config: steps, batch size, learning rate, ...
+        folder: for checkpoints; a run is resumed from what is there.
+        loop: `progress`, `label`, `accelerator`, passed to the loop.
+    """
+    config = config or LoopConfig()
+    join()
+    loop.setdefault("accelerator", Accelerator())
+    anchors = model.spec.size
+    points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
+    model.set_curve(model.spec, points)
+    program = AnchorsObjective(model, task.encode("train"), task.encode("validation"), config, anchors)
+    return run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
+
+
+def fit(
+    model: CurveModel, task: Task, config: FitConfig | None = None, folder: Path | None = None, **loop: object
+) -> FitResult:
+    """Train a curve: all control points of a free one, the inner ones of an anchored one.
+
+    Args:
+        model: from `CurveModel.from_config` or `CurveModel.from_adapters`.
+        task: with train and validation rows.
+        config: how the curve is trained.
+        folder: as for `fit_anchors`.
+        loop: as for `fit_anchors`.
+
+    Raises:
+        UserError: the loss is not finite (the last good state is kept), nothing is trainable, options that do not suit
+            the curve, a file of other inputs that cannot be read.
+    """
+    config = config or FitConfig()
+    others = _prepare(model, task, config, loop)
+    program = CurveObjective(model, task.encode("train"), task.encode("validation"), config, **others)
+    settled: dict[str, float] = {}
+    if config.objective.jsd == "hinge":
+        settled = _hinge_target(program, config.objective)
+        program.tau = settled["tau"]
+    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
+        model.run_layers_as_they_are()
+    with noise.attached():
+        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
+        result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
+    result.settled = settled
+    return result
+
+
+def _prepare(model: CurveModel, task: Task, config: FitConfig, loop: dict[str, object]) -> dict[str, Any]:
+    """Refuse what cannot be trained, meet other processes, move the model; returns what other inputs are made of."""
+    if not model.spec.mask.any():
+        raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
+    config.check_curve(model.spec)
+    join()
+    if model.sharded and config.perturbation.kind == "flat_lora":
+        raise UserError(
+            "perturbation.kind: expected none, lora_space or sam with a base spread over processes, found flat_lora; "
+            "change it, or set model.shard to false"
+        )
+    accelerator = loop.setdefault("accelerator", Accelerator())
+    assert isinstance(accelerator, Accelerator)
+    model.to(accelerator.device)  # where the noise is drawn
+    corruption = config.corruption
+    if corruption.kind == "text" and task.config.scoring == "lm" and world()[1] > 1:
+        raise UserError(
+            "corruption.kind: expected another than text for language modelling in several processes, found text; "
+            "train in one process"
+        )
+    return {
+        "vocabulary": ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None,
+        "others": None if corruption.file is None else unlabelled(task, corruption.file),
+    }
+
+
+def _hinge_target(program: CurveObjective, config: ObjectiveConfig) -> dict[str, float]:
+    """The hinge's target in nats, and the anchors' divergence where it was measured for it."""
+    if config.tau > 0:
+        return {"tau": config.tau}
+    spec = program.model.spec
+    times = spec.anchor_times[:-1] if spec.closed else spec.anchor_times
+    jsd = float(program.validation.predictive(torch.tensor(times, dtype=torch.float64)).pairwise_jsd.mean())
+    return {"tau": resolve_tau(config, jsd), "anchor_jsd": jsd}

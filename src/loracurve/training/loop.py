@@ -1,0 +1,265 @@
+"""The training loop: one for anchors and curves. Its state is a value that a checkpoint holds completely.
+
+Every random draw is a function of (seed, step, stream), so a resumed run takes the same steps as an uninterrupted one,
+to the bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from loracurve.model.curve_model import CurveModel
+from loracurve.system.distributed import backend, is_main, on_main, same_everywhere, world
+from loracurve.system.errors import UserError
+from loracurve.system.randomness import generator, stream_seed
+from loracurve.training.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.training.config import LoopConfig
+from loracurve.training.micro_batches import TrainingObjective
+from loracurve.training.perturbation import Perturbation
+from loracurve.training.step import StepConfig, Stepper
+
+__all__ = ["FitResult", "batch_numbers", "has_dropout", "learning_rate_factor", "recomputing", "run_loop"]
+
+
+def learning_rate_factor(config: LoopConfig, step: int) -> float:
+    """Learning rate of a step (0-based) as a fraction of the peak."""
+    warm = math.ceil(config.warmup * config.steps)
+    if config.schedule == "one-cycle":
+        # Smith & Topin 2018 with cosine phases, from 1/25 of the peak up to it and down to 1/250000.
+        if step < warm:
+            return 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * step / warm)) / 2
+        left = (step - warm) / max(config.steps - warm - 1, 1)
+        return 1 / 250_000 + (1 - 1 / 250_000) * (1 + math.cos(math.pi * min(left, 1.0))) / 2
+    if step < warm:
+        return (step + 1) / warm
+    left = (step - warm) / max(config.steps - warm, 1)
+    return {"constant": 1.0, "linear": 1 - left, "cosine": (1 + math.cos(math.pi * left)) / 2}[config.schedule]
+
+
+def batch_numbers(seed: int, step: int, examples: int, batch_size: int) -> list[int]:
+    """Examples of a step: the next `batch_size` of an endless row of permutations, so that none is ever skipped."""
+    numbers: list[int] = []
+    place = step * batch_size
+    while len(numbers) < batch_size:
+        epoch, offset = divmod(place + len(numbers), examples)
+        order = torch.randperm(examples, generator=generator(seed, "order", epoch))
+        numbers += order[offset : offset + batch_size - len(numbers)].tolist()
+    return numbers
+
+
+@dataclass
+class FitResult:
+    """What a fit did."""
+
+    steps: int
+    seconds: float
+    best_step: list[int]
+    """step after which each group's validation NLL was best"""
+    validation_nll: list[float]
+    """that NLL, nats"""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """logged figures: step, loss, learning rate, validation"""
+    stopped_early: bool = False
+    settled: dict[str, float] = field(default_factory=dict)
+    """what was settled before the first step: the target of a hinge, in nats"""
+    processes: dict[str, Any] = field(default_factory=dict)
+    """their number, the examples of a step in each, how they talk, and whether the base is spread over them"""
+
+
+def run_loop(
+    model: CurveModel,
+    program: TrainingObjective,
+    config: LoopConfig,
+    folder: Path | None = None,
+    label: str = "fit",
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+    stop_after: int | None = None,
+    perturbation: Perturbation | None = None,
+) -> FitResult:
+    """Train the control points of `model`; with `folder`, checkpoint there and resume from what is there.
+
+    Args:
+        stop_after: leave after this step as if interrupted (the checkpoint stays).
+        perturbation: attached to the model's layers by the caller; started before each step.
+
+    Several processes take the same steps as one; the main one alone writes. Only dropout differs.
+
+    Raises:
+        UserError: the loss is not finite (the last good state is kept), micro-batches smaller than the number of
+            processes, an unusable checkpoint.
+    """
+    accelerator = accelerator or Accelerator()
+    model.to(accelerator.device)
+    processes = _processes(config, model.device, model.sharded)
+    if config.compile and model.device.type == "cuda" and not model.sharded:
+        model.compile_layers()
+    factors = model.factors
+    options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
+    step_config = StepConfig(**options)
+    capture = config.capture and not model.sharded
+    stepper = Stepper(program, factors, model.spec.mask, step_config, capture, perturbation, model.dependences)
+    groups = program.groups
+    state = LoopState(0, [p.detach().clone() for p in factors], [math.inf] * groups, [0] * groups, [0] * groups, [])
+    if folder is not None and (folder / "checkpoint.json").exists():
+        load_checkpoint(folder, factors, stepper.optimizer, state)
+    same_everywhere(factors)
+    every = config.evaluate_every or max(config.steps // 10, 1)
+    save_every = config.checkpoint_every or every
+    # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
+    look_every = 1 if accelerator.device.type == "cpu" else 20
+    finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
+    started, past = time.perf_counter(), state.seconds
+    waiting: list[dict[str, Any]] = []
+    rows: list[Tensor] = []
+    model.train()
+    with (
+        recomputing(model.model, config.gradient_checkpointing),
+        _bar(label, config.steps, state.step, progress and is_main()) as show,
+    ):
+        while state.step < config.steps and not finished:
+            # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
+            torch.manual_seed(stream_seed(config.seed, "forward", state.step, *([world()[0]] if world()[0] else [])))
+            factor = learning_rate_factor(config, state.step)
+            if perturbation is not None:
+                perturbation.start(state.step)
+            rows.append(stepper(program.parts(state.step), factor))
+            state.step += 1
+            waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})
+            last = state.step == config.steps or state.step == stop_after
+            validate, save = state.step % every == 0, state.step % save_every == 0
+            if not (validate or save or last or state.step % look_every == 0):
+                continue
+            if (bad := _collect(state, waiting, rows, program.figures)) is not None:
+                state.step = bad - 1
+                where = ""
+                if folder is not None:
+                    on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
+                    where = f"; the last good state is in {folder}"
+                raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
+            if validate or state.step == config.steps:
+                nll = _validate(program, state.step, folder)
+                state.history[-1]["validation_nll"] = nll
+                _keep_best(state, nll, factors, config.patience)
+                finished = bool(config.patience and min(state.stale) >= config.patience)
+            figures = {k: v for k, v in state.history[-1].items() if isinstance(v, float)}
+            accelerator.log({f"{label}/{k}": v for k, v in figures.items()}, step=state.step)
+            show(state.step, figures["nll"], min(state.best_nll))
+            state.seconds = past + time.perf_counter() - started
+            if folder is not None and (save or finished or last):
+                on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
+            if state.step == stop_after:
+                break
+    stepper.forget_gradients()
+    if config.keep == "best" and math.isfinite(min(state.best_nll)):
+        with torch.no_grad():
+            for p, best in zip(factors, state.best, strict=True):
+                p.copy_(best)
+    stopped = finished and state.step < config.steps
+    result = FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+    result.processes = processes
+    return result
+
+
+def _processes(config: LoopConfig, device: torch.device, sharded: bool) -> dict[str, Any]:
+    """What is recorded of the processes; raises UserError where a micro-batch leaves one of them without an example."""
+    size = world()[1]
+    chunks = [len(c) for c in torch.arange(config.batch_size).chunk(config.accumulation)]
+    if chunks[-1] < size:
+        raise UserError(
+            f"batch_size: expected micro-batches of at least {size} examples for {size} processes, found "
+            f"{config.batch_size} in {len(chunks)} micro-batches; raise it, or lower accumulation"
+        )
+    return {
+        "count": size,
+        "examples": [sum(len(range(rank, chunk, size)) for chunk in chunks) for rank in range(size)],
+        "backend": backend(device),
+        "base": "sharded" if sharded else "whole",
+    }
+
+
+def has_dropout(base: Any) -> bool:
+    """Whether what is computed again needs the random states of its first time, which CUDA graphs cannot read. Noise of
+    layers draws by keys."""
+    own = any(m.p > 0 for m in base.modules() if isinstance(m, nn.Dropout))
+    options = vars(base.config)
+    return own or any("drop" in name and isinstance(p, float) and p > 0 for name, p in options.items())
+
+
+@contextmanager
+def recomputing(base: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing of a Hugging Face model inside the block; afterwards it is as before, hooks included."""
+    if not on:
+        yield
+        return
+    keywords = {"use_reentrant": False, "preserve_rng_state": has_dropout(base)}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+    try:
+        yield
+    finally:
+        base.gradient_checkpointing_disable()
+        if hasattr(base, "_require_grads_hook"):  # transformers leaves it on the input embeddings
+            base.disable_input_require_grads()
+
+
+def _validate(program: TrainingObjective, step: int, folder: Path | None) -> list[float]:
+    try:
+        return program.validate()
+    except UserError:
+        raise
+    except ValueError as error:  # predictions that are no probabilities: the step itself went too far
+        where = "" if folder is None else f"; an earlier state is in {folder} if a checkpoint was written"
+        raise UserError(f"the predictions are not finite after step {step}{where}; lower learning_rate") from error
+
+
+def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> int | None:
+    """Move figures of finished steps into the history; returns the first step whose loss is not finite, if any."""
+    if not rows:
+        return None
+    for entry, values in zip(waiting, torch.stack(rows).tolist(), strict=True):
+        if not all(map(math.isfinite, values[:2])):
+            return int(entry["step"])
+        state.history.append(entry | dict(zip(("loss", "grad_norm", *names), values, strict=True)))
+    waiting.clear()
+    rows.clear()
+    return None
+
+
+def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor], patience: int) -> None:
+    size = len(factors[0]) // len(nll)
+    for group, (new, old) in enumerate(zip(nll, state.best_nll, strict=True)):
+        if patience and state.stale[group] >= patience:
+            continue  # on its own it would have stopped
+        state.stale[group] = 0 if new < old else state.stale[group] + 1
+        if new < old:
+            state.best_nll[group], state.best_step[group] = new, state.step
+            rows = slice(group * size, (group + 1) * size)
+            for best, p in zip(state.best, factors, strict=True):
+                best[rows].copy_(p.detach()[rows])
+
+
+@contextmanager
+def _bar(label: str, steps: int, done: int, visible: bool) -> Iterator[Callable[[int, float, float], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("NLL {task.fields[loss]:.4f}  best validation NLL {task.fields[best]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not visible) as bar:
+        task = bar.add_task(label, total=steps, completed=done, loss=math.nan, best=math.nan)
+        yield lambda step, loss, best: bar.update(task, completed=step, loss=loss, best=best)
