@@ -1,4 +1,4 @@
-"""LoRA space: which maps of a model are adapted, control points as named tensors, their initial draws.
+"""LoRA space: adapters and control points as named tensors.
 
 Control points are a `dict[str, Tensor]` with PEFT's parameter names (`base_model.model.<map>.lora_A.weight`, ...) and a
 leading dimension K; A is [K, r, n_in], B is [K, n_out, r], dense heads [K, ...]. One adapter is such a dict without K.
@@ -11,12 +11,17 @@ from torch import Tensor
 
 from loracurve.system.errors import UserError
 
-__all__ = ["PREFIX", "ControlPoints", "adapter_at", "stack_adapters"]
+__all__ = ["PREFIX", "ControlPoints", "adapter_at", "column", "stack_adapters"]
 
 
 ControlPoints = dict[str, Tensor]
 
 PREFIX = "base_model.model."
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """[K] or [1] -> [K, 1, ...] in the dtype and on the device of `like`, to weigh or mask stacked control points."""
+    return values.to(like).view(-1, *[1] * (like.dim() - 1))
 
 
 def adapter_at(points: ControlPoints, coefficients: Tensor) -> dict[str, Tensor]:

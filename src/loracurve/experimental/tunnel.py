@@ -110,10 +110,6 @@ class Tunnel:
             t = arc_length_parameter(t, self.gram, self.segments, self.degree)
         return t, self.sigma * z[:, 1:].double()
 
-    def sample_prior(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """t ``[count]`` and xi ``[count, D]`` from the prior, float64."""
-        return self.from_normal(torch.randn(count, 1 + self.dimension, generator=generator, dtype=torch.float64))
-
     def _local(self, segment: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Places and unit tangents ``[n, R]`` by segment: at a joint each of the two segments has its own tangent."""
         d = self.degree

@@ -1,4 +1,4 @@
-"""Averages over posterior samples beside a fitted curve (`loracurve.tunnel`) instead of points on it."""
+"""Averages over posterior samples beside a fitted curve (`loracurve.experimental.tunnel`) instead of points on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loracurve.curve.quadrature import quadrature
 from loracurve.experimental.tunnel import Tunnel, sample_tunnel
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import Average, effective_points, fit_likelihood_temperature
-from loracurve.inference.prediction import labels_of, point_nll, predict
+from loracurve.inference.prediction import point_nll, predict
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.randomness import generator
 from loracurve.tasks.batching import evaluation_batches
@@ -32,9 +32,9 @@ def tunnel_average(model: CurveModel, config: EvaluationConfig, task: Task) -> A
     order = torch.randperm(len(encoded), generator=generator(config.seed, "tunnel rows"))[: options.rows]
     subset = replace(encoded, examples=[encoded.examples[i] for i in order.sort().values.tolist()])
     lm = subset.scoring == "lm"
-    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=model.supports_trees, shared=True)]
-    examples = subset.token_offsets[-1] if lm else len(subset)
-    labels = labels_of(subset)
+    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=model.runner.supports_trees, shared=True)]
+    examples = subset.predictions
+    labels = subset.labels
     scale = len(encoded) / len(subset)
 
     def nll(where: Tensor) -> Tensor:

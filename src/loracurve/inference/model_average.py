@@ -13,7 +13,7 @@ from loracurve.curve.bezier import gram, speed
 from loracurve.curve.quadrature import quadrature
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.information import mixture_log_probs
-from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
@@ -71,7 +71,7 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
         weights = arc_length_weights(t, weights, control, spec.segments, spec.degree)
     elif config.weights == "likelihood":
         predictive = predict_split(model, validation, t)
-        nll = point_nll(predictive, labels_of(validation))
+        nll = point_nll(predictive, validation.labels)
         temperature = config.temperature or fit_likelihood_temperature(nll, weights)
         record |= {"temperature": temperature, "rows": nll.shape[1], "prior": weights.tolist()}
         weights = likelihood_weights(nll.sum(1), weights, temperature)

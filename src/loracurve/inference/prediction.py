@@ -1,4 +1,4 @@
-"""Predicting batches and whole data sets at points of a curve: which way to run pays, and running it.
+"""Predicting at points of a curve: one engine, and which way to run whole data sets pays.
 
 Points run together repeat every row at each point and add low-rank products to every map. Merged, one point at a time
 is folded into a copy of the weights, which then cost what the base costs. Both read and write memory for their extras:
@@ -8,18 +8,19 @@ tokens decides, whatever the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from loracurve.curve.quadrature import quadrature
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
-from loracurve.model.runner import PointModel, evaluation_mode, without_gradients
+from loracurve.model.runner import evaluation_mode, without_gradients
 from loracurve.system.distributed import gathered
 from loracurve.tasks.batching import Batch, evaluation_batches
 from loracurve.tasks.encoding import Encoded
@@ -28,37 +29,87 @@ __all__ = [
     "Way",
     "folding_tokens",
     "keeps_precision",
-    "labels_of",
     "laid_out_for",
     "point_nll",
     "predict",
+    "predict_folded",
     "predict_split",
     "predict_splits",
     "room_for_merged",
 ]
 
+Way = Literal["auto", "points", "merged"]
 
-def labels_of(encoded: Encoded) -> Tensor:
-    """[E] labels of a split, -100 where there is none."""
-    return torch.tensor([-100 if e.label is None else e.label for e in encoded.examples])
+# Padded tokens of a batch: a GPU wants large products.
+CPU_TOKENS, GPU_TOKENS = 4096, 16_384
+# Row lengths on a GPU are multiples of this, so that shapes come back and graphs are used again.
+GPU_LENGTHS = 8
+# Left free when a copy of the weights is made, as a part of its size.
+SPARE = 0.25
 
 
-def predict_split(model: CurveModel, encoded: Encoded, t: Tensor, weights: Tensor | None = None) -> Predictive:
-    """Predict a whole split at the points t; see `splits.predict_splits`."""
-    return predict_splits(model, {"": encoded}, t, weights)[""]
+def predict_split(
+    model: CurveModel,
+    encoded: Encoded,
+    t: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    points: int = 10,
+    way: Way = "auto",
+) -> Predictive:
+    """Predict a whole split by the average over points of the curve.
+
+    Args:
+        model: with a curve.
+        encoded: a split as `Task.encode` gives it, E rows.
+        t: points ``[n]`` in [0, 1], or coefficients ``[n, K]`` of points off the curve; None: `points` of them, equally
+            spaced (`quadrature`, uniform).
+        weights: of the points ``[n]``, summing to 1; equal if None.
+        points: how many where `t` is None; each takes a forward pass for every row.
+        way: as for `predict_splits`.
+
+    Returns:
+        Predictions of the E rows in their order, on the CPU; of language modelling, of all its target tokens,
+        summarised.
+    """
+    if t is None:
+        t, own = quadrature("uniform", points, model.spec.segments, closed=model.spec.closed)
+        weights = own if weights is None else weights
+    return predict_splits(model, {"": encoded}, t, weights, way)[""]
 
 
-def point_nll(predictive: Predictive, labels: Tensor) -> Tensor:
-    """[n, E] NLL of each example at each point."""
-    if predictive.label_log_probs is not None:
-        return -predictive.label_log_probs.double()
-    assert predictive.point_log_probs is not None
-    return negative_log_likelihood(predictive.point_log_probs.double(), labels)
+def predict_splits(
+    model: CurveModel, splits: Mapping[str, Encoded], t: Tensor, weights: Tensor | None = None, way: Way = "auto"
+) -> dict[str, Predictive]:
+    """Predict several splits at the points t, sorted by length and packed; each point is folded once for all of them.
+
+    Args:
+        t: points [n], or coefficients [n, K] of points off the curve.
+        weights: of the points [n]; equal if None.
+        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
+            precision. Language modelling runs its points together: what lies between them is summarised at once.
+
+    Several processes all call this, predict a share of the examples each, and return the whole.
+    """
+    laid_out = {name: laid_out_for(model, encoded) for name, encoded in splits.items()}
+    choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
+    tokens = sum(b.tokens for batches in choice.values() for b in batches)
+    pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)
+    merged = way == "merged" or pays
+    done = _merged_log_probs(model, choice, t) if merged and choice else {}
+    out = {}
+    for name, encoded in splits.items():
+        lm, count = encoded.scoring == "lm", encoded.predictions
+        if name in done:
+            out[name] = _collect(model, _in_turn(done[name]), laid_out[name], len(t), weights, count, shared=True)
+        else:
+            out[name] = predict(model, laid_out[name], t, weights, summarise=lm, examples=count, shared=True)
+    return out
 
 
 def predict(
-    model: PointModel,
-    batches: Iterable[Any],
+    model: CurveModel,
+    batches: Iterable[Batch],
     t: Tensor,
     weights: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
@@ -66,13 +117,14 @@ def predict(
     examples: int | None = None,
     shared: bool = False,
 ) -> Predictive:
-    """Predict every example at every curve point, in evaluation mode and without gradients.
+    """Predict every example of batches at every curve point, in evaluation mode and without gradients.
+
+    `predict_split` makes the batches of a whole split and chooses the way to run them.
 
     Args:
-        model: see `PointModel`.
-        batches: whatever the model takes, each with ``.index``, the numbers ``[E]`` of its examples (together 0..N-1,
-            each once, in any order), and for `summarise` ``.labels`` ``[E]``.
-        t: curve points ``[n]``.
+        model: with a curve.
+        batches: each with ``.index``, the numbers ``[E]`` of its examples (together 0..N-1, each once, in any order).
+        t: curve points ``[n]``, or coefficients ``[n, K]`` of points off the curve.
         weights: their weights ``[n]``; equal weights if None.
         progress: called after each batch with the number of examples done.
         summarise: keep only per-example summaries (`Predictive.summarise`).
@@ -86,16 +138,41 @@ def predict(
     Raises:
         RuntimeError: an example is missing or there twice, or the model returned another shape.
     """
-    outputs, parts, indices, done, idle = [], [], [torch.zeros(0, dtype=torch.long)], 0, 0
-    if shared and getattr(model, "sharded", False):
+    idle = 0
+    if shared and _is_sharded(model):
         batches = [*batches]
-        passes = sum(model.passes(batch, len(t)) for batch in batches)  # type: ignore[attr-defined]
+        passes = sum(model.runner.passes(batch, len(t)) for batch in batches)
         idle = max(gathered(lambda: passes)) - passes
-    with without_gradients(model), evaluation_mode(model):
+    at_points = lambda batch: model.point_log_probs(batch, t)  # noqa: E731
+    return _collect(model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle)
+
+
+def predict_folded(model: CurveModel, batches: Iterable[Batch], examples: int, summarise: bool = False) -> Predictive:
+    """Inside `Merger.adapter`: predict every example by the one adapter that is folded in; arguments as `predict`."""
+    at_adapter = lambda batch: model.runner.scores(batch, None).log_softmax(-1)  # noqa: E731
+    return _collect(model, at_adapter, batches, 1, None, examples, False, summarise)
+
+
+def _collect(
+    model: CurveModel,
+    at_points: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    points: int,
+    weights: Tensor | None,
+    examples: int | None,
+    shared: bool,
+    summarise: bool = False,
+    progress: Callable[[int], None] | None = None,
+    idle: int = 0,
+) -> Predictive:
+    """What `predict` returns, of log-probabilities [n, E, C] that `at_points` finds for each batch; `idle` forward
+    passes follow for other processes."""
+    outputs, parts, indices, done = [], [], [torch.zeros(0, dtype=torch.long)], 0
+    with without_gradients(_is_sharded(model)), evaluation_mode(model):
         for batch in batches:
-            log_probs = model.point_log_probs(batch, t)
-            if log_probs.shape[:-1] != (len(t), len(batch.index)):
-                raise RuntimeError(f"expected [{len(t)}, {len(batch.index)}, C], found {list(log_probs.shape)}")
+            log_probs = at_points(batch)
+            if log_probs.shape[:-1] != (points, len(batch.index)):
+                raise RuntimeError(f"expected [{points}, {len(batch.index)}, C], found {list(log_probs.shape)}")
             if summarise:
                 parts.append(Predictive.from_log_probs(log_probs, weights).summarise(batch.labels).to("cpu"))
             else:
@@ -105,7 +182,7 @@ def predict(
             if progress is not None:
                 progress(done)
         for _ in range(idle):
-            model.idle()  # type: ignore[attr-defined]
+            model.runner.idle()
 
     def own() -> tuple[Tensor, list[Predictive]]:
         # Outside inference mode: its tensors could not take part in later gradients (temperature fits).
@@ -124,16 +201,33 @@ def predict(
     return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())
 
 
-Way = Literal["auto", "points", "merged"]
+def _is_sharded(model: CurveModel) -> bool:
+    return isinstance(model, CurveModel) and model.runner.sharded
 
-# Padded tokens of a batch: a GPU wants large products.
-CPU_TOKENS, GPU_TOKENS = 4096, 16_384
 
-# Row lengths on a GPU are multiples of this, so that shapes come back and graphs are used again.
-GPU_LENGTHS = 8
+def _in_turn(found: Sequence[Tensor]) -> Callable[[Batch], Tensor]:
+    """What was found before, batch by batch."""
+    left = iter(found)
+    return lambda _: next(left)
 
-# Left free when a copy of the weights is made, as a part of its size.
-SPARE = 0.25
+
+def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], t: Tensor) -> dict[str, list[Tensor]]:
+    """[n, E, C] of every batch of every split, one point after the other."""
+    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in batches] for name, batches in splits.items()}
+    with torch.inference_mode(), evaluation_mode(model), model.merger.points() as fold:
+        for point in t:
+            fold(point)
+            for name, batches in splits.items():
+                for rows, batch in zip(found[name], batches, strict=True):
+                    rows.append(model.merger.log_probs(batch))
+        return {name: [torch.cat(rows) for rows in of_split] for name, of_split in found.items()}
+
+
+def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = 256) -> list[Batch]:
+    """This process's share of a split in batches of a size that suits the model's device."""
+    gpu = model.device.type == "cuda"
+    size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
+    return [*evaluation_batches(encoded, size, row_tokens, model.runner.supports_trees, pad_to, shared=True)]
 
 
 def folding_tokens(model: CurveModel) -> float:
@@ -144,9 +238,9 @@ def folding_tokens(model: CurveModel) -> float:
     """
     maps = [layer for layer in model.layers.values() if isinstance(layer, CurveLinear)]
     weights = [getattr(layer.base_layer, "weight", None) for layer in maps]
-    if not maps or model.sharded or any(w is None or not w.is_floating_point() for w in weights):
+    if not maps or model.runner.sharded or any(w is None or not w.is_floating_point() for w in weights):
         return float("inf")
-    if model.replication.shared:
+    if model.runner.replication.shared:
         return float("inf")  # points share the frozen lower layers, which merged weights would run at every point
     folding = sum(4 * layer.in_features * layer.out_features for layer in maps)
     return folding / sum(layer.in_features + 2 * layer.out_features for layer in maps)
@@ -168,64 +262,9 @@ def room_for_merged(model: CurveModel) -> bool:
     return free > (1 + SPARE) * sum(w.numel() * w.element_size() for w in weights)
 
 
-def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = 256) -> list[Batch]:
-    """This process's share of a split in batches of a size that suits the model's device."""
-    gpu = model.device.type == "cuda"
-    size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
-    return [*evaluation_batches(encoded, size, row_tokens, model.supports_trees, pad_to, shared=True)]
-
-
-def predict_splits(
-    model: CurveModel, splits: Mapping[str, Encoded], t: Tensor, weights: Tensor | None = None, way: Way = "auto"
-) -> dict[str, Predictive]:
-    """Predict whole splits at the points t, sorted by length and packed; language modelling is summarised.
-
-    Args:
-        t: points [n], or coefficients [n, K] of points beside the curve.
-        weights: of the points [n]; equal if None.
-        way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
-            precision. Language modelling runs its points together: what lies between them is summarised at once.
-
-    Several processes all call this, predict a share of the examples each, and return the whole.
-    """
-    laid_out = {name: laid_out_for(model, encoded) for name, encoded in splits.items()}
-    choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
-    tokens = sum(b.tokens for batches in choice.values() for b in batches)
-    pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)
-    merged = way == "merged" or pays
-    done = _merged_log_probs(model, choice, t) if merged and choice else {}
-    out = {}
-    for name, encoded in splits.items():
-        lm = encoded.scoring == "lm"
-        examples = encoded.token_offsets[-1] if lm else len(encoded)
-        source: Any = _Given(model, done[name]) if name in done else model
-        out[name] = predict(source, laid_out[name], t, weights, summarise=lm, examples=examples, shared=True)
-    return out
-
-
-def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], t: Tensor) -> dict[str, list[Tensor]]:
-    """[n, E, C] of every batch of every split, one point after the other."""
-    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in batches] for name, batches in splits.items()}
-    with torch.inference_mode(), evaluation_mode(model), model.merging() as fold:
-        for point in t:
-            fold(point)
-            for name, batches in splits.items():
-                for rows, batch in zip(found[name], batches, strict=True):
-                    rows.append(model.merged_log_probs(batch))
-        return {name: [torch.cat(rows) for rows in of_split] for name, of_split in found.items()}
-
-
-class _Given:
-    """Log-probabilities computed before, batch by batch, as something that `inference.predict` takes."""
-
-    def __init__(self, model: CurveModel, log_probs: list[Tensor]) -> None:
-        self.model, self.left = model, iter(log_probs)
-
-    def point_log_probs(self, batch: Any, t: Tensor) -> Tensor:
-        return next(self.left)
-
-    def modules(self) -> Iterator[nn.Module]:
-        return self.model.modules()
-
-    def eval(self) -> Any:
-        return self.model.eval()
+def point_nll(predictive: Predictive, labels: Tensor | None = None) -> Tensor:
+    """[n, E] NLL of each example at each point; a summarised object knows its labels."""
+    if predictive.label_log_probs is not None:
+        return -predictive.label_log_probs.double()
+    assert predictive.point_log_probs is not None and labels is not None
+    return negative_log_likelihood(predictive.point_log_probs.double(), labels)

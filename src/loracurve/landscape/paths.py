@@ -19,7 +19,7 @@ from torch import Tensor
 from loracurve.curve import bezier, quadrature
 from loracurve.curve.config import Alignment
 from loracurve.curve.gauge import align, delta_w_gram
-from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at
+from loracurve.curve.lora_space import ControlPoints, adapter_at
 from loracurve.landscape.config import PATHS
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError, nearest
@@ -30,7 +30,6 @@ __all__ = [
     "curve_path",
     "grid",
     "joints",
-    "scalings_of",
     "speed_frame",
     "stacked_at",
     "update_norms",
@@ -38,11 +37,6 @@ __all__ = [
 
 
 _A, _B = "lora_A.weight", "lora_B.weight"
-
-
-def scalings_of(model: CurveModel) -> dict[str, float]:
-    """alpha / r of each adapted map, by the parameter name of its A."""
-    return {f"{PREFIX}{name}.{_A}": getattr(layer, "scaling", 1.0) for name, layer in model.layers.items()}
 
 
 def grid(segments: int, points: int) -> Tensor:
@@ -249,7 +243,7 @@ def anchor_paths(
 
 def curve_path(model: CurveModel) -> Path:
     """The curve that `model` carries."""
-    return Path("curve", model.control_points(), model.spec.segments, model.spec.degree, scalings_of(model))
+    return Path("curve", model.control_points(), model.spec.segments, model.spec.degree, model.scalings)
 
 
 def speed_frame(paths: Mapping[str, Path], t: Mapping[str, Sequence[float]]) -> pd.DataFrame:

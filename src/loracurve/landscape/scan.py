@@ -8,19 +8,17 @@ moves the loss by about 2e-3 nats, so paths of small barriers are scanned on a f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loracurve.inference.prediction import labels_of, point_nll, predict
+from loracurve.inference.prediction import point_nll, predict_folded
 from loracurve.inference.predictive import Predictive
 from loracurve.landscape.paths import Path
 from loracurve.model.curve_model import CurveModel
-from loracurve.model.merging import merged_adapter
 from loracurve.system.randomness import generator
 from loracurve.tasks.batching import Batch, evaluation_batches
 from loracurve.tasks.encoding import Encoded
@@ -40,7 +38,7 @@ class LaidOut:
     @property
     def examples(self) -> int:
         """Number of predictions: rows, or target tokens of language modelling."""
-        return self.encoded.token_offsets[-1] if self.encoded.scoring == "lm" else len(self.encoded)
+        return self.encoded.predictions
 
 
 def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = None, seed: int = 0) -> LaidOut:
@@ -49,33 +47,14 @@ def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = N
         # Drawn, because splits may be sorted; in the split's order.
         drawn = torch.randperm(len(encoded), generator=generator(seed, "scan rows", name))[:rows].sort().values
         encoded = replace(encoded, examples=[encoded.examples[i] for i in drawn.tolist()])
-    batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.supports_trees)]
-    return LaidOut(name, encoded, batches, labels_of(encoded))
-
-
-class _Merged:
-    """The model at the adapter that is folded in, as something that `inference.predict` takes."""
-
-    def __init__(self, model: CurveModel) -> None:
-        self.model = model
-
-    def point_log_probs(self, batch: Any, t: Tensor) -> Tensor:
-        return self.model.scores(batch, None).log_softmax(-1)
-
-    def modules(self) -> Iterator[nn.Module]:
-        return self.model.modules()
-
-    def eval(self) -> Any:
-        return self.model.eval()
+    batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.runner.supports_trees)]
+    return LaidOut(name, encoded, batches, encoded.labels)
 
 
 def predict_merged(model: CurveModel, adapter: Mapping[str, Tensor], splits: Sequence[LaidOut]) -> list[Predictive]:
     """Predict whole splits by one adapter of any rank: one merged evaluation."""
-    with merged_adapter(model, adapter):
-        return [
-            predict(_Merged(model), s.batches, torch.zeros(1), summarise=s.encoded.scoring == "lm", examples=s.examples)
-            for s in splits
-        ]
+    with model.merger.adapter(adapter):
+        return [predict_folded(model, s.batches, s.examples, s.encoded.scoring == "lm") for s in splits]
 
 
 def mean_loss(model: CurveModel, adapter: Mapping[str, Tensor], split: LaidOut) -> float:

@@ -16,8 +16,8 @@ from loracurve.landscape.paths import Path
 from loracurve.landscape.scan import LaidOut, mean_loss
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fused_norms import as_written
-from loracurve.model.merging import merged_adapter
 from loracurve.model.runner import evaluation_mode
+from loracurve.model.weight_noise import perturb_factors
 from loracurve.system.randomness import generator
 
 __all__ = ["balanced_adapter", "hessian_top_eigenvalue", "perturbed", "sharpness_along"]
@@ -34,17 +34,16 @@ def balanced_adapter(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def perturbed(adapter: Mapping[str, Tensor], sigma: float, seed: int, draw: int = 0) -> dict[str, Tensor]:
-    """Gaussian noise on the factors: sigma times the RMS of each row of A and of each column of B.
-
-    Give factors in the balanced gauge. Dense heads stay as they are.
-    """
+    """Gaussian noise on the factors, `sigma` times their size in the balanced gauge, whatever gauge they are in
+    (`weight_noise.perturb_factors`). Dense heads stay as they are."""
     out = dict(adapter)
     noise = generator(seed, "sharpness", draw)
-    for name, tensor in adapter.items():
-        if "lora_" in name:
-            along = 1 if name.endswith("lora_A.weight") else 0
-            rms = tensor.square().mean(along, keepdim=True).sqrt()
-            out[name] = tensor + sigma * rms * torch.randn(tensor.shape, generator=noise).to(tensor)
+    for name, a in adapter.items():
+        if name.endswith("lora_A.weight"):
+            name_b = name.replace("lora_A", "lora_B")
+            b = adapter[name_b]
+            moved_a, moved_b = perturb_factors(a.cpu(), b.cpu().mT, sigma, noise)
+            out[name], out[name_b] = moved_a.to(a), moved_b.mT.to(b)
     return out
 
 
@@ -67,8 +66,8 @@ def hessian_top_eigenvalue(
         # The math kernel is the one that can be differentiated twice.
         with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), as_written():
             for batch in split.batches:
-                with merged_adapter(model, {**adapter, **leaves}):
-                    log_probs = model.scores(batch, None).log_softmax(-1)
+                with model.merger.adapter({**adapter, **leaves}):
+                    log_probs = model.runner.scores(batch, None).log_softmax(-1)
                     loss = negative_log_likelihood(log_probs, batch.labels)[0].sum() / split.examples
                     first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
                     along = torch.stack([(g * d).sum() for g, d in zip(first, direction, strict=True)]).sum()

@@ -22,7 +22,6 @@ from loracurve.landscape.paths import Path, update_norms
 from loracurve.landscape.scan import LaidOut, mean_loss
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
-from loracurve.model.merging import merged_adapter, merged_weights
 from loracurve.model.runner import evaluation_mode
 
 __all__ = ["loss_slopes", "weight_gradients"]
@@ -39,10 +38,10 @@ def weight_gradients(
         The loss; gradients by the parameter name of A as ``[n_out, n_in]``, of dense tensors by their own name.
     """
     total = 0.0
-    with evaluation_mode(model), torch.enable_grad(), merged_adapter(model, adapter):
-        leaves = merged_weights(model)
+    with evaluation_mode(model), torch.enable_grad(), model.merger.adapter(adapter):
+        leaves = model.merger.weights()
         for batch in split.batches:
-            log_probs = model.scores(batch, None).log_softmax(-1)
+            log_probs = model.runner.scores(batch, None).log_softmax(-1)
             loss = negative_log_likelihood(log_probs, batch.labels)[0].sum() / split.examples
             torch.autograd.backward(loss, inputs=list(leaves.values()))
             total += float(loss.detach())

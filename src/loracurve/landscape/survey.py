@@ -19,7 +19,7 @@ from loracurve.landscape.barriers import barrier_frame, gauge_verdicts
 from loracurve.landscape.config import ScanConfig
 from loracurve.landscape.diversity import diversity_frame, information_frame
 from loracurve.landscape.paths import Path as LoraPath
-from loracurve.landscape.paths import anchor_paths, curve_path, grid, scalings_of, speed_frame
+from loracurve.landscape.paths import anchor_paths, curve_path, grid, speed_frame
 from loracurve.landscape.plane import plane_frames
 from loracurve.landscape.scan import LaidOut, Scan, lay_out, scan_paths
 from loracurve.landscape.sharpness import sharpness_along
@@ -48,7 +48,7 @@ def scan_to_folder(subject: Subject, folder: Path, config: ScanConfig, visible: 
     started = time.perf_counter()
     model, task = subject.model, subject.task
     splits = _splits(model, task, config)
-    paths = anchor_paths(subject.anchors, config.paths, scalings_of(model))
+    paths = anchor_paths(subject.anchors, config.paths, model.scalings)
     if subject.trained and "curve" in config.paths:
         paths["curve"] = curve_path(model)
     if not paths:

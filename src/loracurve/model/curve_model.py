@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 import torch
 from torch import Tensor, nn
 
-from loracurve.curve import bezier
+from loracurve.curve.anchored import load_anchors, through
 from loracurve.curve.config import Alignment
-from loracurve.curve.files import export_adapter, load_adapter, load_curve, write_curve
-from loracurve.curve.gauge import align
+from loracurve.curve.files import export_adapter, load_curve, write_curve
 from loracurve.curve.hub import curve_folder, push_model
-from loracurve.curve.lora_space import ControlPoints, adapter_at, stack_adapters
+from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.model.base_model import load_base
-from loracurve.model.injection import initial_control_points
-from loracurve.model.predictor import CurvePredictor
+from loracurve.model.injection import initial_control_points, inject
+from loracurve.model.merging import Merger
+from loracurve.model.routes import Route
+from loracurve.model.runner import Runner
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import stream_seed
+from loracurve.tasks.batching import Batch
 
-__all__ = ["CurveModel", "save_curve"]
+__all__ = ["CurveModel"]
 
 
-class CurveModel(CurvePredictor):
+class CurveModel(nn.Module):
     """A language model or sequence classifier with a curve of LoRA adapters in it.
 
     Takes over `base`: its linear layers are wrapped in place, its weights frozen and never modified. Control points are
     float32 whatever the dtype of the base (float64 for a float64 base).
+
+    Attributes: `config`, `model` (the base with curve layers in it), `layers` (these by name), `runner` (runs batches
+    at points of the curve), `merger` (folds points and adapters into the weights).
 
     Args:
         base: a Hugging Face model.
@@ -51,7 +58,15 @@ class CurveModel(CurvePredictor):
         points: ControlPoints | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, config)
+        super().__init__()
+        self.config = copy.copy(config)
+        if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
+            self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        route = Route()
+        self.layers = inject(base, config, route)
+        self.model = base
+        self.runner = Runner(base, self.layers, route)
+        self.merger = Merger(self.runner)
         spec = spec or CurveSpec()
         self.set_curve(spec, self.fresh_points(spec, seed) if points is None else points)
 
@@ -88,7 +103,7 @@ class CurveModel(CurvePredictor):
             base: the model they were trained on, or its name.
             folders: at least two PEFT adapter folders.
             degree: degree of each segment.
-            alignment: gauge alignment of the anchors (`loracurve.gauge.align`).
+            alignment: gauge alignment of the anchors (`loracurve.align`).
             inner: inner control points start on the straight line (Garipov et al. 2018) or at the LoRA init.
             seed: seed of the LoRA init.
             pieces: segments between two neighbouring anchors (degree 1 and 2 pieces: a chain with one bend).
@@ -97,17 +112,8 @@ class CurveModel(CurvePredictor):
         Raises:
             UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
         """
-        loaded = [load_adapter(f) for f in folders]
-        if len(loaded) < 2:
-            raise UserError(f"an anchored curve needs at least 2 adapter folders, found {len(loaded)}")
-        config = loaded[0][0]
-        for folder, (other, _) in zip(folders, loaded, strict=True):
-            for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-                mine, found = getattr(config, key), getattr(other, key)
-                if mine != found:
-                    raise UserError(f"{folder}: {key} is {found!r}, but {mine!r} in {folders[0]}; anchors must agree")
-        anchors = stack_adapters([tensors for _, tensors in loaded])
-        model = cls(_load_base(base, config), config, CurveSpec.slots(len(loaded)), anchors)
+        config, anchors = load_anchors(folders)
+        model = cls(_load_base(base, config), config, CurveSpec.slots(len(folders)), anchors)
         model.anchor(degree, alignment, inner, seed, pieces, closed)
         return model
 
@@ -123,16 +129,110 @@ class CurveModel(CurvePredictor):
         """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them; arguments as above."""
         if inner not in ("line", "init"):
             raise UserError(f"unknown start of inner points {inner!r}; expected line or init")
-        anchors = align(self.control_points(), alignment)
-        count = len(next(iter(anchors.values())))
-        spec = CurveSpec.anchored(count, degree, alignment, pieces, closed)
-        if closed:
-            anchors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in anchors.items()}
-        points = {name: bezier.on_line(tensor, degree * pieces) for name, tensor in anchors.items()}
-        if inner == "init":
-            fresh = self.fresh_points(spec, seed)
-            points = {n: torch.where(_column(spec.mask, p), fresh[n].to(p), p) for n, p in points.items()}
-        self.set_curve(spec, spec.tie(points))
+        fresh = (lambda spec: self.fresh_points(spec, seed)) if inner == "init" else None
+        self.set_curve(*through(self.control_points(), degree, alignment, pieces, closed, fresh))
+
+    def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
+        """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
+
+        Raises:
+            UserError: missing, unknown or wrong-shaped tensors.
+        """
+        expected = {f"{PREFIX}{name}.": layer for name, layer in self.layers.items()}
+        left = set(points)
+        device, dtype = self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
+        for prefix, layer in expected.items():
+            factors = {}
+            for suffix, shape in layer.shapes().items():
+                tensor = points.get(prefix + suffix)
+                if tensor is None or list(tensor.shape) != [spec.size, *shape]:
+                    found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                    raise UserError(
+                        f"control points: expected {prefix + suffix} of shape {[spec.size, *shape]}, found it {found}"
+                    )
+                left.discard(prefix + suffix)
+                factors[suffix] = tensor.detach().to(device, dtype, copy=True)
+            layer.set_factors(factors)
+        if left:
+            raise UserError(f"control points: unknown tensor {sorted(left)[0]}; they belong to another model or config")
+        self.runner.set_shape(spec)
+
+    def control_points(self) -> ControlPoints:
+        """The control points by PEFT name, detached copies on the CPU, [K, r, n_in] and [K, n_out, r]."""
+        return {
+            f"{PREFIX}{name}.{suffix}": (p.mT if suffix == "lora_B.weight" else p).detach().cpu().clone().contiguous()
+            for name, layer in self.layers.items()
+            for suffix, p in layer.factors().items()
+        }
+
+    @torch.no_grad()
+    def copy_points(self, points: ControlPoints) -> None:
+        """Give the control points of the present curve the values of others, [K, ...] by PEFT name, in their place."""
+        for name, layer in self.layers.items():
+            for suffix, p in layer.factors().items():
+                values = points[f"{PREFIX}{name}.{suffix}"]
+                p.copy_(values.mT if suffix == "lora_B.weight" else values)
+
+    @property
+    def spec(self) -> CurveSpec:
+        """Shape of the curve."""
+        return self.runner.spec
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the base is a sequence classifier, and not a language model."""
+        return self.runner.is_classifier
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: the base model's."""
+        return self.runner.dtype
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """All control points, one stacked tensor of leading dimension K for each factor."""
+        return [p for layer in self.layers.values() for p in layer.factors().values()]
+
+    @property
+    def dependences(self) -> list[Tensor | None]:
+        """For each of `factors`: how its control points depend on each other (`CurveSpec.dependence`)."""
+        suffixes = [suffix for layer in self.layers.values() for suffix in layer.factors()]
+        return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """alpha / r of every map by the parameter name of its A; 1 for dense heads."""
+        return {f"{PREFIX}{n}.lora_A.weight": getattr(layer, "scaling", 1.0) for n, layer in self.layers.items()}
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        """c(t) [*t.shape, K] of this curve, in t's dtype."""
+        return self.runner.coefficients(t)
+
+    def forward(self, t: Tensor | float | None = None, **inputs: Any) -> Any:
+        """The Hugging Face model's own forward at points of the curve.
+
+        Args:
+            t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
+                first. [n, K]: coefficients of points off the curve. None: the base model without adapters.
+            inputs: as the wrapped model takes them, tensors of leading dimension N.
+        """
+        return self.runner.forward(t, inputs)
+
+    def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
+        """log p(y | x, theta(t_i)), [n, E, C] float32, for t [n]; see `Runner.point_log_probs`."""
+        return self.runner.point_log_probs(batch, t, tokens_per_pass)
+
+    @contextmanager
+    def merged(self, t: float) -> Iterator[None]:
+        """Inside the block the point t is folded into copies of the touched weights: `forward` without t, and whole
+        data sets, then cost what the base costs."""
+        with self.merger.points() as fold:
+            fold(t)
+            yield
 
     def fresh_points(self, spec: CurveSpec, seed: int = 0) -> ControlPoints:
         """Control points drawn like fresh adapters, each independently: where a free curve starts."""
@@ -144,13 +244,11 @@ class CurveModel(CurvePredictor):
         return adapter_at(self.control_points(), self.coefficients(torch.tensor(float(t), dtype=torch.float64)))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `curve_config.json` and `control_points.safetensors`; see `loracurve.storage`."""
-
-        save_curve(self, folder)
+        """Write `curve_config.json` and `control_points.safetensors`; see `loracurve.curve.files`."""
+        write_curve(self.config, self.spec, self.control_points(), Path(folder))
 
     def export(self, folder: str | Path, t: float) -> None:
         """Write the adapter at t as an ordinary PEFT folder."""
-
         export_adapter(self.config, self.adapter(t), folder)
 
     @classmethod
@@ -159,7 +257,6 @@ class CurveModel(CurvePredictor):
     ) -> CurveModel:
         """Read what `save_pretrained` wrote, from a folder or from OWNER/NAME on the hub, where only its two files are
         fetched; `base` defaults to the model named in the file. `revision`: branch, tag or commit on the hub."""
-
         config, spec, points = load_curve(curve_folder(folder, revision))
         base = base if base is not None else config.base_model_name_or_path
         if base is None:
@@ -171,23 +268,11 @@ class CurveModel(CurvePredictor):
     ) -> str:
         """Upload the curve to OWNER/NAME on the hub, with a short model card if there is none; returns the commit's
         address. `base`: the base model's name on the hub, where it was loaded from a folder. `loracurve share` writes
-        the card of a whole run. Raises UserError as `loracurve.sharing.push_curve`."""
-
+        the card of a whole run. Raises UserError as `loracurve.curve.hub.push_curve`."""
         return push_model(self.config, self.spec, self.control_points(), repo, base, private, token)
-
-
-def _column(mask: Tensor, like: Tensor) -> Tensor:
-    """[K] -> [K, 1, ...], to select control points of a stacked tensor."""
-    return mask.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def _load_base(base: nn.Module | str, config: peft.LoraConfig) -> nn.Module:
     if isinstance(base, nn.Module):
         return base
-
     return load_base(base, classifier=config.task_type == peft.TaskType.SEQ_CLS)[0]
-
-
-def save_curve(model: CurveModel, folder: str | Path) -> None:
-    """Write the curve of `model` into `folder`; the tensors first, so that a config never lacks them."""
-    write_curve(model.config, model.spec, model.control_points(), Path(folder))

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from loracurve.model.runner import CurveCarrier
+from loracurve.model.curve_model import CurveModel
 from loracurve.system.distributed import world
 from loracurve.system.errors import UserError
 
@@ -32,7 +32,7 @@ def asked_to_shard() -> bool:
     return True
 
 
-def shard_base(model: CurveCarrier) -> None:
+def shard_base(model: CurveModel) -> None:
     """Spread the weights of the decoder layers over the processes; in one process nothing happens.
 
     A layer's weights are gathered when it runs and dropped again. Embeddings and head stay whole. Every process then
@@ -42,11 +42,12 @@ def shard_base(model: CurveCarrier) -> None:
     Raises:
         UserError: the model has no stack of layers that holds the curve, or weights that FSDP cannot split.
     """
-    if world()[1] == 1 or model.sharded:
+    if world()[1] == 1 or model.runner.sharded:
         return
-    if model.replication.stack is None:
+    stack = model.runner.replication.stack
+    if stack is None:
         raise UserError(f"model.shard: expected a stack of layers, found none in {type(model.model).__name__}")
-    layers = [*model.model.get_submodule(model.replication.stack).children()]
+    layers = [*model.model.get_submodule(stack).children()]
     own = {p for layer in model.layers.values() for p in layer.factors().values()}
     weights = [p for layer in layers for p in layer.parameters() if p not in own]
     if not all(p.is_floating_point() for p in weights):
@@ -57,4 +58,5 @@ def shard_base(model: CurveCarrier) -> None:
     whole = own | {p for p in model.model.parameters() if p not in {*weights}}
     fully_shard(model.model, mesh=mesh, ignored_params=whole)
     model.to(torch.device(accelerate.PartialState().device))
-    model.sharded, model._graphs = True, None
+    model.runner.sharded = True
+    model.runner.forget_graphs()

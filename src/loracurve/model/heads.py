@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,19 @@ class CurveDense(CurveLayer):
         weight = torch.tensordot(coefficients.to(self.weight), self.weight.detach(), dims=1)
         bias = None if self.bias is None else torch.tensordot(coefficients.to(self.bias), self.bias.detach(), dims=1)
         self._merged = weight, bias
+
+    def fold(self, factors: Mapping[str, Tensor]) -> None:
+        device = self.base_layer.weight.device
+        parts = {suffix: tensor.to(device) for suffix, tensor in factors.items()}
+        self._merged = parts["weight"], parts.get("bias")
+
+    def merged_leaves(self) -> dict[str, Tensor]:
+        assert self._merged is not None
+        weight, bias = self._merged
+        weight = weight.detach().requires_grad_()
+        bias = None if bias is None else bias.detach().requires_grad_()
+        self._merged = weight, bias
+        return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
     def unmerge(self) -> None:
         self._merged = None

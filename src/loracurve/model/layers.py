@@ -26,6 +26,7 @@ from loracurve.model.functional import (
 )
 from loracurve.model.routes import Route, Shared, repeat_for_rows
 from loracurve.model.weight_noise import MapNoise
+from loracurve.system.errors import UserError
 
 __all__ = ["CurveLayer", "CurveLinear", "join_siblings"]
 
@@ -54,8 +55,16 @@ class CurveLayer(nn.Module):
         """Fold the point with these coefficients [K] into a copy of the weight, used by the route kind `merged`."""
         raise NotImplementedError
 
+    def fold(self, factors: Mapping[str, Tensor]) -> None:
+        """The same for factors that are given, by suffix, in PEFT's layout and of any rank."""
+        raise NotImplementedError
+
+    def merged_leaves(self) -> dict[str, Tensor]:
+        """Make the copy that `fold` made a leaf that requires gradients; by suffix, that of a map by A's."""
+        raise NotImplementedError
+
     def unmerge(self) -> None:
-        """Drop the copy that `merge` made."""
+        """Drop the copy that `merge` or `fold` made."""
         raise NotImplementedError
 
 
@@ -126,6 +135,23 @@ class CurveLinear(CurveLayer):
             self._merged = torch.empty_like(weight)
         # The product is added in the accumulators, so that the sum is rounded once.
         torch.addmm(weight, left, right, alpha=self.scaling, out=self._merged)
+
+    def fold(self, factors: Mapping[str, Tensor]) -> None:
+        weight = self.base_layer.weight
+        if not weight.is_floating_point():
+            raise UserError(
+                "a scan folds adapters into floating-point weights, found quantised ones; load the base in bfloat16"
+            )
+        # float32 while the update is added (float64 for a float64 base), rounded once.
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        a, b = (factors[f"lora_{x}.weight"].to(weight.device, precise) for x in "AB")
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        self._merged = torch.addmm(weight.detach().to(precise), left, right, alpha=self.scaling).to(weight.dtype)
+
+    def merged_leaves(self) -> dict[str, Tensor]:
+        assert self._merged is not None
+        self._merged = self._merged.detach().requires_grad_()
+        return {"lora_A.weight": self._merged}
 
     def unmerge(self) -> None:
         self._merged = None

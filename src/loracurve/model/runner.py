@@ -1,60 +1,86 @@
-"""Carrying control points inside a Hugging Face model, and running batches at points of their curve."""
+"""Running batches at points of a curve: which way, and the forward pass itself."""
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 
 from loracurve.curve import bezier
-from loracurve.curve.lora_space import PREFIX, ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.causal_mask import PlainCausal
 from loracurve.model.compiling import compile_layers, run_as_they_are
-from loracurve.model.cuda_graphs import Captured
+from loracurve.model.cuda_graphs import Captured, map_tensors
 from loracurve.model.functional import cast_together
 from loracurve.model.fused_norms import fuse_norms
 from loracurve.model.heads import OutputHead
-from loracurve.model.injection import inject
-from loracurve.model.layers import CurveLinear
+from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
 from loracurve.model.routes import Layout, Route, within_segments
 from loracurve.model.scoring import class_scores, takes_tree_masks
-from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch, tree_mask
 
-__all__ = ["CurveCarrier", "PointModel", "evaluation_mode", "without_gradients"]
-
+__all__ = ["MOST_LOGITS", "Request", "Runner", "evaluation_mode", "without_gradients"]
 
 logger = logging.getLogger("loracurve")
 
+MOST_LOGITS = 2**29
+"""Of a pass at several points: texts are read out at many places for the whole vocabulary, 2 GiB of float32 here."""
 
-class CurveCarrier(nn.Module):
-    """What runs at points of a curve: the base model with curve layers in it, the control points, the ways to run.
 
-    `model.CurveModel` makes, saves and loads it. Without control points until `set_curve` gives them.
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every submodule has its own training flag again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def without_gradients(sharded: bool) -> AbstractContextManager[object]:
+    """Inference mode; of a base that is spread over processes, whose gathered weights training uses again, no-grad."""
+    return torch.no_grad() if sharded else torch.inference_mode()
+
+
+@dataclass
+class Request:
+    """What a prediction depends on beside the weights: the key of its graph."""
+
+    batch: Batch
+    coefficients: Tensor | None
+    layout: Layout
+    mode: tuple[bool, bool]
+    """whether the model is in training mode, and whether inference mode is on"""
+
+
+class Runner:
+    """Runs a base model with curve layers in it at points of their curve.
+
+    It holds no weights of its own: control points are the layers' parameters.
+
+    Args:
+        base: with the curve layers in it; its norms are fused and its output head is wrapped in place.
+        layers: the curve layers by name.
+        route: the object in which all of them read where the rows of the running pass lie on the curve.
     """
 
     spec: CurveSpec
+    """shape of the curve that the layers carry"""
     compiled: bool = False
     """whether layers are compiled"""
     sharded: bool = False
-    """whether the base's layers are spread over processes (`loracurve.sharding`), which then run in step"""
+    """whether the base's layers are spread over processes (`loracurve.model.fsdp`), which then run in step"""
 
-    def __init__(self, base: nn.Module, config: peft.LoraConfig) -> None:
-        super().__init__()
-        self.route = Route()
-        self.config = copy.copy(config)
-        if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
-            self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-        self.layers = inject(base, config, self.route)
-        self.model = base
+    def __init__(self, base: nn.Module, layers: Mapping[str, CurveLayer], route: Route) -> None:
+        self.model, self.layers, self.route = base, layers, route
         fuse_norms(base)
         self.is_classifier = "SequenceClassification" in type(base).__name__
         find_head: Any = getattr(base, "get_output_embeddings", None)
@@ -72,47 +98,14 @@ class CurveCarrier(nn.Module):
         self._trees: bool | None = None
         self._graphs: Captured | None = None
 
-    def set_curve(self, spec: CurveSpec, points: ControlPoints) -> None:
-        """Replace the curve: `points` by PEFT name, each [K, ...] in PEFT's layout.
-
-        Raises:
-            UserError: missing, unknown or wrong-shaped tensors.
-        """
-        expected = {f"{PREFIX}{name}.": layer for name, layer in self.layers.items()}
-        left = set(points)
-        device, dtype = self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
-        for prefix, layer in expected.items():
-            factors = {}
-            for suffix, shape in layer.shapes().items():
-                tensor = points.get(prefix + suffix)
-                if tensor is None or list(tensor.shape) != [spec.size, *shape]:
-                    found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-                    raise UserError(
-                        f"control points: expected {prefix + suffix} of shape {[spec.size, *shape]}, found it {found}"
-                    )
-                left.discard(prefix + suffix)
-                factors[suffix] = tensor.detach().to(device, dtype, copy=True)
-            layer.set_factors(factors)
-        if left:
-            raise UserError(f"control points: unknown tensor {sorted(left)[0]}; they belong to another model or config")
+    def set_shape(self, spec: CurveSpec) -> None:
+        """Take the shape of a new curve in the layers; graphs hold the places of the control points before."""
         self.spec = spec
-        self._graphs = None  # graphs hold the places of the control points they were captured with
+        self.forget_graphs()
 
-    def control_points(self) -> ControlPoints:
-        """The control points by PEFT name, detached copies on the CPU, [K, r, n_in] and [K, n_out, r]."""
-        return {
-            f"{PREFIX}{name}.{suffix}": (p.mT if suffix == "lora_B.weight" else p).detach().cpu().clone().contiguous()
-            for name, layer in self.layers.items()
-            for suffix, p in layer.factors().items()
-        }
-
-    @torch.no_grad()
-    def copy_points(self, points: ControlPoints) -> None:
-        """Give the control points of the present curve the values of others, [K, ...] by PEFT name, in their place."""
-        for name, layer in self.layers.items():
-            for suffix, p in layer.factors().items():
-                values = points[f"{PREFIX}{name}.{suffix}"]
-                p.copy_(values.mT if suffix == "lora_B.weight" else values)
+    def forget_graphs(self) -> None:
+        """Capture anew at the next prediction."""
+        self._graphs = None
 
     @property
     def device(self) -> torch.device:
@@ -122,17 +115,6 @@ class CurveCarrier(nn.Module):
     def dtype(self) -> torch.dtype:
         """Compute dtype: the base model's."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-
-    @property
-    def factors(self) -> list[nn.Parameter]:
-        """All control points, one stacked tensor of leading dimension K for each factor."""
-        return [p for layer in self.layers.values() for p in layer.factors().values()]
-
-    @property
-    def dependences(self) -> list[Tensor | None]:
-        """For each of `factors`: how its control points depend on each other (`CurveSpec.dependence`)."""
-        suffixes = [suffix for layer in self.layers.values() for suffix in layer.factors()]
-        return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
 
     def coefficients(self, t: Tensor) -> Tensor:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""
@@ -144,27 +126,21 @@ class CurveCarrier(nn.Module):
         if self._trees is None:
             if self.is_classifier:
                 return False
-            self._set_route(Route("base"))
+            self.set_route(Route("base"))
             with evaluation_mode(self.model):
                 self._trees = takes_tree_masks(self.model, self.dtype, self.device)
         return self._trees
 
-    def forward(self, t: Tensor | float | None = None, **inputs: Any) -> Any:
-        """The Hugging Face model's own forward at points of the curve.
-
-        Args:
-            t: a number or [n] points: every row is run at each of them, the output's leading dimension is n * N, points
-                first. [n, K]: coefficients of points beside the curve. None: the base model without adapters.
-            inputs: as the wrapped model takes them, tensors of leading dimension N.
-        """
+    def forward(self, t: Tensor | float | None, inputs: dict[str, Any]) -> Any:
+        """`CurveModel.forward`: the base model's own forward, `inputs` as it takes them."""
         if t is None:
             if self.route.kind != "merged":
-                self._set_route(Route("base"))
+                self.set_route(Route("base"))
             return self.model(**inputs)
         points = torch.as_tensor(t, dtype=torch.float64)
         c = points if points.dim() == 2 else self.coefficients(points.reshape(-1))
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
-        self._set_route(self._route_for(c, Layout("points", len(c)), rows))
+        self.set_route(self._route_for(c, Layout("points", len(c)), rows))
         return self.model(**self.replication.inputs(inputs))
 
     def arrange(self, batch: Batch, coefficients: Tensor | None) -> tuple[Tensor | None, Layout]:
@@ -214,11 +190,11 @@ class CurveCarrier(nn.Module):
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]
         if coefficients is not None and coefficients.dim() == 3:
-            self._set_route(self._route_for(coefficients[0], layout, rows))
+            self.set_route(self._route_for(coefficients[0], layout, rows))
             for layer, own in zip(self.layers.values(), coefficients, strict=True):
                 layer.route = self._route_for(own, layout, rows)
         else:
-            self._set_route(self._route_for(coefficients, layout, rows, batch.token_units))
+            self.set_route(self._route_for(coefficients, layout, rows, batch.token_units))
         self._cast_factors()
         self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
         replicas = layout.replicas
@@ -246,6 +222,44 @@ class CurveCarrier(nn.Module):
         logits = self.model(**self.replication.inputs(inputs)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+
+    def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
+        """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points off the curve; points
+        are run together as far as `tokens_per_pass` and `MOST_LOGITS` allow.
+
+        Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
+        the CPU, 65,536 elsewhere.
+        """
+        t = t.to("cpu", torch.float64)
+        c = t if t.dim() == 2 else self.coefficients(t)
+        if self._graphs is None:
+            self._graphs = Captured(self.log_probs, self.device, not self.sharded)
+        run = self.log_probs if torch.is_grad_enabled() else self._graphs
+        mode = (self.model.training, torch.is_inference_mode_enabled())
+        outputs = []
+        for part in c.split(self._points_in_pass(batch, tokens_per_pass)):
+            request = Request(batch, *self.arrange(batch, part), mode)
+            outputs.append(run(request if run is self._graphs else map_tensors(request, lambda x: x.to(self.device))))
+        return torch.cat(outputs)
+
+    def log_probs(self, request: Request) -> Tensor:
+        """The log-probabilities that a request asks for, in one pass."""
+        return self.scores(request.batch, request.coefficients, request.layout).log_softmax(-1)
+
+    def _points_in_pass(self, batch: Batch, tokens_per_pass: int | None = None) -> int:
+        budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
+        classes = self.vocabulary if batch.answer_ids is None else len(batch.answer_ids)
+        logits = 0 if batch.positions is None else len(batch.positions) * classes
+        return max(1, min(budget // max(batch.tokens, 1), MOST_LOGITS // max(logits, 1)))
+
+    def passes(self, batch: Batch, points: int) -> int:
+        """Forward passes that `point_log_probs` takes."""
+        return -(-points // self._points_in_pass(batch))
+
+    def idle(self) -> None:
+        """A forward pass for nothing but its communication with other processes."""
+        self.set_route(Route("base"))
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
     def compile_layers(self, **options: Any) -> None:
         """Compile the layers of the stack that holds the curve (`loracurve.compiling`); options of torch.compile."""
@@ -276,7 +290,8 @@ class CurveCarrier(nn.Module):
                 layer.cast = a, b
             self._cast = True
 
-    def _set_route(self, route: Route) -> Route:
+    def set_route(self, route: Route) -> Route:
+        """Say where the rows of the next pass lie on the curve; returns the object that the layers read it in."""
         # The layers hold this very object; checkpointed layers read it again in the backward pass, so it stays set.
         self.route.__dict__.update(route.__dict__)
         if self._cast:
@@ -303,31 +318,3 @@ class CurveCarrier(nn.Module):
             else:
                 route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
         return route
-
-
-class PointModel(Protocol):
-    """A module that predicts at several points of a curve at once, such as `CurveModel`."""
-
-    def point_log_probs(self, batch: Any, t: Tensor) -> Tensor:
-        """Normalised float32 log-probabilities ``[n, E, C]`` of the batch at the points t ``[n]``."""
-        ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...
-
-
-def without_gradients(model: object) -> AbstractContextManager[object]:
-    """Inference mode; of a base that is spread over processes, whose gathered weights training uses again, no-grad."""
-    return torch.no_grad() if getattr(model, "sharded", False) else torch.inference_mode()
-
-
-@contextmanager
-def evaluation_mode(model: PointModel | nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule has its own training flag again."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

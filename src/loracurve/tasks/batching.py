@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loracurve.system.distributed import share
-from loracurve.tasks.encoding import Encoded
+from loracurve.tasks.encoding import Encoded, labels_of
 from loracurve.tasks.packing import balance, pack
 from loracurve.tasks.tokens import common_prefix
 
@@ -139,7 +139,7 @@ def collate(
         own_points: each example can lie at a point of its own, in a packed row too, where nothing is shared then.
     """
     examples = encoded.examples
-    labels = torch.tensor([-100 if (y := examples[i].label) is None else y for i in numbers])
+    labels = labels_of([examples[i] for i in numbers])
     if encoded.scoring == "head":
         groups = [[p] for p in range(len(numbers))]
         batch = _collate_sequences(encoded, numbers, labels, pad_to)

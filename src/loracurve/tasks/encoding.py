@@ -8,6 +8,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
 from loracurve.system.errors import UserError
 from loracurve.tasks.cloze import fillings, given_lengths
 from loracurve.tasks.dataset import Dataset, Row, as_text
@@ -17,7 +20,7 @@ from loracurve.tasks.tokens import answer_tokens, choice_tokens, common_prefix, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "Encoder", "Example"]
+__all__ = ["UNLABELLED", "Encoded", "Encoder", "Example", "labels_of"]
 
 
 Fields = dict[str, str]
@@ -42,6 +45,15 @@ class Example:
     given: tuple[int, ...] = ()
 
 
+UNLABELLED = -100
+"""Label of an example that has none; it is left out of every mean."""
+
+
+def labels_of(examples: Sequence[Example]) -> Tensor:
+    """``[E]`` labels, `UNLABELLED` where there is none."""
+    return torch.tensor([UNLABELLED if example.label is None else example.label for example in examples])
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One split, tokenised: exactly one example for each row, in the rows' order.
@@ -63,6 +75,16 @@ class Encoded:
     def token_offsets(self) -> list[int]:
         """For "lm": number of each example's first completion token when all are counted, and the total at the end."""
         return [0, *accumulate(len(example.choices[0]) for example in self.examples)]
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions the split takes: one an example, of language modelling one a target token."""
+        return self.token_offsets[-1] if self.scoring == "lm" else len(self.examples)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """``[examples]`` class numbers, `UNLABELLED` where an example has none."""
+        return labels_of(self.examples)
 
     @cached_property
     def sizes(self) -> list[int]:

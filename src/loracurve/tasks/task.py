@@ -60,11 +60,6 @@ class Task:
         self._truncated: dict[str, int] = {}
 
     @property
-    def template_id(self) -> str:
-        """``name@version:hash`` of the prompt; ``none`` for language modelling."""
-        return "none" if self.template is None else self.template.id
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Class names, or the letters of the options; empty for language modelling."""
         return self._encoder.classes

@@ -13,7 +13,7 @@ from loracurve.system.randomness import stream_seed
 from loracurve.tasks.encoding import Encoded
 from loracurve.training.config import LoopConfig
 from loracurve.training.loop import batch_numbers
-from loracurve.training.micro_batches import MicroBatch, Validation, _labels, _part_of, training_batch
+from loracurve.training.micro_batches import MicroBatch, Validation, label_count, micro_batch_of, training_batch
 
 __all__ = ["AnchorsObjective", "slot_seeds"]
 
@@ -51,20 +51,24 @@ class AnchorsObjective:
             slots = [m for m in range(self.groups) for _ in mine]
             batches.append(training_batch(self.model, self.train, numbers, c, slots, even_rows=True))
         of_examples = [b.slots for b in batches if b.slots is not None]
-        counts = torch.tensor([_labels(self.train, numbers) for numbers in drawn])
+        counts = torch.tensor([label_count(self.train, numbers) for numbers in drawn])
         eye = torch.eye(self.groups, dtype=torch.float64)
-        return [_part_of(self.model, b, eye, 1 / counts[s].double()) for b, s in zip(batches, of_examples, strict=True)]
+        return [
+            micro_batch_of(self.model, b, eye, 1 / counts[s].double())
+            for b, s in zip(batches, of_examples, strict=True)
+        ]
 
     def loss(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        log_probs = self.model.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
+        log_probs = self.model.runner.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
         nll = negative_log_likelihood(log_probs, part.batch.labels)[0]
         loss = (nll * part.share.to(nll.dtype)).sum()
         return loss, loss.detach()[None] / self.groups
 
     def validate(self) -> list[float]:
         predictive = self.validation.predictive(slot_times(self.groups))
-        if self.validation.summarise:
+        if predictive.label_log_probs is not None:
             return (-predictive.label_log_probs.double().mean(1)).tolist()
+        assert predictive.point_log_probs is not None
         nll = negative_log_likelihood(predictive.point_log_probs, self.validation.labels)
         return nll.double().mean(1).tolist()
 

@@ -23,8 +23,8 @@ from loracurve.training.loop import batch_numbers, has_dropout
 from loracurve.training.micro_batches import (
     MicroBatch,
     Validation,
-    _labels,
-    _part_of,
+    label_count,
+    micro_batch_of,
     training_batch,
     validation_points,
 )
@@ -66,7 +66,7 @@ class CurveObjective:
 
     def parts(self, step: int) -> list[MicroBatch]:
         chunks = self._chunks(self.config.seed, step, self.train)
-        total = sum(_labels(self.train, chunk) for chunk in chunks)
+        total = sum(label_count(self.train, chunk) for chunk in chunks)
         parts = []
         for i, chunk in enumerate(chunks):
             batch = self._batch(self.train, share(chunk))
@@ -77,7 +77,7 @@ class CurveObjective:
             else:
                 apart = t.dim() == 2 and batch.units is not None
                 at_rows = t[:, batch.units] if apart else t
-                part = _part_of(self.model, batch, self.model.coefficients(at_rows), of_step)
+                part = micro_batch_of(self.model, batch, self.model.coefficients(at_rows), of_step)
             part.other = self._other(batch, chunk, step, i)
             parts.append(part)
         return parts
@@ -136,7 +136,7 @@ class CurveObjective:
         again when its gradient is wanted (exact, as in Gao et al. 2021, arXiv 2101.06983)."""
 
         def run(c: Tensor, where: Layout) -> Tensor:
-            return self.model.scores(batch, c, where).log_softmax(-1)
+            return self.model.runner.scores(batch, c, where).log_softmax(-1)
 
         passes, n = self.config.point_passes, layout.replicas
         if passes == 1:

@@ -77,7 +77,7 @@ def fit(
         program.tau = settled["tau"]
     noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
     if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
-        model.run_layers_as_they_are()
+        model.runner.run_layers_as_they_are()
     with noise.attached():
         options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
         result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def _prepare(model: CurveModel, task: Task, config: FitConfig, loop: dict[str, o
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     config.check_curve(model.spec)
     join()
-    if model.sharded and config.perturbation.kind == "flat_lora":
+    if model.runner.sharded and config.perturbation.kind == "flat_lora":
         raise UserError(
             "perturbation.kind: expected none, lora_space or sam with a base spread over processes, found flat_lora; "
             "change it, or set model.shard to false"

@@ -103,13 +103,13 @@ def run_loop(
     """
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)
-    processes = _processes(config, model.device, model.sharded)
-    if config.compile and model.device.type == "cuda" and not model.sharded:
-        model.compile_layers()
+    processes = _processes(config, model.device, model.runner.sharded)
+    if config.compile and model.device.type == "cuda" and not model.runner.sharded:
+        model.runner.compile_layers()
     factors = model.factors
     options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
     step_config = StepConfig(**options)
-    capture = config.capture and not model.sharded
+    capture = config.capture and not model.runner.sharded
     stepper = Stepper(program, factors, model.spec.mask, step_config, capture, perturbation, model.dependences)
     groups = program.groups
     state = LoopState(0, [p.detach().clone() for p in factors], [math.inf] * groups, [0] * groups, [0] * groups, [])

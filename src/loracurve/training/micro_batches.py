@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from loracurve.curve.quadrature import quadrature
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.prediction import laid_out_for, predict
+from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.routes import Layout
 from loracurve.system.distributed import world
@@ -20,7 +20,16 @@ from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.packing import packed_rows
 from loracurve.training.config import FitConfig, LoopConfig, check_validation_points
 
-__all__ = ["CAPTURED_LENGTHS", "MicroBatch", "TrainingObjective", "training_batch", "validation_points"]
+__all__ = [
+    "CAPTURED_LENGTHS",
+    "MicroBatch",
+    "TrainingObjective",
+    "Validation",
+    "label_count",
+    "micro_batch_of",
+    "training_batch",
+    "validation_points",
+]
 
 
 # Captured rows are padded to multiples of this many tokens: few graphs, and tiles that tensor cores like.
@@ -31,18 +40,17 @@ class Validation:
     """Validation batches, laid out once; NLL of points and of their average."""
 
     def __init__(self, model: CurveModel, encoded: Encoded, config: LoopConfig) -> None:
-        self.model = model
-        self.count = encoded.token_offsets[-1] if encoded.scoring == "lm" else len(encoded)
+        self.model, self.count = model, encoded.predictions
         self.summarise = encoded.scoring == "lm"
         self.batches = laid_out_for(model, encoded, config.row_tokens)
-        self.labels = torch.tensor([-100 if e.label is None else e.label for e in encoded.examples])
+        self.labels = encoded.labels
 
-    def predictive(self, t: Tensor, weights: Tensor | None = None):  # type: ignore[no-untyped-def]
+    def predictive(self, t: Tensor, weights: Tensor | None = None) -> Predictive:
         summarise, count = self.summarise, self.count
         return predict(self.model, self.batches, t, weights, summarise=summarise, examples=count, shared=True)
 
 
-def _labels(encoded: Encoded, numbers: Sequence[int]) -> int:
+def label_count(encoded: Encoded, numbers: Sequence[int]) -> int:
     """Labels of so many examples: one each, or all tokens of a text."""
     if encoded.scoring != "lm":
         return len(numbers)
@@ -62,18 +70,19 @@ def training_batch(
     captured = config.capture and model.device.type == "cuda"
     own_points = isinstance(config, FitConfig) and not config.share_points
     if not (captured or even_rows):
-        return collate(encoded, numbers, config.row_tokens, model.supports_trees, slots, own_points=own_points)
+        return collate(encoded, numbers, config.row_tokens, model.runner.supports_trees, slots, own_points=own_points)
     # Captured, an example with a point of its own has a row of its own; so has a text, with any number of read-outs.
     apart = captured and (encoded.scoring == "lm" or own_points)
     row_tokens = 1 if apart else config.row_tokens
     examples = -(-config.batch_size // (config.accumulation * world()[1]))
     rows = packed_rows(encoded, examples, row_tokens)
     pad_to = CAPTURED_LENGTHS if captured else 1
-    return collate(encoded, numbers, row_tokens, model.supports_trees, slots, pad_to, rows)
+    return collate(encoded, numbers, row_tokens, model.runner.supports_trees, slots, pad_to, rows)
 
 
-def _part_of(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> MicroBatch:
-    arranged, layout = model.arrange(batch, coefficients)
+def micro_batch_of(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> MicroBatch:
+    """A micro-batch run in the way that suits its coefficients (`Runner.arrange`)."""
+    arranged, layout = model.runner.arrange(batch, coefficients)
     assert arranged is not None
     return MicroBatch(batch, arranged, layout, share)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from loracurve.inference.information import (
-    UNLABELLED,
     jensen_shannon,
     negative_log_likelihood,
     pairwise_jensen_shannon,
 )
+from loracurve.tasks.encoding import UNLABELLED
 from loracurve.training.config import ObjectiveConfig
 
 __all__ = ["objective"]

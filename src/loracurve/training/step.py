@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loracurve.curve.lora_space import column
 from loracurve.model.cuda_graphs import Captured
 from loracurve.system.distributed import sum_over_processes, world
 from loracurve.training.micro_batches import MicroBatch, TrainingObjective
@@ -142,7 +143,7 @@ class Stepper:
                 if tie is not None:  # the gradient of what depends on a free point goes to that one
                     p.grad.copy_((tie.mT @ p.grad.flatten(1)).view_as(p))
                 if not self.all_trained:
-                    p.grad.mul_(_column(self.mask, p))
+                    p.grad.mul_(column(self.mask, p))
             norm = self._clip()
             self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(norm)).float()))
             self.optimizer.step()
@@ -152,7 +153,7 @@ class Stepper:
                     p.sub_(((decay * gram).to(p) @ p.flatten(1)).view_as(p))
             for p, tie in zip(self.factors, self.ties, strict=True):
                 if tie is not None:
-                    free = _column(tie.diagonal() == 1, p).bool()
+                    free = column(tie.diagonal() == 1, p).bool()
                     p.copy_(torch.where(free, p, (tie @ p.flatten(1)).view_as(p)))
         return torch.stack([values[0].float(), norm.float(), *values[1:].float()])
 
@@ -185,10 +186,5 @@ class Stepper:
         norms = torch.stack([g.reshape(groups, -1).norm(dim=1) for g in grads]).norm(dim=0)
         if limit > 0:
             scale = (limit / (norms + 1e-6)).clamp(max=1.0).repeat_interleave(len(grads[0]) // groups)
-            torch._foreach_mul_(grads, [_column(scale, g) for g in grads])
+            torch._foreach_mul_(grads, [column(scale, g) for g in grads])
         return norms.max()
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """[K] or [1] -> [K, 1, ...] in the dtype of `like`."""
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from loracurve.curve.config import Sampling, check_sampling
 from loracurve.curve.files import load_curve
+from loracurve.curve.lora_space import column
 from loracurve.curve.sampling import sample_points
 from loracurve.inference.information import mixture_log_probs, negative_log_likelihood
 from loracurve.model.curve_model import CurveModel
@@ -108,7 +109,7 @@ class CurveTrainer(Trainer):
         vars(model.config)["get_text_config"] = base.config.get_text_config
         if not model.spec.mask.all():
             for factor in model.factors:
-                mask = model.spec.mask.to(factor).view(-1, *[1] * (factor.dim() - 1))
+                mask = column(model.spec.mask, factor)
                 factor.register_hook(lambda gradient, mask=mask: gradient * mask)
 
     def _inspected(self, model: CurveModel) -> nn.Module:
