@@ -63,18 +63,13 @@ def pairwise_jensen_shannon(log_probs: Tensor) -> Tensor:
 
     The points of one posterior give the same expected value whatever their number; `jensen_shannon` grows with it.
     """
-    mixtures = pair_entropies(log_probs)
-    at_points = entropy(log_probs).mean(0)
-    return torch.stack(mixtures).mean(0) - at_points if mixtures else torch.zeros_like(at_points)
-
-
-def pair_entropies(log_probs: Tensor) -> list[Tensor]:
-    """H[(p_i + p_j) / 2] in nats of every pair i < j of points in `itertools.combinations` order, each ``[E]``."""
     probs = log_probs.exp()
     # Pair by pair in probability space, each point's own entropy once: a vocabulary times all pairs is what takes time.
     # The slope of p log p is infinite at 0; below the clamp there is none.
     least = torch.finfo(probs.dtype).tiny
-    return [torch.special.entr(((a + b) / 2).clamp_min(least)).sum(-1) for a, b in combinations(probs, 2)]
+    mixtures = [torch.special.entr(((a + b) / 2).clamp_min(least)).sum(-1) for a, b in combinations(probs, 2)]
+    at_points = entropy(log_probs).mean(0)
+    return torch.stack(mixtures).mean(0) - at_points if mixtures else torch.zeros_like(at_points)
 
 
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from loracurve.inference.information import entropy, pair_entropies
+from loracurve.inference.information import jensen_shannon
 from loracurve.inference.predictive import Predictive
 from loracurve.landscape.paths import Path
 from loracurve.landscape.scan import PathScan
@@ -21,6 +20,8 @@ __all__ = ["diversity_frame", "information_frame", "pairwise_divergence"]
 def pairwise_divergence(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean JSD (nats) and share of examples of another most probable class, for every pair of points.
 
+    `information.pairwise_jensen_shannon` is the mean over the pairs, for each example.
+
     Args:
         log_probs: normalised ``[n, E, C]``.
 
@@ -28,12 +29,14 @@ def pairwise_divergence(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         Two symmetric matrices ``[n, n]`` float64 with zeros on the diagonal.
     """
     log_probs = log_probs.double()
-    n = len(log_probs)
-    best, own = log_probs.argmax(-1), entropy(log_probs).mean(1)
+    n, examples, _ = log_probs.shape
+    best = log_probs.argmax(-1)
     jsd, disagreement = torch.zeros(2, n, n, dtype=torch.float64)
-    for (i, j), mixture in zip(combinations(range(n), 2), pair_entropies(log_probs), strict=True):
-        jsd[i, j] = mixture.mean() - (own[i] + own[j]) / 2
-        disagreement[i, j] = (best[i] != best[j]).double().mean()
+    for i in range(n - 1):
+        others = log_probs[i + 1 :]
+        pairs = torch.stack([log_probs[i].expand_as(others), others]).flatten(1, 2)
+        jsd[i, i + 1 :] = jensen_shannon(pairs).view(-1, examples).mean(1)
+        disagreement[i, i + 1 :] = (best[i] != best[i + 1 :]).double().mean(1)
     return jsd + jsd.T, disagreement + disagreement.T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,15 @@ from loracurve.system.randomness import stream_seed
 from loracurve.tasks.batching import Batch
 
 __all__ = ["CurveModel"]
+
+
+_MOVED = {
+    **{n: ("runner", n) for n in ("arrange", "compile_layers", "idle", "passes", "replication", "route", "scores")},
+    **{n: ("runner", n) for n in ("run_layers_as_they_are", "sharded", "supports_trees", "vocabulary")},
+    "merging": ("merger", "points"),
+    "merged_log_probs": ("merger", "log_probs"),
+}
+"""Where names are that this class itself had until version 0.1."""
 
 
 class CurveModel(nn.Module):
@@ -233,6 +243,14 @@ class CurveModel(nn.Module):
         with self.merger.points() as fold:
             fold(t)
             yield
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MOVED:
+            return super().__getattr__(name)
+        part, new = _MOVED[name]
+        text = f"CurveModel.{name} is CurveModel.{part}.{new} now; the old name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(getattr(self, part), new)
 
     def fresh_points(self, spec: CurveSpec, seed: int = 0) -> ControlPoints:
         """Control points drawn like fresh adapters, each independently: where a free curve starts."""
