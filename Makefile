@@ -17,6 +17,7 @@ AUDIT := .venv-audit
 
 help:
 	@echo "make quickstart | test | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make test ONLY=training, or ONLY=\"training model\": the tests of some packages alone, without lint and mypy"
 
 env: $(READY)
 
@@ -46,8 +47,9 @@ $(READY): $(BASIC)
 quickstart: $(BASIC)
 	@$(BIN)/loracurve quickstart
 
-test: env lint mypy
-	@$(BIN)/python -m pytest -q -n $(WORKERS)
+# ONLY names folders of tests: `make test ONLY="training model"`.
+test: env $(if $(ONLY),,lint mypy)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) $(addprefix tests/,$(ONLY))
 
 lint: env
 	@$(BIN)/ruff check .
@@ -85,7 +87,7 @@ docs: $(DOCS)/.ready
 	@rm build/docs.log
 	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
 
-# What tests/test_dependencies.py leaves: whether a pinned version has a known vulnerability, where that can be asked.
+# What tests/whole/test_dependencies.py leaves: whether a pinned version has a known vulnerability, where that can be asked.
 audit: $(AUDIT)/.ready
 	@mkdir -p build
 	@if $(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv \

@@ -158,13 +158,13 @@ def check() -> dict[str, float]:
         rows = model.coefficients(t[:, None].expand(3, 4))
         ways = {
             "points": model.point_log_probs(batch, t),
-            "rows": model.scores(batch.to(DEVICE), rows.to(DEVICE)).log_softmax(-1),
+            "rows": model.runner.scores(batch.to(DEVICE), rows.to(DEVICE)).log_softmax(-1),
         }
-        with model.merging() as fold:
+        with model.merger.points() as fold:
             merged = []
             for x in t:
                 fold(x)
-                merged.append(model.merged_log_probs(batch))
+                merged.append(model.merger.log_probs(batch))
             ways["merged"] = torch.cat(merged)
     errors = {name: float((x - expected).norm() / expected.norm()) for name, x in ways.items()}
     if max(errors.values()) > 1e-5:

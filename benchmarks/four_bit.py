@@ -60,7 +60,7 @@ def main() -> None:
     note(begin, f"PEFT {figures['peft']['ms']:.1f} ms")
     for kind in ("captured", "compiled") if options.compile else ("captured",):
         if kind == "compiled":
-            model.compile_layers()
+            model.runner.compile_layers()
         figures[kind], losses[kind] = measure_ours(model, encoded, rows, 1, True, options.repeats)
         figures[f"{kind}_over_peft"] = figures[kind]["ms"] / figures["peft"]["ms"]
         note(begin, f"{kind} {figures[kind]['ms']:.1f} ms")

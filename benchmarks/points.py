@@ -75,7 +75,7 @@ def main() -> None:
 
         def eager() -> torch.Tensor:
             moved = batch.to(DEVICE)  # noqa: B023
-            return model.scores(moved, model.coefficients(t)).log_softmax(-1)  # noqa: B023
+            return model.runner.scores(moved, model.coefficients(t)).log_softmax(-1)  # noqa: B023
 
         runs = {"peft_loop": loop, "peft_mixed": mixed, "curve_eager": eager}
         if options.compile:

@@ -70,7 +70,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for compiled in (False, True) if options.compile else (False,):
         if compiled:
-            model.compile_layers()
+            model.runner.compile_layers()
         for name in options.only:
             spec = CurveSpec(SEGMENTS[name], 2)
             model.set_curve(spec, model.fresh_points(spec))

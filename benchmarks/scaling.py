@@ -50,7 +50,7 @@ LIMIT_S = 240
 def stepper_of(model: Any, encoded: Any, config: FitConfig) -> Callable[[], torch.Tensor]:
     program = CurveObjective(model, encoded, encoded, config)
     model.train()
-    stepper = Stepper(program, model.factors, model.spec.mask, STEP, config.capture and not model.sharded)
+    stepper = Stepper(program, model.factors, model.spec.mask, STEP, config.capture and not model.runner.sharded)
     count = iter(range(10**9))
     return lambda: stepper(program.parts(next(count)), 1.0)
 

@@ -20,7 +20,7 @@ from common import DEVICE, lora, note, report
 from table import write_table
 
 from loracurve.curve.spec import CurveSpec
-from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.inference.prediction import predict_split
 from loracurve.model.base_model import load_base, model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.tasks.config import TaskConfig
@@ -76,7 +76,7 @@ def main() -> None:
             config = TaskConfig(str(options.data / data), limit_validation=options.rows, max_length=512, **settings)
             task = load_task(config, tokenizer, window)
             encoded = task.encode("validation")
-            labels = labels_of(encoded)
+            labels = encoded.labels
             predictive = predict_split(model, encoded, torch.zeros(1, dtype=torch.float64))
             accuracy = float(predictive.correct(labels).double().mean())
             found[way] = {

@@ -20,7 +20,7 @@ from loracurve.bench.tiny_model import tiny_model
 from loracurve.inference.calibration import apply_temperature
 from loracurve.inference.metrics import accuracy, negative_log_likelihood, risk_coverage_curve
 from loracurve.landscape.barriers import barrier_frame
-from loracurve.landscape.paths import anchor_paths, curve_path, grid, scalings_of
+from loracurve.landscape.paths import anchor_paths, curve_path, grid
 from loracurve.landscape.scan import lay_out, scan_paths
 from loracurve.report import plots
 from loracurve.tasks.dataset import Row
@@ -78,7 +78,7 @@ model.anchor(degree=2)  # aligned, and a curve through them whose inner points l
 training = lc.FitConfig(steps=50, batch_size=16, learning_rate=2e-3, points=2, share_points=True)
 lc.fit(model, task, training, progress=False)
 
-paths = anchor_paths(anchors, ["straight", "delta_w", "balanced+procrustes"], scalings_of(model))
+paths = anchor_paths(anchors, ["straight", "delta_w", "balanced+procrustes"], model.scalings)
 paths["curve"] = curve_path(model)
 splits = [lay_out(model, validation, "validation"), lay_out(model, test, "test")]
 scan = scan_paths(model, paths, splits, {name: grid(path.segments, 9) for name, path in paths.items()})

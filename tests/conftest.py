@@ -8,10 +8,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+# Their assertions are explained too where they fail.
+pytest.register_assert_rewrite("helpers")
+from helpers.made_runs import QUICK, SCAN, SCORED, Maker, base_folder, command, config_file, data_folder  # noqa: E402
+from helpers.places import PREPARED  # noqa: E402
 
 torch.set_num_threads(1)  # the workers of pytest-xdist would fight over the cores
 
@@ -19,7 +25,33 @@ torch.set_num_threads(1)  # the workers of pytest-xdist would fight over the cor
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of prepared data sets beside the checkout; tests that need it are skipped without it."""
-    folder = Path(__file__).parents[1].parent / "shared" / "data"
-    if not folder.is_dir():
+    if not PREPARED.is_dir():
         pytest.skip("no prepared data sets beside the checkout")
-    return folder
+    return PREPARED
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    return Maker(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def scored_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A fitted run of each scoring, anchored but for lm, which is free."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+    for scoring, architecture in SCORED.items():
+        base = base_folder(root / f"base-{scoring}", architecture)
+        config = config_file(root / f"{scoring}.yaml", base, data_folder(root / f"data-{scoring}", scoring), scoring)
+        kind = "free" if scoring == "lm" else "anchored"
+        command("fit", config, "--out", root / scoring, f"--curve.kind={kind}", *QUICK)
+        made[scoring] = root / scoring
+    return made
+
+
+@pytest.fixture(scope="session")
+def reported(scored_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the multiple-choice run, scanned and reported."""
+    run = Path(shutil.copytree(scored_runs["letter"], tmp_path_factory.mktemp("reported") / "letter"))
+    command("scan", run, *SCAN, "--hessian", "1")
+    command("report", run)
+    return run

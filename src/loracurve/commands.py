@@ -132,7 +132,7 @@ def evaluate(
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
     """
-    from loracurve.inference.prediction import labels_of, predict_split
+    from loracurve.inference.prediction import predict_split
     from loracurve.report.terminal import print_methods
     from loracurve.runs.evaluate import MethodPredictions as Method
     from loracurve.runs.evaluate import summarise, write_predictions
@@ -156,7 +156,7 @@ def evaluate(
     known = method.sets[split].labels
     report = {
         "average": average.record,
-        "methods": summarise([method], {split: labels_of(encoded) if known is None else known}),
+        "methods": summarise([method], {split: encoded.labels if known is None else known}),
     }
 
     def write() -> None:

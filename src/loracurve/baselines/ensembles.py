@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
 from loracurve.inference.information import mixture_log_probs
-from loracurve.inference.prediction import labels_of, point_nll
+from loracurve.inference.prediction import point_nll
 from loracurve.system.errors import UserError
 
 __all__ = ["ConvexMix", "Ensemble", "LongerEnsemble", "mixture_weights"]
@@ -55,7 +55,7 @@ class ConvexMix:
         anchors = setting.first(self.members)
         validation = setting.task.encode("validation")
         predictive = from_adapters(setting, anchors, 0.0).predict(validation)
-        weights = mixture_weights(-point_nll(predictive, labels_of(validation)))
+        weights = mixture_weights(-point_nll(predictive, validation.labels))
         return from_adapters(setting, anchors, float(self.members), weights, {"weights": weights.tolist()})
 
 

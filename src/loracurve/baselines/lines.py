@@ -11,7 +11,7 @@ from loracurve.curve.quadrature import quadrature
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.predictive import Predictive
 from loracurve.landscape.config import PathName
-from loracurve.landscape.paths import Path, anchor_paths, scalings_of
+from loracurve.landscape.paths import Path, anchor_paths
 from loracurve.landscape.scan import lay_out, predict_merged
 from loracurve.system.errors import UserError
 from loracurve.tasks.encoding import Encoded
@@ -34,7 +34,7 @@ class Line:
             raise UserError("path: expected an untrained path, found curve; use the method curve")
 
     def fit(self, setting: Setting) -> Fitted:
-        path = anchor_paths(setting.first(self.anchors), [self.path], scalings_of(setting.model))[self.path]
+        path = anchor_paths(setting.first(self.anchors), [self.path], setting.model.scalings)[self.path]
         t, _ = quadrature("uniform", setting.samples, path.segments)
         if path.form == "factors" and not path.norm_matched:
             return along_curve(setting, CurveSpec.slots(self.anchors), path.points, t, float(self.anchors))

@@ -1,18 +1,16 @@
-"""Training one adapter by a method's own optimiser or parametrisation: the loop that SWAG, IVON and BLoB share.
+"""Training one adapter by a method's own optimiser or parametrisation: what SWAG, IVON and BLoB share.
 
-Batches, schedule and validation are those of `loracurve.loop`: batches are a function of (seed, step), the state of the
-best validation NLL remains, and training ends after `patience` validations without improvement.
+The loop is that of anchors and curves (`training.loop`), without checkpoints: a learner's state is not of one form.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from loracurve.baselines.method import Setting
@@ -20,17 +18,16 @@ from loracurve.curve.anchored import slot_times
 from loracurve.curve.lora_space import PREFIX, ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.information import negative_log_likelihood
-from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.model.cuda_graphs import Captured
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.injection import initial_control_points
 from loracurve.model.routes import Layout
 from loracurve.system.errors import UserError
-from loracurve.system.randomness import stream_seed
 from loracurve.tasks.batching import Batch
 from loracurve.training.anchors import slot_seeds
 from loracurve.training.config import LoopConfig
-from loracurve.training.loop import FitResult, batch_numbers, learning_rate_factor, recomputing
+from loracurve.training.loop import FitResult, batch_numbers, take_steps
 from loracurve.training.micro_batches import training_batch
 
 __all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
@@ -81,7 +78,7 @@ class OneAdapter:
         total = torch.zeros((), dtype=factors[0].dtype, device=self.model.device)
         examples = sum(len(b.labels) for b in batches)
         for batch in batches:
-            log_probs = self.model.scores(batch, self.here, Layout("points")).log_softmax(-1)
+            log_probs = self.model.runner.scores(batch, self.here, Layout("points")).log_softmax(-1)
             loss = negative_log_likelihood(log_probs, batch.labels).sum() / examples
             loss.backward()
             total += loss.detach()
@@ -143,36 +140,33 @@ def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfi
     Raises:
         UserError: the loss is not finite.
     """
-    model, train_rows, validation = one.model, setting.task.encode("train"), setting.task.encode("validation")
-    labels, seed = labels_of(validation), slot_seeds(config.seed, 1)[0]
-    every = config.evaluate_every or max(config.steps // 10, 1)
-    best, best_nll, best_step, stale, done = [v.detach().clone() for v in learner.state()], math.inf, 0, 0, 0
-    started = time.perf_counter()
-    model.train()
-    with recomputing(model.model, config.gradient_checkpointing):
-        for step in track(range(config.steps), label, transient=True, disable=not setting.progress):
-            # Dropout is drawn from the global generator.
-            torch.manual_seed(stream_seed(seed, "forward", step))
-            numbers = torch.tensor(batch_numbers(seed, step, len(train_rows), config.batch_size))
-            batches = [
-                training_batch(model, train_rows, part.tolist(), config) for part in numbers.chunk(config.accumulation)
-            ]
-            factor = learning_rate_factor(config, step)
-            nll = learner.step(lambda values, b=batches: one.nll_at(values, b), step, factor)  # type: ignore[misc]
-            if not math.isfinite(nll):
-                raise UserError(f"{label}: the loss is not finite at step {step + 1}; lower the learning rate")
-            done = step + 1
-            if done % every and done < config.steps:
-                continue
-            one.put(learner.adapter())
-            validated = float(point_nll(predict_split(model, validation, slot_times(1)), labels).mean())
-            stale = 0 if validated < best_nll else stale + 1
-            if validated < best_nll:
-                best, best_nll, best_step = [v.detach().clone() for v in learner.state()], validated, done
-            if config.patience and stale >= config.patience:
-                break
-    if config.keep == "best" and math.isfinite(best_nll):
-        with torch.no_grad():
-            for value, kept in zip(learner.state(), best, strict=True):
-                value.copy_(kept)
-    return FitResult(done, time.perf_counter() - started, [best_step], [best_nll])
+    config = replace(config, seed=slot_seeds(config.seed, 1)[0])
+    return take_steps(one.model, _Adapter(setting, one, learner, config, label), config, label, setting.progress)
+
+
+class _Adapter:
+    """A learner as the shared loop trains it."""
+
+    groups = 1
+    figures: tuple[str, ...] = ("nll",)
+
+    def __init__(self, setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> None:
+        self.one, self.learner, self.config, self.label = one, learner, config, label
+        self.train, self.validation = setting.task.encode("train"), setting.task.encode("validation")
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.learner.state()
+
+    def step(self, number: int, factor: float) -> Tensor:
+        c = self.config
+        rows = torch.tensor(batch_numbers(c.seed, number, len(self.train), c.batch_size)).chunk(c.accumulation)
+        batches = [training_batch(self.one.model, self.train, part.tolist(), c) for part in rows]
+        nll = self.learner.step(lambda values: self.one.nll_at(values, batches), number, factor)
+        if not math.isfinite(nll):  # the learner has moved already
+            raise UserError(f"{self.label}: the loss is not finite at step {number + 1}; lower the learning rate")
+        return torch.tensor([nll])
+
+    def validate(self) -> list[float]:
+        self.one.put(self.learner.adapter())
+        predictive = predict_split(self.one.model, self.validation, slot_times(1))
+        return [float(point_nll(predictive, self.validation.labels).mean())]

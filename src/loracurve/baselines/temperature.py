@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from loracurve.baselines.method import Fitted, Method, Setting
 from loracurve.inference.calibration import apply_temperature, fit_temperature
-from loracurve.inference.prediction import labels_of
 from loracurve.inference.predictive import Predictive
 from loracurve.tasks.encoding import Encoded
 
@@ -23,7 +22,7 @@ class TemperatureScaled:
     def fit(self, setting: Setting) -> Fitted:
         fitted = self.of.fit(setting)
         validation = setting.task.encode("validation")
-        temperature = fit_temperature(fitted.predict(validation).log_probs, labels_of(validation))
+        temperature = fit_temperature(fitted.predict(validation).log_probs, validation.labels)
 
         def predict(encoded: Encoded) -> Predictive:
             tempered = apply_temperature(fitted.predict(encoded).log_probs, temperature)

@@ -18,9 +18,9 @@ from loracurve.bench.config import LandscapeConfig
 from loracurve.curve.anchored import slot_times
 from loracurve.curve.lora_space import ControlPoints, stack_adapters
 from loracurve.curve.spec import CurveSpec
-from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.landscape.barriers import barrier_frame, excess, gauge_verdicts
-from loracurve.landscape.paths import Path, anchor_paths, curve_path, grid, scalings_of
+from loracurve.landscape.paths import Path, anchor_paths, curve_path, grid
 from loracurve.landscape.scan import Scan, lay_out, scan_paths
 from loracurve.landscape.sharpness import balanced_adapter, perturbed
 from loracurve.model.curve_model import CurveModel
@@ -54,7 +54,7 @@ def scan_anchors(
     if options.dtype != "auto":
         model.model.to(getattr(torch, options.dtype))
     first = {name: points[: options.pairs + 1] for name, points in anchors.items()}
-    paths = {n: _moved(p, model) for n, p in anchor_paths(first, options.paths, scalings_of(model)).items()}
+    paths = {n: _moved(p, model) for n, p in anchor_paths(first, options.paths, model.scalings).items()}
     splits = [lay_out(model, sets[name], name, options.rows or None) for name in ("validation", "test")]
     with _tf32(model):
         scan = scan_paths(model, paths, splits, {n: grid(p.segments, options.points) for n, p in paths.items()})
@@ -129,7 +129,7 @@ def along_curve(
         spec = CurveSpec.slots(len(adapters) + len(noisy))
         model.set_curve(spec, stack_adapters(adapters + noisy))
         predicted = predict_split(model, train, slot_times(spec.size))
-        loss, *under_noise = point_nll(predicted, labels_of(train)).mean(1).view(1 + _DRAWS, -1)
+        loss, *under_noise = point_nll(predicted, train.labels).mean(1).view(1 + _DRAWS, -1)
         mean = torch.stack(under_noise).mean(0)
         columns = {"t": places, "loss": loss.tolist(), "noisy": mean.tolist(), "increase": (mean - loss).tolist()}
         out["sharpness"] = columns

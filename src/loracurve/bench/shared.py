@@ -17,7 +17,6 @@ from loracurve.bench.provenance import fingerprint, made_with, options_of
 from loracurve.bench.tiny_model import TINY, tiny_model
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
-from loracurve.inference.prediction import labels_of
 from loracurve.model.base_model import load_base, model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
@@ -62,7 +61,7 @@ def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
     task, sets = open_sets(suite, name, tokenizer, model_window(base))
     lora = suite.lora.to_peft(suite.model.name, classifier)
     model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
-    known = {s: labels_of(e) for s, e in sets.items() if not s.startswith("ood:")}
+    known = {s: e.labels for s, e in sets.items() if not s.startswith("ood:")}
     missing = next((s for s, y in known.items() if (y < 0).any()), None)
     if missing:
         raise UserError(f"{name}, {missing}: expected a label on every row, found some without")

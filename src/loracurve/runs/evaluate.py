@@ -23,7 +23,7 @@ from loracurve.inference import intervals, metrics
 from loracurve.inference.calibration import apply_temperature, fit_temperature
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import average_of, choose_average
-from loracurve.inference.prediction import labels_of, point_nll, predict_splits
+from loracurve.inference.prediction import point_nll, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
@@ -142,7 +142,7 @@ def evaluate_methods(
         on_main(lambda: save(figure(), out / "figures", "posterior_over_t"))
     held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
     labels = {
-        name: labels_of(e)
+        name: e.labels
         for name, e in sets.items()
         if e.scoring != "lm" and all(x.label is not None for x in e.examples)
     }
@@ -180,7 +180,7 @@ def evaluate_methods(
         compare(curve, method, labels["test"], config.seed) for method in methods if method is not curve
     ]
     if anchors is not None:
-        scalings = {f"base_model.model.{n}.lora_A.weight": getattr(x, "scaling", 1.0) for n, x in model.layers.items()}
+        scalings = model.scalings
         report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
     if not lm:
         on_main(partial(write_predictions, out / "predictions.parquet", methods, sets))
@@ -199,7 +199,7 @@ def _along(
     held_out: Encoded | None = None,
 ) -> MethodPredictions:
     predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
-    validation = None if held_out is None else (predicted.pop(_HELD_OUT), labels_of(held_out))
+    validation = None if held_out is None else (predicted.pop(_HELD_OUT), held_out.labels)
     return MethodPredictions(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
 
 

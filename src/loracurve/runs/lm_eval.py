@@ -119,12 +119,12 @@ class Scorer:
             own = len(examples[i].choices[0])
             longer = tokens + len(examples[i].prompt) + own
             if numbers and (read + own > most or longer > BATCH_TOKENS):
-                yield collate(encoded, numbers, packing=self.model.supports_trees)
+                yield collate(encoded, numbers, packing=self.model.runner.supports_trees)
                 numbers, read, longer = [], 0, len(examples[i].prompt) + own
             numbers.append(i)
             read, tokens = read + own, longer
         if numbers:
-            yield collate(encoded, numbers, packing=self.model.supports_trees)
+            yield collate(encoded, numbers, packing=self.model.runner.supports_trees)
 
 
 def rolling_windows(tokens: Sequence[int], first: int, window: int) -> list[tuple[list[int], list[int]]]:

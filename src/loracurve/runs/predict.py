@@ -19,7 +19,7 @@ from loracurve.inference.calibration import (
     selective_threshold,
 )
 from loracurve.inference.config import EvaluationConfig
-from loracurve.inference.prediction import labels_of, predict_split
+from loracurve.inference.prediction import predict_split
 from loracurve.inference.predictive import Predictive
 from loracurve.runs.run import Run
 from loracurve.system.errors import UserError
@@ -131,7 +131,7 @@ def calibrate_run(
 def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None) -> list[str]:
     rows = run.task.dataset.rows("validation") if path is None else _rows(run, path, labelled=True)
     encoded, predictive = _predict(run, rows, "calibration", True, None)
-    labels = labels_of(encoded)
+    labels = encoded.labels
     if bool((labels < 0).any()) or len(labels) < 20:
         raise UserError(f"calibration: expected at least 20 labelled rows, found {int((labels >= 0).sum())}")
     order = torch.randperm(len(labels), generator=generator(run.config.evaluation.seed, "calibration"))

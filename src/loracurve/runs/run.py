@@ -11,7 +11,7 @@ import torch
 
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import Average, average_of
-from loracurve.inference.prediction import labels_of, point_nll, predict_split
+from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.model.base_model import load_base, model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
@@ -76,5 +76,5 @@ def best_point(run: Run, points: int = 21) -> float:
     """The t of lowest validation NLL on a uniform grid of points."""
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     validation = run.task.encode("validation")
-    nll = point_nll(predict_split(run.model, validation, t), labels_of(validation)).mean(1)
+    nll = point_nll(predict_split(run.model, validation, t), validation.labels).mean(1)
     return float(t[int(nll.argmin())])

@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["LoopState", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "LoopState", "load_checkpoint", "save_checkpoint"]
 
 
 @dataclass
@@ -30,6 +32,24 @@ class LoopState:
     """validations of each group since its best"""
     history: list[dict[str, Any]]
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a loop's state is kept, with the control points and the optimiser that belong to it."""
+
+    folder: Path
+    factors: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def load(self, state: LoopState) -> None:
+        """Fill everything from what is there, if anything is; raises UserError as `load_checkpoint` does."""
+        if (self.folder / "checkpoint.json").exists():
+            load_checkpoint(self.folder, self.factors, self.optimizer, state)
+
+    def save(self, state: LoopState) -> None:
+        """Write everything; of several processes the main one does."""
+        on_main(partial(save_checkpoint, self.folder, self.factors, self.optimizer, state))
 
 
 def save_checkpoint(

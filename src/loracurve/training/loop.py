@@ -1,4 +1,6 @@
-"""The training loop: one for anchors and curves. Its state is a value that a checkpoint holds completely.
+"""The training loop: one for anchors, curves, and adapters that a method trains in its own way.
+
+Its state is a value that a checkpoint holds completely.
 
 Every random draw is a function of (seed, step, stream), so a resumed run takes the same steps as an uninterrupted one,
 to the bit on the CPU.
@@ -11,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,16 +22,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from loracurve.model.curve_model import CurveModel
-from loracurve.system.distributed import backend, is_main, on_main, same_everywhere, world
+from loracurve.system.distributed import backend, is_main, same_everywhere, world
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator, stream_seed
-from loracurve.training.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from loracurve.training.checkpoint import Checkpoint, LoopState
 from loracurve.training.config import LoopConfig
 from loracurve.training.micro_batches import TrainingObjective
 from loracurve.training.perturbation import Perturbation
 from loracurve.training.step import StepConfig, Stepper
 
-__all__ = ["FitResult", "batch_numbers", "has_dropout", "learning_rate_factor", "recomputing", "run_loop"]
+__all__ = [
+    "FitResult",
+    "Trained",
+    "batch_numbers",
+    "has_dropout",
+    "learning_rate_factor",
+    "recomputing",
+    "run_loop",
+    "take_steps",
+]
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
@@ -78,6 +88,55 @@ class FitResult:
     """their number, the examples of a step in each, how they talk, and whether the base is spread over them"""
 
 
+class Trained(Protocol):
+    """What the loop trains."""
+
+    groups: int
+    """independent things trained side by side, each validated and kept on its own; as many consecutive rows of every
+    tensor belong to each"""
+    figures: tuple[str, ...]
+    """names of what a step returns, `nll` among them"""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """All that was learnt, to be copied and, for the best state, written back in place."""
+
+    def step(self, number: int, factor: float) -> Tensor:
+        """Take step `number` (0-based) at `factor` times the peak learning rate; returns its figures [F].
+
+        Training ends with an error where one of the first two is not finite (a loss, the norm of its gradient); the
+        loop looks at them now and then, and a step that finds them so changes nothing from then on.
+        """
+
+    def validate(self) -> list[float]:
+        """Validation NLL of each group, in nats."""
+
+
+class _ControlPoints:
+    """The control points of a model, trained by an objective."""
+
+    def __init__(
+        self, model: CurveModel, program: TrainingObjective, config: LoopConfig, perturbation: Perturbation | None
+    ) -> None:
+        self.program, self.perturbation, self.factors = program, perturbation, model.factors
+        self.groups, self.figures = program.groups, ("loss", "grad_norm", *program.figures)
+        options = StepConfig(**{f.name: getattr(config, f.name) for f in fields(StepConfig)})
+        capture = config.capture and not model.runner.sharded
+        self.stepper = Stepper(
+            program, self.factors, model.spec.mask, options, capture, perturbation, model.dependences
+        )
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.factors
+
+    def step(self, number: int, factor: float) -> Tensor:
+        if self.perturbation is not None:
+            self.perturbation.start(number)
+        return self.stepper(self.program.parts(number), factor)
+
+    def validate(self) -> list[float]:
+        return self.program.validate()
+
+
 def run_loop(
     model: CurveModel,
     program: TrainingObjective,
@@ -106,20 +165,45 @@ def run_loop(
     processes = _processes(config, model.device, model.runner.sharded)
     if config.compile and model.device.type == "cuda" and not model.runner.sharded:
         model.runner.compile_layers()
-    factors = model.factors
-    options = {f.name: getattr(config, f.name) for f in fields(StepConfig)}
-    step_config = StepConfig(**options)
-    capture = config.capture and not model.runner.sharded
-    stepper = Stepper(program, factors, model.spec.mask, step_config, capture, perturbation, model.dependences)
-    groups = program.groups
-    state = LoopState(0, [p.detach().clone() for p in factors], [math.inf] * groups, [0] * groups, [0] * groups, [])
-    if folder is not None and (folder / "checkpoint.json").exists():
-        load_checkpoint(folder, factors, stepper.optimizer, state)
-    same_everywhere(factors)
+    trained = _ControlPoints(model, program, config, perturbation)
+    checkpoint = None if folder is None else Checkpoint(folder, trained.factors, trained.stepper.optimizer)
+    result = take_steps(model, trained, config, label, progress, checkpoint, accelerator.log, stop_after)
+    trained.stepper.forget_gradients()
+    result.processes = processes
+    return result
+
+
+def take_steps(
+    model: CurveModel,
+    trained: Trained,
+    config: LoopConfig,
+    label: str,
+    progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+    log: Callable[..., None] | None = None,
+    stop_after: int | None = None,
+) -> FitResult:
+    """The loop: steps, validations, and in the end the best state of each group, or the last (`config.keep`).
+
+    Args:
+        model: is run in training mode, on its device.
+        label: of the bar, and of what is logged.
+        checkpoint: saved to now and then, and resumed from.
+        log: called with the figures and `step` now and then.
+        stop_after: see `run_loop`.
+
+    Raises:
+        UserError: the loss or a prediction is not finite (the last good state is kept), an unusable checkpoint.
+    """
+    groups, tensors = trained.groups, trained.tensors()
+    state = LoopState(0, [p.detach().clone() for p in tensors], [math.inf] * groups, [0] * groups, [0] * groups, [])
+    if checkpoint is not None:
+        checkpoint.load(state)
+    same_everywhere(tensors)
     every = config.evaluate_every or max(config.steps // 10, 1)
     save_every = config.checkpoint_every or every
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
-    look_every = 1 if accelerator.device.type == "cpu" else 20
+    look_every = 1 if model.device.type == "cpu" else 20
     finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
     started, past = time.perf_counter(), state.seconds
     waiting: list[dict[str, Any]] = []
@@ -133,44 +217,40 @@ def run_loop(
             # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
             torch.manual_seed(stream_seed(config.seed, "forward", state.step, *([world()[0]] if world()[0] else [])))
             factor = learning_rate_factor(config, state.step)
-            if perturbation is not None:
-                perturbation.start(state.step)
-            rows.append(stepper(program.parts(state.step), factor))
+            rows.append(trained.step(state.step, factor))
             state.step += 1
             waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})
             last = state.step == config.steps or state.step == stop_after
             validate, save = state.step % every == 0, state.step % save_every == 0
             if not (validate or save or last or state.step % look_every == 0):
                 continue
-            if (bad := _collect(state, waiting, rows, program.figures)) is not None:
+            if (bad := _collect(state, waiting, rows, trained.figures)) is not None:
                 state.step = bad - 1
                 where = ""
-                if folder is not None:
-                    on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
-                    where = f"; the last good state is in {folder}"
+                if checkpoint is not None:
+                    checkpoint.save(state)
+                    where = f"; the last good state is in {checkpoint.folder}"
                 raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
             if validate or state.step == config.steps:
-                nll = _validate(program, state.step, folder)
+                nll = _validate(trained, state.step, checkpoint)
                 state.history[-1]["validation_nll"] = nll
-                _keep_best(state, nll, factors, config.patience)
+                _keep_best(state, nll, trained.tensors(), config.patience)
                 finished = bool(config.patience and min(state.stale) >= config.patience)
             figures = {k: v for k, v in state.history[-1].items() if isinstance(v, float)}
-            accelerator.log({f"{label}/{k}": v for k, v in figures.items()}, step=state.step)
+            if log is not None:
+                log({f"{label}/{k}": v for k, v in figures.items()}, step=state.step)
             show(state.step, figures["nll"], min(state.best_nll))
             state.seconds = past + time.perf_counter() - started
-            if folder is not None and (save or finished or last):
-                on_main(partial(save_checkpoint, folder, factors, stepper.optimizer, state))
+            if checkpoint is not None and (save or finished or last):
+                checkpoint.save(state)
             if state.step == stop_after:
                 break
-    stepper.forget_gradients()
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
         with torch.no_grad():
-            for p, best in zip(factors, state.best, strict=True):
+            for p, best in zip(trained.tensors(), state.best, strict=True):
                 p.copy_(best)
     stopped = finished and state.step < config.steps
-    result = FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
-    result.processes = processes
-    return result
+    return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
 
 
 def _processes(config: LoopConfig, device: torch.device, sharded: bool) -> dict[str, Any]:
@@ -214,13 +294,15 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
             base.disable_input_require_grads()
 
 
-def _validate(program: TrainingObjective, step: int, folder: Path | None) -> list[float]:
+def _validate(trained: Trained, step: int, checkpoint: Checkpoint | None) -> list[float]:
     try:
-        return program.validate()
+        return trained.validate()
     except UserError:
         raise
     except ValueError as error:  # predictions that are no probabilities: the step itself went too far
-        where = "" if folder is None else f"; an earlier state is in {folder} if a checkpoint was written"
+        where = (
+            "" if checkpoint is None else f"; an earlier state is in {checkpoint.folder} if a checkpoint was written"
+        )
         raise UserError(f"the predictions are not finite after step {step}{where}; lower learning_rate") from error
 
 
@@ -231,23 +313,21 @@ def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor]
     for entry, values in zip(waiting, torch.stack(rows).tolist(), strict=True):
         if not all(map(math.isfinite, values[:2])):
             return int(entry["step"])
-        state.history.append(entry | dict(zip(("loss", "grad_norm", *names), values, strict=True)))
+        state.history.append(entry | dict(zip(names, values, strict=True)))
     waiting.clear()
     rows.clear()
     return None
 
 
-def _keep_best(state: LoopState, nll: list[float], factors: Sequence[Tensor], patience: int) -> None:
-    size = len(factors[0]) // len(nll)
+def _keep_best(state: LoopState, nll: list[float], tensors: Sequence[Tensor], patience: int) -> None:
     for group, (new, old) in enumerate(zip(nll, state.best_nll, strict=True)):
         if patience and state.stale[group] >= patience:
             continue  # on its own it would have stopped
         state.stale[group] = 0 if new < old else state.stale[group] + 1
         if new < old:
             state.best_nll[group], state.best_step[group] = new, state.step
-            rows = slice(group * size, (group + 1) * size)
-            for best, p in zip(state.best, factors, strict=True):
-                best[rows].copy_(p.detach()[rows])
+            for best, p in zip(state.best, tensors, strict=True):
+                best.chunk(len(nll))[group].copy_(p.detach().chunk(len(nll))[group])
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from loracurve.inference.information import mixture_log_probs, negative_log_like
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.tasks.encoding import UNLABELLED
 from loracurve.training.config import ObjectiveConfig, resolve_tau
 from loracurve.training.micro_batches import validation_points
 from loracurve.training.objective import objective
@@ -135,7 +136,7 @@ class CurveTrainer(Trainer):
         if model.training:
             loss, _ = objective(rows, labels, self.objective_config, tau=self.tau)
             return (loss, CausalLMOutput(loss=loss, logits=log_probs)) if return_outputs else loss
-        known = labels != -100
+        known = labels != UNLABELLED
         loss = negative_log_likelihood(mixture_log_probs(rows[:, known]), labels[known]).mean()
         return (loss, CausalLMOutput(loss=loss, logits=mixture_log_probs(log_probs))) if return_outputs else loss
 

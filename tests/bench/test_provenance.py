@@ -1,0 +1,53 @@
+"""Records of cells: what they hold, and when a stored result is still that of a suite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from helpers.suites import anchored, little
+
+from loracurve.baselines.curve import Curve
+from loracurve.baselines.temperature import TemperatureScaled
+from loracurve.bench.provenance import fingerprint, made_with, options_of
+from loracurve.bench.suite import Cell
+from loracurve.bench.tiny_model import TINY
+from loracurve.model.config import ModelConfig
+from loracurve.training.config import LoopConfig
+
+
+def test_fingerprints_follow_options_and_not_places(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path), Cell("made", 0, "curve")
+    moved = replace(suite, model=ModelConfig(f"elsewhere/{TINY}"), data_folder="elsewhere")
+    assert fingerprint(moved, cell) == fingerprint(suite, cell)
+    for changed in (
+        replace(suite, samples=4),
+        replace(suite, methods=suite.methods | {"curve": anchored(units=3)}),
+        replace(suite, training=LoopConfig(steps=5)),
+    ):
+        assert fingerprint(changed, cell) != fingerprint(suite, cell)
+        assert not made_with(options_of(suite, cell), changed, cell)
+    assert fingerprint(replace(suite, methods={"curve": anchored(units=4)}), cell) == fingerprint(suite, cell)
+
+
+def test_records_hold_what_a_curve_leaves_to_the_librarys_defaults(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path, methods={"curve": Curve(units=4, training={"eps": 1e-6})}), Cell("made", 0, "curve")
+    recorded = options_of(suite, cell)
+    training = recorded["method"]["training"]
+    assert (training["points"], training["share_points"], training["objective"]["jsd"]) == (1, False, "none")
+    assert training["eps"] == 1e-6 and "steps" not in training, "what a fine-tune has too stands with the suite's own"
+    assert made_with(recorded, suite, cell)
+    inside = replace(suite, methods={"curve": TemperatureScaled(suite.methods["curve"])})
+    assert options_of(inside, cell)["method"]["of"] == recorded["method"], "a curve inside another method too"
+    training["points"] = 2  # as if it had run when that was the default
+    assert not made_with(recorded, suite, cell)
+
+
+def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path), Cell("made", 0, "curve")
+    older = options_of(suite, cell)
+    del older["training"]["compile"]  # as recorded before there was such an option
+    assert made_with(older, suite, cell)
+    assert not made_with(older, replace(suite, training=replace(suite.training, compile=True)), cell)
+    older["training"]["steps"] += 1
+    assert not made_with(older, suite, cell)

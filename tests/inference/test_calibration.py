@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from loracurve.inference.calibration import (
+    SelectiveThreshold,
+    apply_temperature,
+    conformal_quantile,
+    fit_temperature,
+    prediction_sets,
+    selective_threshold,
+)
+from loracurve.inference.calibration import _binomial_cdf as binomial_cdf
+from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.predictive import Predictive
+from loracurve.system.errors import UserError
+
+
+def sample(examples, classes=4, seed=0, scale=2.0):
+    """Calibrated log-probabilities and labels drawn from them."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = (scale * torch.randn(examples, classes, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    return log_probs, torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+
+
+@pytest.mark.parametrize("planted", [0.4, 1.0, 2.5])
+def test_planted_temperature_is_recovered(planted):
+    log_probs, labels = sample(20000)
+    sharpened = apply_temperature(log_probs, 1 / planted)  # needs T = planted to be calibrated again
+    found = fit_temperature(sharpened, labels)
+    assert found == pytest.approx(planted, rel=0.05)
+
+    def nll(temperature):
+        return negative_log_likelihood(apply_temperature(sharpened, temperature), labels).mean()
+
+    assert nll(found) <= min(nll(found * 1.01), nll(found / 1.01))
+
+
+def test_temperature_with_absent_classes_and_on_a_predictive():
+    log_probs, labels = sample(2000)
+    wide = torch.nn.functional.pad(log_probs, (0, 1), value=-math.inf)
+    assert fit_temperature(wide, labels) == pytest.approx(fit_temperature(log_probs, labels), rel=1e-5)
+    predictive = Predictive.from_log_probs(torch.stack([log_probs, log_probs]))
+    assert fit_temperature(predictive.log_probs, labels) == pytest.approx(fit_temperature(log_probs, labels), rel=1e-4)
+    assert (apply_temperature(wide, 2.0)[:, -1] == -math.inf).all()
+
+
+def test_temperature_edges():
+    certain = torch.tensor([[0.8, 0.2]]).log()
+    # Separable: as sharp as needed for a likelihood of 1, or the sharpest allowed.
+    assert 0.01 <= fit_temperature(certain, torch.tensor([0])) < 0.05
+    assert fit_temperature(certain, torch.tensor([1])) == pytest.approx(100, rel=1e-3)
+    with pytest.raises(ValueError, match="finite"):
+        fit_temperature(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]))
+    with pytest.raises(UserError, match="validation"):
+        fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+
+
+def test_binomial_tail_is_exact():
+    for n, k, p in ((10, 3, 0.2), (50, 0, 0.05), (30, 30, 0.4)):
+        expected = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+        assert binomial_cdf(k, n, p) == pytest.approx(expected, rel=1e-10)
+
+
+def errors_at(uncertainty, generator):
+    return torch.rand(len(uncertainty), generator=generator, dtype=torch.float64) < 0.3 * uncertainty
+
+
+def test_selective_threshold_reports_its_own_sample():
+    generator = torch.Generator().manual_seed(0)
+    uncertainty = torch.rand(2000, generator=generator, dtype=torch.float64)
+    errors = errors_at(uncertainty, generator)
+    result = selective_threshold(uncertainty, errors, risk=0.1, delta=0.1)
+    answered = result.answered(uncertainty)
+    assert result.coverage == answered.double().mean().item() and result.reason is None
+    assert result.selective_risk == pytest.approx(errors[answered].double().mean().item())
+    assert result.selective_risk < result.risk_bound <= 0.1 + 1e-9
+    # P(error | u < s) = 0.15 s, so 2/3 of the examples could be answered; certainty costs some.
+    assert 0.4 < result.coverage < 0.66
+    assert binomial_cdf(
+        round(result.selective_risk * answered.sum().item()), int(answered.sum()), result.risk_bound
+    ) == (pytest.approx(0.1 / 20, rel=1e-6))
+    json.dumps(asdict(result), allow_nan=False)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_selective_guarantee_holds_in_simulation(ties):
+    delta, risk, violations, certified, repeats = 0.2, 0.1, 0, 0, 300
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.arange(1, 11, dtype=torch.float64) / 10
+    for _ in range(repeats):
+        uncertainty = torch.rand(1000, generator=generator, dtype=torch.float64)
+        if ties:
+            uncertainty = (uncertainty * 10).ceil() / 10
+        result = selective_threshold(uncertainty, errors_at(uncertainty, generator), risk, delta)
+        if result.threshold is not None:
+            certified += 1
+            true_risk = 0.3 * (levels[levels < result.threshold].mean().item() if ties else result.threshold / 2)
+            violations += true_risk > risk
+    assert certified > repeats / 2
+    assert violations / repeats <= delta
+
+
+def test_nothing_certified_is_said():
+    always_wrong = selective_threshold(torch.rand(50, generator=torch.Generator()), torch.ones(50).bool(), 0.05, 0.1)
+    assert always_wrong.threshold is None and always_wrong.coverage == 0 and always_wrong.risk_bound is None
+    assert "no threshold certified" in always_wrong.reason and "104 answered" in always_wrong.reason
+    assert not always_wrong.answered(torch.tensor([-1.0, 0.0])).any()
+    json.dumps(asdict(always_wrong), allow_nan=False)
+    all_equal = selective_threshold(torch.zeros(500), torch.zeros(500).bool(), 0.05, 0.1)
+    assert isinstance(all_equal, SelectiveThreshold) and all_equal.coverage == 0
+    flawless = selective_threshold(torch.arange(500.0), torch.zeros(500).bool(), 0.05, 0.1)
+    assert flawless.coverage == 499 / 500 and flawless.risk_bound == pytest.approx(1 - 0.005 ** (1 / 499), rel=1e-6)
+
+
+def test_conformal_quantile_by_hand():
+    probs = torch.tensor([[p, 1 - p] for p in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)], dtype=torch.float64)
+    labels = torch.zeros(9, dtype=torch.long)
+    assert conformal_quantile(probs, labels, 0.2) == pytest.approx(0.8)  # the 8th of 9 scores
+    assert conformal_quantile(probs, labels, 0.7) == pytest.approx(0.3)  # 10 * (1 - 0.7) is 3, not 4
+    assert conformal_quantile(probs, labels, 0.05) == 1  # rank 10 of 9: every class
+    sets = prediction_sets(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 0.75)
+    assert sets.tolist() == [[True, True, False, False]]
+    assert prediction_sets(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 1.0).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
+def test_conformal_coverage(alpha):
+    rates = []
+    for repeat in range(200):
+        log_probs, labels = sample(400, seed=repeat)
+        probs = apply_temperature(log_probs, 0.3).exp()  # overconfident: coverage does not need calibration
+        quantile = conformal_quantile(probs[:100], labels[:100], alpha)
+        rates.append(prediction_sets(probs[100:], quantile)[torch.arange(300), labels[100:]].double().mean())
+    coverage = torch.stack(rates)
+    standard_error = (coverage.std() / math.sqrt(len(rates))).item()
+    assert 1 - alpha - 3 * standard_error <= coverage.mean().item() <= 1 - alpha + 1 / 101 + 3 * standard_error
+
+
+@pytest.mark.parametrize("risk,delta", [(0.0, 0.1), (1.0, 0.1), (0.1, 0.0), (0.1, math.nan)])
+def test_bad_levels_are_refused(risk, delta):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        selective_threshold(torch.zeros(3), torch.zeros(3).bool(), risk, delta)
+    with pytest.raises(UserError, match="alpha"):
+        conformal_quantile(torch.ones(1, 1), torch.zeros(1, dtype=torch.long), 1.5)
+    with pytest.raises(UserError, match="validation split"):
+        selective_threshold(torch.zeros(0), torch.zeros(0).bool(), 0.1, 0.1)

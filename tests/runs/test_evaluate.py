@@ -1,0 +1,164 @@
+"""What a run says of its test sets, and evaluating it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.made_runs import CASES, QUICK, Maker, base_folder, command, config_file, data_folder, tree_hash
+from helpers.read_runs import assert_consistent, labels_by_id, log_point_nll, read, table
+from safetensors.torch import load_file
+
+from loracurve.cli import main
+from loracurve.inference.calibration import fit_temperature
+from loracurve.inference.prediction import predict_split
+from loracurve.runs.run import open_run
+
+
+def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
+    base, data = base_folder(tmp_path / "base", "qwen2"), data_folder(tmp_path / "data", "letter")
+    config = config_file(tmp_path / "c.yaml", base, data, "letter")
+    out = tmp_path / "run"
+    tunnel = ["--evaluation.inference=tunnel", "--evaluation.tunnel.warm_up=1", "--evaluation.tunnel.thin=1"]
+    command("fit", config, "--out", out, *QUICK, "--evaluation.weights=likelihood", *tunnel)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["methods"]) == [
+        *("adapter 0", "adapter 1", "ensemble", "tunnel", "straight line", "aligned line", "curve")
+    ]
+    assert metrics["average"]["effective"] == pytest.approx(1 / sum(w * w for w in metrics["average"]["w"]))
+    assert metrics["average"]["prior"] == pytest.approx([1 / 3] * 3)
+    assert (out / "figures" / "posterior_over_t.png").stat().st_size > 1000
+    assert metrics["tunnel"]["evaluations"] >= 4 and len(metrics["tunnel"]["xi"]) == 3
+    run = open_run(out)
+    validation = run.task.encode("validation")
+    table = pq.read_table(out / "predictions.parquet").to_pylist()
+    for name, entry in metrics["methods"].items():
+        tempered = entry["tempered"]
+        assert tempered["rows"] == 24 and tempered["temperature"] > 0
+        rows = [r for r in table if (r["method"], r["set"]) == (name, "test")]
+        scaled = [torch.tensor(r["probs"], dtype=torch.float64).log() / tempered["temperature"] for r in rows]
+        nll = [-float(p.log_softmax(0)[r["label"]]) for p, r in zip(scaled, rows, strict=True)]
+        assert tempered["sets"]["test"]["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-4)
+    average = run.average()
+    assert average.coefficients is not None, "what predict uses"
+    predicted = predict_split(run.model, validation, average.where, average.weights)
+    expected = fit_temperature(predicted.log_probs, validation.labels)
+    assert metrics["methods"]["tunnel"]["tempered"]["temperature"] == pytest.approx(expected, rel=1e-3)
+    command("evaluate", out, "--inference=tunnel", "--points=2")
+    assert (out / "evaluations" / "data-test-2-likelihood-tunnel" / "metrics.json").exists()
+
+
+COLUMNS = [
+    "id", "set", "method", "label", "probs", "point_probs", "weights", "entropy", "expected_entropy",
+    "mutual_information",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "scoring"), [case for case in CASES if case[1] != "lm"])
+def test_predictions_agree_with_their_points_and_with_the_metrics(kind: str, scoring: str, fitted: Maker) -> None:
+    out = fitted(kind, scoring)
+    assert pq.read_schema(out / "predictions.parquet").names == COLUMNS
+    metrics = read(out / "metrics.json")
+    labels = labels_by_id(fitted.data(scoring), "test")
+    passes = {"adapter 0": 1, "adapter 1": 1, "ensemble": 2}
+    for method, entry in metrics["methods"].items():
+        rows = table(out, method)
+        assert {name: r["label"] for name, r in rows.items()} == labels, "one row for each example"
+        for row in rows.values():
+            assert len(row["weights"]) == passes.get(method, 3) == entry["passes"]
+            assert_consistent(row)
+        right = [r["probs"][r["label"]] for r in rows.values()]
+        assert entry["sets"]["test"]["nll"] == pytest.approx(-float(torch.tensor(right).log().mean()), abs=1e-5)
+        hits = [max(r["probs"]) == p for r, p in zip(rows.values(), right, strict=True)]
+        assert entry["sets"]["test"]["acc"] == pytest.approx(sum(hits) / len(hits))
+    if kind == "anchored":
+        members = [table(out, f"adapter {m}") for m in range(2)]
+        for name, row in table(out, "ensemble").items():
+            expected = torch.tensor([m[name]["probs"] for m in members]).mean(0)
+            assert row["probs"] == pytest.approx(expected.tolist(), abs=1e-6)
+    if scoring in ("letter", "text"):
+        assert {len(r["probs"]) for r in table(out).values()} == {2, 3}, "absent choices are not classes"
+
+
+def test_ood_sets_are_judged_by_how_well_uncertainty_tells_them_apart(fitted: Maker, tmp_path: Path) -> None:
+    other = data_folder(tmp_path / "elsewhere", "lm", {"train": 2, "validation": 2, "test": 11})
+    data = data_folder(tmp_path / "here", "label")
+    out, config = tmp_path / "run", config_file(tmp_path / "c.yaml", fitted.base("qwen2"), data, "label")
+    command("fit", config, "--out", out, f"--evaluation.ood=[{other}]", *QUICK)
+    entry = read(out / "metrics.json")["methods"]["curve"]
+    rows = table(out, split="ood:elsewhere")
+    assert len(rows) == 11 and all(r["label"] is None for r in rows.values())
+    assert entry["sets"]["ood:elsewhere"]["entropy"] == pytest.approx(
+        sum(r["entropy"] for r in rows.values()) / 11, abs=1e-6
+    )
+    inside, outside = ([r["entropy"] for r in x.values()] for x in (table(out), rows))
+    wins = sum((b > a) + 0.5 * (b == a) for a in inside for b in outside) / (len(inside) * len(outside))
+    assert entry["detection"]["ood:elsewhere"]["auroc_entropy"] == pytest.approx(wins, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "scoring"), CASES)
+def test_evaluating_a_run_again_gives_what_fit_reported(kind: str, scoring: str, fitted: Maker, tmp_path: Path) -> None:
+    out = fitted(kind, scoring)
+    before = tree_hash(out)
+    command("evaluate", out, "--out", tmp_path / "e")
+    found = read(tmp_path / "e" / "metrics.json")["methods"]["curve"]["sets"]["test"]
+    expected = read(out / "metrics.json")["methods"]["curve"]["sets"]["test"]
+    assert found.keys() == expected.keys()
+    for key in ("nll", "acc", "entropy", "mutual_information"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-5)
+    if scoring != "lm":
+        for name, row in table(tmp_path / "e").items():
+            assert row["probs"] == pytest.approx(table(out)[name]["probs"], abs=1e-5)
+    assert tree_hash(out) == before
+
+
+def test_evaluate_names_its_own_folder_and_never_writes_over_it(fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("free", "letter")
+    command("evaluate", out, "--points=2", "--split=validation")
+    folder = out / "evaluations" / "letter-validation-2-uniform"
+    assert len(table(folder, split="validation")) == 24
+    before = tree_hash(folder)
+    assert main(["evaluate", str(out), "--points=2", "--split=validation"]) == 2
+    assert tree_hash(folder) == before
+
+
+def test_likelihood_weights_are_the_tempered_posterior_on_validation_rows(fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("anchored", "letter")
+    command("evaluate", out, "--points=4", "--split=validation", "--out", tmp_path / "v")
+    command("evaluate", out, "--points=4", "--weights=likelihood", "--out", tmp_path / "l")
+    record = read(tmp_path / "l" / "metrics.json")["average"]
+    total = log_point_nll(table(tmp_path / "v", split="validation")).sum(1)
+    expected = (-total / record["temperature"]).softmax(0).tolist()
+    assert record["rows"] == 24 and record["t"] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert record["w"] == pytest.approx(expected, abs=1e-4)
+    for row in table(tmp_path / "l").values():
+        assert row["weights"] == pytest.approx(record["w"])
+        assert_consistent(row)
+
+
+def test_arc_length_weights_are_the_speed_of_the_control_points(fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("anchored", "letter")
+    command("evaluate", out, "--points=5", "--weights=arc-length", "--out", tmp_path / "a")
+    points = load_file(out / "curve" / "control_points.safetensors")
+    p0, p1, p2 = (torch.cat([p[k].double().flatten() for p in points.values()]) for k in range(3))
+    speeds = torch.stack([2 * (1 - t) * (p1 - p0) + 2 * t * (p2 - p1) for t in (0, 0.25, 0.5, 0.75, 1)]).norm(dim=1)
+    assert speeds.max() > 1.05 * speeds.min(), "or uniform weights would pass too"
+    assert read(tmp_path / "a" / "metrics.json")["average"]["w"] == pytest.approx(
+        (speeds / speeds.sum()).tolist(), abs=1e-6
+    )
+
+
+def test_another_task_is_put_into_the_same_prompt(fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("anchored", "letter")
+    other = data_folder(tmp_path / "other", "letter", {"train": 3, "validation": 4, "test": 29})
+    command("evaluate", out, f"--task={other}", "--out", tmp_path / "e")
+    rows = table(tmp_path / "e")
+    assert {name: r["label"] for name, r in rows.items()} == labels_by_id(other, "test")
+    # The made rows are drawn in one order: the validation rows of the run's own data are other texts.
+    nll = float(log_point_nll({n: {**r, "point_probs": [r["probs"]]} for n, r in rows.items()}).mean())
+    assert read(tmp_path / "e" / "metrics.json")["methods"]["curve"]["sets"]["test"]["nll"] == pytest.approx(
+        nll, abs=1e-5
+    )

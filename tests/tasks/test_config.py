@@ -1,0 +1,24 @@
+"""Options of a task."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.tokenizers_made import qwen_style
+
+from loracurve.system.errors import UserError
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import load_task
+
+
+def test_config_errors() -> None:
+    for options, said in (
+        ({"scoring": "leter"}, "did you mean 'letter'"),
+        ({"scoring": "letter", "limit_train": 0}, "positive number"),
+        ({"scoring": "letter", "validation_fraction": 1.5}, "between 0 and 1"),
+        ({"scoring": "letter", "prompt": "{text}", "template": "x"}, "found both"),
+        ({"scoring": "letter", "answers": ["A"]}, "give prompt too"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TaskConfig("d", **options)
+    with pytest.raises(UserError, match="did you mean 'sst2'"):
+        load_task(TaskConfig("sst-2", "label"), qwen_style())
