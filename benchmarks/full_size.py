@@ -38,7 +38,7 @@ from loracurve.curve.lora_space import PREFIX
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_tensors
+from loracurve.system.tensors import read_tensors
 from loracurve.tasks.batching import collate
 from loracurve.tasks.encoding import Encoded
 from loracurve.training.anchors import AnchorsObjective

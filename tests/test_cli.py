@@ -68,8 +68,8 @@ def test_help_of_fit_lists_and_explains_every_option(capsys: pytest.CaptureFixtu
 def test_help_of_commands_lists_every_parameter(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out
-    hints = typing.get_type_hints(COMMANDS[name])
-    for parameter in inspect.signature(COMMANDS[name]).parameters.values():
+    hints = typing.get_type_hints(COMMANDS[name].run)
+    for parameter in inspect.signature(COMMANDS[name].run).parameters.values():
         kind = hints[parameter.name]
         for option in dict(options_of(kind)) if dataclasses.is_dataclass(kind) else [parameter.name]:  # type: ignore[arg-type]
             # What a command cannot do without may stand first, without its name.

@@ -1,6 +1,7 @@
-"""The command `loracurve`: its sub-commands are functions (`commands` and others), their options the signatures.
+"""The command `loracurve`: options are made from the signatures and dataclasses of `commands`, the table of commands.
 
-Exit codes: 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours.
+Nothing heavy is imported before the options are known to be right. Exit codes: 0 done, 2 the input is wrong (one line
+on standard error), 1 a fault of ours.
 """
 
 from __future__ import annotations
@@ -13,84 +14,92 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
-
-from loracurve import __version__
-from loracurve.commands import (
-    bench,
-    calibrate,
-    evaluate,
-    export,
-    fit,
-    generate,
-    predict,
-    quickstart,
-    report,
-    scan,
-    serve,
-    share,
-)
+from loracurve import commands
+from loracurve.bench.config import SuiteConfig
+from loracurve.bench.suite_files import config_arguments
 from loracurve.inference.config import GenerateConfig
 from loracurve.landscape.config import ScanConfig
-from loracurve.runs.config import RunConfig, load_config, run_parser
+from loracurve.runs.config import RunConfig, without_retired_words
 from loracurve.serving.config import ServeConfig
 from loracurve.system import distributed
 from loracurve.system.errors import UserError, nearest, one_line
 from loracurve.system.options import Parser, parse
+from loracurve.system.version import __version__
 
-__all__ = ["COMMANDS", "main", "parse_fit_config", "spell_out"]
+__all__ = ["COMMANDS", "Command", "main", "spell_out"]
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f
-    for f in (quickstart, fit, evaluate, predict, generate, serve, export, calibrate, scan, report, share, bench)
+@dataclass(frozen=True)
+class Command:
+    """How a command's words become its arguments."""
+
+    run: Callable[..., None]
+    options: type[Any] | None = None
+    """dataclass of options that its first parameter takes"""
+    file: bool = False
+    """whether these can come from a YAML file, `--config`"""
+    leading: str | None = None
+    """the option that a leading word without dashes is for; None: such words are positional"""
+    lists: tuple[str, ...] = ()
+    """options that take several words"""
+    shared: bool = False
+    """whether several processes of a launcher share the work"""
+    prepare: Callable[[list[str]], list[str]] = list
+    """changes the words before they are parsed"""
+
+
+def _suite_words(words: list[str]) -> list[str]:
+    """The files that a suite's name stands for, in front of the other options."""
+    if {"-h", "--help"} & set(words):
+        return words
+    if not words or words[0].startswith("-"):
+        raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
+    return config_arguments(words[0], [w.replace("--tables-only", "--tables_only") for w in words[1:]])
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(commands.quickstart_command),
+    "fit": Command(
+        commands.fit_command, RunConfig, file=True, leading="--config", shared=True, prepare=without_retired_words
+    ),
+    "evaluate": Command(commands.evaluate_command, shared=True),
+    "predict": Command(commands.predict_command, shared=True),
+    "generate": Command(commands.generate_command, GenerateConfig),
+    "serve": Command(commands.serve_command, ServeConfig),
+    "export": Command(commands.export_command),
+    "calibrate": Command(commands.calibrate_command),
+    "scan": Command(commands.scan_command, ScanConfig, leading="--run", lists=("--adapters", "--paths")),
+    "report": Command(commands.report_command, leading="--runs", lists=("--runs",)),
+    "share": Command(commands.share_command),
+    "bench": Command(commands.bench_command, SuiteConfig, file=True, prepare=_suite_words),
 }
-
-# Commands in which several processes of a launcher share the work.
-SHARED = ("fit", "evaluate", "predict")
-
-# Commands whose first argument is a dataclass of options.
-OPTIONS: dict[str, type[Any]] = {"scan": ScanConfig, "generate": GenerateConfig, "serve": ServeConfig}
-
-
-def parse_fit_config(path: str | Path) -> RunConfig:
-    """Read a YAML file as `loracurve fit` does."""
-    return load_config(path)
 
 
 def _command_parser(name: str) -> Parser:
     command = COMMANDS[name]
-    described = inspect.getdoc(command) or ""
-    options: dict[str, Any] = {"prog": f"loracurve {name}", "description": described.split("\n\n")[0]}
-    if name == "bench":
-        from loracurve.bench.suite_files import suite_parser
-
-        parser = suite_parser(**options)
-        parser.add_function_arguments(command, as_positional=False, skip={"suite"})
-        return parser
-    if name != "fit":
-        parser = Parser(**options)
-        if name in OPTIONS:
-            parser.add_class_arguments(OPTIONS[name])
-        # Lists are options: a positional list would have to be given as JSON.
-        parser.add_function_arguments(command, as_positional=name != "report", skip={"options"})
-        return parser
-    parser = run_parser(**options)
-    help_by_name = {p.arg_name: p.description for p in docstring_parser.parse(described).params}
-    parser.add_argument("--out", type=str, required=True, help=help_by_name["out"])
-    parser.add_argument("--resume", action="store_true", help=help_by_name["resume"])
+    described = inspect.getdoc(command.run) or ""
+    parser = Parser(prog=f"loracurve {name}", description=described.split("\n\n")[0])
+    if command.file:
+        parser.add_argument("--config", action="config", help="YAML file with the options below.")
+    if command.options is not None:
+        parser.add_class_arguments(command.options)
+    first = next(iter(inspect.signature(command.run).parameters))
+    skip: set[str | int] | None = {first} if command.options else None
+    # Lists are options: a positional list would have to be given as JSON.
+    named = command.file or f"--{first}" in command.lists
+    parser.add_function_arguments(command.run, as_positional=not named, skip=skip)
     return parser
 
 
 def _usage() -> str:
     lines = ["usage: loracurve COMMAND [options]   (loracurve COMMAND --help lists them)", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:12}{(inspect.getdoc(command) or '').splitlines()[0]}")
+        lines.append(f"  {name:12}{(inspect.getdoc(command.run) or '').splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -101,42 +110,25 @@ def _run(arguments: Sequence[str]) -> None:
     if arguments[0] == "--version":
         print(__version__)
         return
-    name, rest = arguments[0], list(arguments[1:])
+    name, words = arguments[0], list(arguments[1:])
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
-    if distributed.is_launched() and name not in SHARED:
+    command = COMMANDS[name]
+    if distributed.is_launched() and not command.shared:
         raise UserError(f"{name}: expected one process, found several; start it without torchrun or accelerate launch")
-    if name == "fit" and rest and not rest[0].startswith("-"):
-        rest.insert(0, "--config")
-    if name == "bench" and not {"-h", "--help"} & set(rest):
-        from loracurve.bench.suite_files import config_arguments
-
-        if not rest or rest[0].startswith("-"):
-            raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
-        rest = config_arguments(rest[0], [w.replace("--tables-only", "--tables_only") for w in rest[1:]])
-    if name == "scan" and rest and not rest[0].startswith("-"):
-        rest.insert(0, "--run")
-    if name == "report" and rest and not rest[0].startswith("-"):
-        rest.insert(0, "--runs")
-    parser = _command_parser(name)
-    lists = {"scan": ("--adapters", "--paths"), "report": ("--runs",)}.get(name, ())
-    flags = [f"--{p.name}" for p in inspect.signature(COMMANDS[name]).parameters.values() if p.annotation == "bool"]
-    rest = spell_out(rest, lists, () if name == "fit" else flags)
+    if command.leading and words and not words[0].startswith("-"):
+        words.insert(0, command.leading)
+    words = command.prepare(words)
+    parameters = [p for p in inspect.signature(command.run).parameters.values()]
+    flags = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
     with redirect_stderr(StringIO()):  # the parser prints usage with its errors; one line says it
-        values = parse(parser, rest)
-    if name == "fit":
-        config = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
-        fit(config, values.out, values.resume)
-    elif name in OPTIONS:
-        options = OPTIONS[name](**{f.name: values[f.name] for f in fields(OPTIONS[name])})
-        names = [p for p in inspect.signature(COMMANDS[name]).parameters if p != "options"]
-        COMMANDS[name](options, **{p: values[p] for p in names})
-    elif name == "bench":
-        from loracurve.bench.suite import suite_of
-
-        bench(suite_of(values), **{p: values[p] for p in inspect.signature(bench).parameters if p != "suite"})
-    else:
-        COMMANDS[name](**{p: values[p] for p in inspect.signature(COMMANDS[name]).parameters})
+        values = parse(_command_parser(name), spell_out(words, command.lists, flags))
+    given = {p.name: values[p.name] for p in parameters if p.name in values}
+    if command.options is not None:
+        built = command.options(**{f.name: values[f.name] for f in fields(command.options)})
+        given = {parameters[0].name: built} | {n: v for n, v in given.items() if n != parameters[0].name}
+    _quieten_upstream()
+    command.run(**given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,7 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    _quieten_upstream()
     try:
         distributed.join()
         with nullcontext() if distributed.is_main() else _silence():
@@ -190,10 +181,6 @@ def _quieten_upstream() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def spell_out(arguments: Sequence[str], lists: Sequence[str], flags: Sequence[str]) -> list[str]:
     """Options as the parser takes them: `--adapters A B` as `--adapters=["A", "B"]`, `--best` as `--best=true`.
 
@@ -213,3 +200,7 @@ def spell_out(arguments: Sequence[str], lists: Sequence[str], flags: Sequence[st
             word = f"{word}=true"
         out.append(word)
     return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

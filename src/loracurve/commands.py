@@ -1,49 +1,43 @@
 """The table of commands: each is a function whose signature is its options and whose docstring is its help.
 
-What does the work is loaded when a command runs, so that help and mistakes are answered before torch is imported.
+What does the work is loaded when a command runs, so that help and mistakes are answered before torch is imported. No
+function has a name of the package's public face: jsonargparse would look for it there, which loads torch.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import Progress
+from typing import Literal
 
 from loracurve.bench.config import Executor, SuiteConfig
-from loracurve.inference.config import GenerateConfig
+from loracurve.inference.config import GenerateConfig, Measure
 from loracurve.landscape.config import ScanConfig
-from loracurve.report.generations import Measure
 from loracurve.runs.config import RunConfig
-from loracurve.serving.command import _bind, _ending_well, _read_token
 from loracurve.serving.config import ServeConfig
 from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
-from loracurve.tasks.dataset import Row, read_rows
+from loracurve.system.files import atomic_write
 
 __all__ = [
-    "bench",
-    "calibrate",
-    "evaluate",
-    "export",
-    "fit",
-    "generate",
-    "predict",
-    "quickstart",
-    "report",
-    "scan",
-    "serve",
-    "share",
+    "bench_command",
+    "calibrate_command",
+    "evaluate_command",
+    "export_command",
+    "fit_command",
+    "generate_command",
+    "predict_command",
+    "quickstart_command",
+    "report_command",
+    "scan_command",
+    "serve_command",
+    "share_command",
 ]
 
 
-def bench(
+def bench_command(
     suite: SuiteConfig,
     out: str = "runs/bench",
     jobs: int = 0,
@@ -67,12 +61,13 @@ def bench(
             a cluster of this machine alone.
     """
     from loracurve.bench.runner import run_suite
-    from loracurve.bench.suite import cells_of, scans_of
+    from loracurve.bench.suite import cells_of, scans_of, suite_of
     from loracurve.bench.tables.write import write_tables
 
     folder = Path(out)
     if tables_only and not (folder / "suite.yaml").is_file():
         raise UserError(f"{out}: expected the folder of a suite that was run, found none; run it without --tables_only")
+    suite = suite_of(vars(suite))
     try:
         if not tables_only:
             run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
@@ -84,7 +79,7 @@ def bench(
             print(f"{total - missing} of {total} cells have results; tables.md and report.html are in {folder}")
 
 
-def quickstart(out: str = "runs/quickstart", resume: bool = False, seed: int = 0) -> None:
+def quickstart_command(out: str = "runs/quickstart", resume: bool = False, seed: int = 0) -> None:
     """Fit a curve to a real 135M model on word sentiment and judge it: about three minutes on two CPU cores.
 
     Args:
@@ -97,7 +92,7 @@ def quickstart(out: str = "runs/quickstart", resume: bool = False, seed: int = 0
     run_quickstart(Path(out), resume, seed)
 
 
-def fit(config: RunConfig, out: str, resume: bool = False) -> None:
+def fit_command(config: RunConfig, out: str, resume: bool = False) -> None:
     """Train anchors (if anchored) and a curve, and evaluate them: CONFIG.yaml [--key value ...] --out FOLDER.
 
     Args:
@@ -112,7 +107,7 @@ def fit(config: RunConfig, out: str, resume: bool = False) -> None:
     print(f"The run is in {out}")
 
 
-def evaluate(
+def evaluate_command(
     run: str,
     task: str | None = None,
     points: int | None = None,
@@ -128,49 +123,20 @@ def evaluate(
         task: another data set with the same classes, put into the same prompt. Default: the run's own.
         points: points of the curve. Default: the run's own.
         weights: weights of the points. Default: the run's own.
-        inference: average points of the curve, or posterior samples beside it. Default: the run's own.
+        inference: average points of the curve, or posterior samples off it. Default: the run's own.
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
     """
-    from loracurve.inference.prediction import predict_split
     from loracurve.report.terminal import print_methods
-    from loracurve.runs.evaluate import MethodPredictions as Method
-    from loracurve.runs.evaluate import summarise, write_predictions
-    from loracurve.runs.run import open_run
-    from loracurve.system.environment import environment
-    from loracurve.system.files import write_json
-    from loracurve.system.folders import new_folder
+    from loracurve.runs.evaluate import evaluate_run
 
-    opened = open_run(run, task)
     asked = {"points": points, "weights": weights, "inference": inference}
-    changes: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-    evaluation = replace(opened.config.evaluation, **changes)
-    encoded = opened.task.encode(split)
-    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
-    name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
-    folder = Path(out) if out else Path(run) / "evaluations" / name
-    on_main(lambda: new_folder(folder))
-    average = opened.average(evaluation)
-    predicted = predict_split(opened.model, encoded, average.where, average.weights)
-    method = Method(evaluation.inference, len(average.t), {split: predicted})
-    known = method.sets[split].labels
-    report = {
-        "average": average.record,
-        "methods": summarise([method], {split: encoded.labels if known is None else known}),
-    }
-
-    def write() -> None:
-        write_json(folder / "environment.json", environment())
-        write_json(folder / "metrics.json", report)
-        if known is None:
-            write_predictions(folder / "predictions.parquet", [method], {split: encoded})
-
-    on_main(write)
-    print_methods(report["methods"], split)
+    found, folder = evaluate_run(run, task, {k: v for k, v in asked.items() if v is not None}, split, out)
+    print_methods(found["methods"], split)
     print(f"Written to {folder}")
 
 
-def predict(run: str, input: str, out: str | None = None, points: int | None = None) -> None:
+def predict_command(run: str, input: str, out: str | None = None, points: int | None = None) -> None:
     """Predict rows of a JSONL file: one JSON line each with probabilities and uncertainty.
 
     Args:
@@ -179,14 +145,10 @@ def predict(run: str, input: str, out: str | None = None, points: int | None = N
         out: new JSONL file. Default: standard output.
         points: points of the curve. Default: the run's own.
     """
-    from loracurve.runs.predict import predict_rows
-    from loracurve.runs.run import open_run
-    from loracurve.system.files import atomic_write
+    from loracurve.runs.predict import predict_file
 
     on_main(lambda: _check_new(out))
-    opened = open_run(run)
-    evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
-    text = "".join(json.dumps(line) + "\n" for line in predict_rows(opened, Path(input), evaluation))
+    text = predict_file(run, Path(input), points)
     if out is None:
         sys.stdout.write(text)
     else:
@@ -199,7 +161,7 @@ def _check_new(out: str | None) -> None:
         raise UserError(f"{out} exists already; choose another --out")
 
 
-def export(
+def export_command(
     run: str, out: str | None = None, points: int | None = None, best: bool = False, t: float | None = None
 ) -> None:
     """Write points of a curve as ordinary PEFT adapter folders.
@@ -211,10 +173,7 @@ def export(
         best: only the point of lowest validation NLL.
         t: only this point, in [0, 1].
     """
-    from loracurve.curve.files import export_adapter
-    from loracurve.runs.run import best_point, open_run
-    from loracurve.system.files import write_json
-    from loracurve.system.folders import new_folder
+    from loracurve.runs.export import export_run
 
     if out is None:
         raise UserError("export: expected --out FOLDER for the adapters, found none")
@@ -222,30 +181,11 @@ def export(
         raise UserError("expected one of --points, --best and --t, found several; give one")
     if t is not None and not 0 <= t <= 1:
         raise UserError(f"t: expected a number in [0, 1], found {t}")
-    opened = open_run(run)
-    folder = new_folder(Path(out))
-    if best:
-        times, weights = [best_point(opened)], [1.0]
-    elif t is not None:
-        times, weights = [t], [1.0]
-    else:
-        wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
-        average = opened.average(wanted)
-        if average.coefficients is not None:
-            raise UserError(
-                "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
-            )
-        times, weights = average.t.tolist(), average.weights.tolist()
-    index = []
-    for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
-        name = f"point-{i:02d}"
-        export_adapter(opened.model.config, opened.model.adapter(time), folder / name)
-        index.append({"folder": name, "t": time, "weight": weight})
-    write_json(folder / "index.json", index)
-    print(f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}")
+    count = export_run(run, Path(out), points, best, t)
+    print(f"{count} adapter{'s' * (count > 1)} written to {Path(out)}")
 
 
-def calibrate(
+def calibrate_command(
     run: str,
     risk: float = 0.05,
     delta: float = 0.1,
@@ -274,7 +214,7 @@ def calibrate(
         print(line)
 
 
-def generate(
+def generate_command(
     options: GenerateConfig,
     run: str,
     prompt: str | None = None,
@@ -296,36 +236,16 @@ def generate(
         points: points of the curve. Default: the run's own.
         colour: what the colours in the terminal show.
     """
-    from loracurve.inference.generation import generate as decode
     from loracurve.report.generations import print_generation, write_generations
-    from loracurve.runs.run import open_run
-    from loracurve.system.files import atomic_write
+    from loracurve.runs.generate import generate_texts, prompts_of
 
     if (prompt is None) == (input is None):
         raise UserError("generate: expected --prompt TEXT or --input FILE.jsonl, found both or neither")
     for file in (out, html):
         if file is not None and Path(file).exists():
             raise UserError(f"{file} exists already; choose another --out or --html")
-    rows = [Row("prompt", prompt=prompt)] if input is None else read_rows(input, "language_modelling", (), False)
-    texts = [(row.text if row.prompt is None else row.prompt) or "" for row in rows]
-    opened = open_run(run)
-    if opened.model.is_classifier:
-        raise UserError(f"{run}: expected a run of a causal language model, found a classifier; use loracurve predict")
-    evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
-    average = opened.average(evaluation)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        batches = -(-len(texts) // options.batch_size)
-        shown = bar.add_task("tokens", total=batches * options.max_new_tokens)
-        generations = decode(
-            opened.model,
-            opened.task.tokenizer,
-            texts,
-            options,
-            average.where,
-            average.weights,
-            lambda _: bar.advance(shown),
-        )
+    rows = prompts_of(prompt, input)
+    generations = generate_texts(run, rows, options, points)
     if html is not None:
         write_generations(Path(html), generations, Path(run).resolve().name)
     lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
@@ -340,7 +260,7 @@ def generate(
             print(f"Written to {file}", file=sys.stderr)
 
 
-def scan(
+def scan_command(
     options: ScanConfig,
     run: str | None = None,
     adapters: list[str] | None = None,
@@ -382,7 +302,7 @@ def scan(
     print(f"Written to {folder}")
 
 
-def report(runs: list[str], out: str | None = None, overwrite: bool = False) -> None:
+def report_command(runs: list[str], out: str | None = None, overwrite: bool = False) -> None:
     """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF in RUN/figures.
 
     Args:
@@ -399,7 +319,7 @@ def report(runs: list[str], out: str | None = None, overwrite: bool = False) -> 
     print(f"Written to {page}")
 
 
-def serve(options: ServeConfig, run: str, points: int | None = None) -> None:
+def serve_command(options: ServeConfig, run: str, points: int | None = None) -> None:
     """Answer HTTP requests for predictions and texts, with a page to try it: RUN [--port N].
 
     Args:
@@ -407,46 +327,12 @@ def serve(options: ServeConfig, run: str, points: int | None = None) -> None:
         run: run directory; it is only read.
         points: points of the curve. Default: the run's own.
     """
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"serve: expected the package {error.name}, found none; pip install 'loracurve[serve]'"
-        ) from error
-    from loracurve.runs.run import open_run
-    from loracurve.serving.app import make_app
-    from loracurve.serving.http_protocol import ImpatientProtocol
+    from loracurve.serving.command import serve_run
 
-    token = None if options.token_file is None else _read_token(Path(options.token_file))
-    listener = _bind(options.host, options.port)
-    with listener:
-        opened = open_run(run)
-        evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
-        app: Any = make_app(opened, options, evaluation, token)
-        protocol: Any = partial(ImpatientProtocol, options.read_timeout_s)
-        settings = uvicorn.Config(
-            app,
-            http=protocol,
-            loop="asyncio",
-            ws="none",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=options.max_connections,
-            timeout_graceful_shutdown=int(options.timeout_s) + 1,
-        )
-        listener.listen(128)
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"Serving {run} on http://{host}:{listener.getsockname()[1]} (stop it by Ctrl-C)", flush=True)
-        with _ending_well():
-            uvicorn.Server(settings).run(sockets=[listener])
+    serve_run(options, run, points)
 
 
-def share(
+def share_command(
     run: str, out: str | None = None, hub: str | None = None, base: str | None = None, private: bool = False
 ) -> None:
     """Write the curve of a run with a model card into a folder, or upload both to the Hugging Face hub.

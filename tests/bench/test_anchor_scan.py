@@ -18,7 +18,7 @@ from loracurve.bench.shared import open_shared
 from loracurve.bench.store import STEPS
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_tensors
+from loracurve.system.tensors import read_tensors
 
 
 def test_a_scan_runs_once_after_the_cells_of_its_task_and_seed(scanned: tuple[SuiteConfig, Path, list[str]]) -> None:

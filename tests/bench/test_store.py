@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_predictions
+from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_cell_predictions
 from loracurve.inference.predictive import Predictive
 from loracurve.tasks.encoding import Encoded, Example
 
@@ -25,7 +25,7 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
         n: Encoded([Example(f"{n}-{i}", (), (), i % 2, 2) for i in range(e)], "answer", (0, 1), ("a", "b"), "sum", 0)
         for n, e in rows.items()
     }
-    write_predictions(tmp_path / "p.parquet", sets, encoded)
+    write_cell_predictions(tmp_path / "p.parquet", sets, encoded)
     found = read_predictions(tmp_path / "p.parquet")
     for name, predictive in sets.items():
         mine, other = found.sets[name].point_log_probs, predictive.point_log_probs
@@ -35,7 +35,7 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
         assert found.ids[name] == [e.id for e in encoded[name].examples]
     assert set(found.labels) == {"validation", "test", "train"} and found.labels["test"][:3].tolist() == [0, 1, 0]
     assert (tmp_path / "p.parquet").stat().st_size < 160_000
-    write_predictions(tmp_path / "again.parquet", found.sets, encoded)
+    write_cell_predictions(tmp_path / "again.parquet", found.sets, encoded)
     for name, predictive in read_predictions(tmp_path / "again.parquet").sets.items():
         assert torch.equal(predictive.point_log_probs, found.sets[name].point_log_probs)  # type: ignore[arg-type]
 

@@ -98,7 +98,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         if phase == "evaluation":
-            patch.setattr("loracurve.runs.evaluate.write_predictions", write_predictions)
+            patch.setattr("loracurve.runs.evaluate.write_run_predictions", write_predictions)
         assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not (out / "metrics.json").exists()

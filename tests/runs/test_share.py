@@ -19,6 +19,7 @@ from helpers.tiny import lora_config, random_points, tiny
 
 from loracurve.cli import main
 from loracurve.curve import hub as curve_hub
+from loracurve.curve.files import FILES
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
@@ -170,7 +171,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     command("share", runs["label"], "--hub", "me/curve", "--base", "org/tiny", "--private")
     assert capsys.readouterr().out == "Uploaded: hub/me/curve/3\n" and not list(tmp_path.iterdir())
     files = hub.repositories["me/curve"]
-    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*files.FILES, "README.md"])
+    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*FILES, "README.md"])
     assert b'from_pretrained("me/curve")' in files["README.md"]
 
     cache = tmp_path / "cache"

@@ -94,6 +94,10 @@ class Served:
         assert found
         return int(found[1])
 
+    def clients(self) -> set[int]:
+        """Ports of those that are connected to it."""
+        return {c.raddr.port for c in psutil.Process(self.process.pid).net_connections() if c.raddr}
+
     def raw(self, *parts: bytes) -> tuple[bytes, float]:
         """What comes back for bytes as they stand, up to the server's closing, and after how many seconds."""
         started = time.monotonic()
@@ -171,8 +175,8 @@ def _bad_clients_are_survived(served: Served) -> None:
         connection.connect(("127.0.0.1", served.port))
         connection.sendall(b"GET /docs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 700)
         mine = connection.getsockname()[1]
-        server = psutil.Process(served.process.pid)
-        until(lambda: mine not in {c.raddr.port for c in server.net_connections() if c.raddr}, "it is dropped")
+        until(lambda: mine in served.clients(), "it is taken")
+        until(lambda: mine not in served.clients(), "it is dropped")
         got = 0
         while part := _received(connection):
             got += len(part)

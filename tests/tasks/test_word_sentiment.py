@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from loracurve.system.errors import UserError
-from loracurve.tasks import word_sentiment
-from loracurve.tasks.word_sentiment import FAMILY_LETTERS
+from loracurve.tasks.word_sentiment import FAMILY_LETTERS, word_sentiment
 
 
 @pytest.fixture(scope="module")

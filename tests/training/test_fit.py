@@ -259,7 +259,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     with pytest.raises(UserError, match=r"at step \d+.*last good state") as error:
         fit(model, task, shared_points(steps=50, batch_size=4, learning_rate=1e30, max_grad_norm=0), run, **QUIET)
     assert "\n" not in str(error.value)
-    from loracurve.system.files import read_json, read_tensors
+    from loracurve.system.files import read_json
+    from loracurve.system.tensors import read_tensors
 
     kept = read_tensors(run / read_json(run / "checkpoint.json")["tensors"])
     assert all(torch.isfinite(v).all() for k, v in kept.items() if k.endswith("best"))

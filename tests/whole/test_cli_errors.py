@@ -21,7 +21,8 @@ from helpers.made_runs import QUICK, SIZES, base_folder, command, config_file, d
 from safetensors.torch import load_file, save_file
 
 from loracurve.cli import main
-from loracurve.system.files import read_json, read_tensors
+from loracurve.system.files import read_json
+from loracurve.system.tensors import read_tensors
 
 
 class World:

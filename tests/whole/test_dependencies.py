@@ -134,7 +134,7 @@ def test_the_library_loads_without_its_extras() -> None:
     optional = closure([Requirement(r) for name in EXTRAS for r in EXTRAS[name]])
     modules = sorted({m for n, p in optional.items() if n not in needed for m in modules_of(p)})
     assert {"ray", "trl", "fastapi", "ivon"} <= set(modules)
-    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import loracurve.cli, loracurve.trainer"
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import loracurve.cli, loracurve.training.trainer"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
 

@@ -150,15 +150,15 @@ def counted(task: Task, split: str, shard: bool, rank: int = 0) -> tuple[Predict
         shard_base(model)
     encoded = task.encode(split)
     seen: list[int] = []
-    for name in ("point_log_probs", "merged_log_probs"):
-        inner = getattr(model, name)
+    for runs, name in ((model, "point_log_probs"), (model.merger, "log_probs")):
+        inner = getattr(runs, name)
 
         def noted(batch: Any, *rest: Any, inner: Any = inner, name: str = name) -> Tensor:
             if name == "point_log_probs" or len(seen) < len(encoded):
                 seen.extend(batch.index.tolist())
             return inner(batch, *rest)
 
-        object.__setattr__(model, name, noted)
+        object.__setattr__(runs, name, noted)
     way = "points" if shard else "auto"
     return predict_splits(model, {split: encoded}, torch.linspace(0, 1, 3, dtype=torch.float64), way=way)[split], seen
 

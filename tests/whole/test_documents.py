@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Its names stand for a tiny model, made rows and adapters that PEFT saved."""
     import peft
     import torch
-    from made_runs import base_folder, data_folder
+    from helpers.made_runs import base_folder, data_folder
 
     from loracurve.model.base_model import load_base
 
@@ -111,25 +112,49 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert space["model"].spec.segments == 4
 
 
+SOURCE = ROOT / "src" / "loracurve"
+# Every module and package by its last name, by which documents call it: `bezier.coefficients`, `curve.bezier`.
+MODULES: dict[str, list[str]] = {"loracurve": ["loracurve"]}
+for path in sorted(SOURCE.rglob("*.py")):
+    parts = ("loracurve", *path.relative_to(SOURCE).with_suffix("").parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    if parts[-1] not in ("loracurve", "__main__"):
+        MODULES.setdefault(parts[-1], []).append(".".join(parts))
+
+
+def is_there(named: str) -> bool:
+    """Whether a dotted name is a file of ours, or something that a module of this name holds."""
+    first, *names = named.split(".")
+    if names == ["py"]:
+        return any((SOURCE.parent / (m.replace(".", "/") + ".py")).is_file() for m in MODULES.get(first, []))
+    if names in (["json"], ["yaml"]):
+        return True  # a file of a run
+    for module in MODULES.get(first, []):
+        found: Any = importlib.import_module(module)
+        for name in names:
+            inside = f"{found.__name__}.{name}" if isinstance(found, ModuleType) else ""
+            if not hasattr(found, name) and any(inside in known for known in MODULES.values()):
+                importlib.import_module(inside)
+            if not hasattr(found, name):
+                break
+            found = getattr(found, name)
+        else:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_existing_functions_and_files(document: str) -> None:
-    from loracurve.runs.config import run_parser
+    from loracurve.cli import _command_parser
 
     text = (ROOT / document).read_text()
-    options = {action.dest for action in run_parser()._actions}
-    for module, names in re.findall(r"`(?:loracurve\.)?([a-z_]+)\.([A-Za-z_.]+)(?:\(\))?`", text):
-        if (ROOT / "src" / "loracurve" / f"{module}.py").exists():
-            found: object = importlib.import_module(f"loracurve.{module}")
-            if names in ("py", "json", "yaml") or f"{module}.{names}" in options:
-                continue
-            for name in names.split("."):
-                assert hasattr(found, name), f"{document} names {module}.{names}, which does not exist"
-                found = getattr(found, name)
-        elif module == "loracurve":
-            public = hasattr(loracurve, names.split(".")[0])
-            assert public or importlib.import_module(f"loracurve.{names}"), f"{document} names loracurve.{names}"
-        elif any(option.startswith(f"{module}.") for option in options):
-            assert f"{module}.{names}" in options, f"{document} names the option {module}.{names}"
+    options = {action.dest for action in _command_parser("fit")._actions}
+    for named in re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_.]+)(?:\(\))?`", text):
+        first = named.split(".")[0]
+        ours = first in MODULES or any(option.startswith(f"{first}.") for option in options)
+        assert not ours or named in options or is_there(named), f"{document} names {named}, which does not exist"
+    for file in re.findall(r"\btests/[\w/]+\.py", text):
+        assert (ROOT / file).is_file(), f"{document} names {file}, which does not exist"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
 

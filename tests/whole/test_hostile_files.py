@@ -43,7 +43,9 @@ from loracurve.runs.config import load_config
 from loracurve.runs.predict import read_calibration
 from loracurve.serving.multi_lora_client import ServedCurve
 from loracurve.system.errors import UserError, one_line
-from loracurve.system.files import read_json, read_table, read_tensors
+from loracurve.system.files import read_json
+from loracurve.system.tables import read_table
+from loracurve.system.tensors import read_tensors
 from loracurve.tasks.dataset import read_dataset, read_rows
 from loracurve.training.checkpoint import LoopState, load_checkpoint
 

@@ -29,7 +29,7 @@ from loracurve.bench.provenance import plain
 from loracurve.bench.runner import run_suite
 from loracurve.bench.tables.write import write_tables
 from loracurve.cli import main
-from loracurve.system import files
+from loracurve.system import files, tensors
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json
 from loracurve.system.folders import LOCK, locked
@@ -82,7 +82,7 @@ def whole_files_only(folder: Path) -> None:
         if not path.name.startswith("."):
             json.loads(path.read_text())
     for path in folder.rglob("[!.]*.safetensors"):
-        files.read_tensors(path)
+        tensors.read_tensors(path)
     with locked(folder):
         assert not list(folder.rglob(".*.tmp")), "unfinished files of killed processes are removed"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loracurve.baselines.method import Fitted, Method, Setting
-from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.predictive import Predictive
 from loracurve.tasks.encoding import Encoded
 
@@ -25,7 +25,6 @@ class TemperatureScaled:
         temperature = fit_temperature(fitted.predict(validation).log_probs, validation.labels)
 
         def predict(encoded: Encoded) -> Predictive:
-            tempered = apply_temperature(fitted.predict(encoded).log_probs, temperature)
-            return Predictive.from_log_probs(tempered[None])
+            return tempered(fitted.predict(encoded), temperature)
 
         return Fitted(predict, fitted.passes, fitted.cost, fitted.notes | {"temperature": temperature})

@@ -24,7 +24,7 @@ from loracurve.landscape.paths import Path, anchor_paths, curve_path, grid
 from loracurve.landscape.scan import Scan, lay_out, scan_paths
 from loracurve.landscape.sharpness import balanced_adapter, perturbed
 from loracurve.model.curve_model import CurveModel
-from loracurve.system.files import records
+from loracurve.system.tables import records
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["along_curve", "scan_anchors"]

@@ -17,7 +17,7 @@ from loracurve.bench.config import LANDSCAPE, SuiteConfig
 from loracurve.bench.memory import NO_MEMORY, PeakMemory, free_memory, out_of_memory
 from loracurve.bench.provenance import fingerprint, options_of
 from loracurve.bench.shared import Shared, open_shared, remove_work, train_anchors
-from loracurve.bench.store import write_frame, write_predictions
+from loracurve.bench.store import write_cell_predictions, write_frame
 from loracurve.bench.suite import Cell, method_of
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.system.environment import environment
@@ -25,28 +25,14 @@ from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import write_json
 from loracurve.tasks.dataset import subset
 
-__all__ = ["Group", "Result", "run_cell", "run_one"]
-
-
-Result = tuple[bool, list[str]]
-"""Whether a cell did not break, and what there is to say about it."""
-
-_group = None
-
-
-def run_cell(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
-    """In another process: run one cell; the model stays loaded for the next one of the same task and seed."""
-    global _group
-
-    if _group is None or (_group.task, _group.seed) != (cell.task, cell.seed):
-        if _group is not None:
-            _group.close()
-        _group = Group(suite, cell.task, cell.seed, out)
-    lines: list[str] = []
-    return run_one(_group, cell, lines.append), lines
+__all__ = ["Group", "Result", "Say", "run_cell", "run_one"]
 
 
 Say = Callable[[str], None]
+"""What is called with a line about each cell."""
+
+Result = tuple[bool, list[str]]
+"""Whether a cell did not break, and what there is to say about it."""
 
 
 class Group:
@@ -115,7 +101,7 @@ class Group:
             fit_seconds, started = time.perf_counter() - started, time.perf_counter()
             predicted = {name: fitted.predict(encoded) for name, encoded in self.shared.sets.items()}
             predict_seconds = time.perf_counter() - started
-        write_predictions(folder / "predictions.parquet", predicted, self.shared.sets)
+        write_cell_predictions(folder / "predictions.parquet", predicted, self.shared.sets)
         return self._along(cell, fitted) | {
             "passes": fitted.passes,
             "cost": fitted.cost,
@@ -170,3 +156,19 @@ def run_one(group: Group, cell: Cell, say: Say) -> bool:
     else:
         say(f"{cell}: fitted in {record['fit_seconds']:.1f} s, predicted in {record['predict_seconds']:.1f} s")
     return True
+
+
+_group: Group | None = None
+"""of this process, where it is one of several"""
+
+
+def run_cell(suite: SuiteConfig, cell: Cell, out: Path) -> Result:
+    """In another process: run one cell; the model stays loaded for the next one of the same task and seed."""
+    global _group
+
+    if _group is None or (_group.task, _group.seed) != (cell.task, cell.seed):
+        if _group is not None:
+            _group.close()
+        _group = Group(suite, cell.task, cell.seed, out)
+    lines: list[str] = []
+    return run_one(_group, cell, lines.append), lines

@@ -1,6 +1,6 @@
 """Several processes, one cell each: every process has its own GPU, or its share of the CPU's threads.
 
-`spread` and `run_cell` are also what `bench.cluster` runs its cells with.
+`spread` is also what `bench.ray_cluster` runs its cells with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
-from loracurve.bench.cells import Result, run_cell
+import torch
+
+from loracurve.bench.cells import Result, Say, run_cell
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.store import record_of
@@ -24,15 +26,11 @@ from loracurve.system.errors import one_line
 __all__ = ["run_in_pool", "spread", "visible_gpus"]
 
 
-def run_in_pool(
-    suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Callable[[str], None]
-) -> list[Cell]:
+def run_in_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say) -> list[Cell]:
     """Run cells in `jobs` processes; the first cell of each task and seed trains its anchors, the others follow it.
 
     Cells that found no memory beside the others run once more in the end, one at a time. Returns the cells that broke.
     """
-    import torch
-
     context = multiprocessing.get_context("spawn")
     gpus, places = visible_gpus(torch.cuda.device_count()), context.SimpleQueue()
     for job in range(jobs):
@@ -57,7 +55,7 @@ def spread(
     jobs: int,
     submit: Callable[[Cell], Future[Result]],
     end: float | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Cell]:
     """Have `jobs` cells at a time run by what `submit` hands them to, and no cell before its group's anchors are there.
 
@@ -100,8 +98,6 @@ def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
     """In a new process, before torch looks for devices: take a place; end with the parent, even if that is killed."""
     if gpu := places.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    import torch
-
     torch.set_num_threads(threads)
 
     def watch() -> None:

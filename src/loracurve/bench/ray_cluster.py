@@ -7,14 +7,14 @@ folder, and data and models that are folders, must be the same on all nodes, and
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from loracurve.bench.cells import Result, run_cell
+from loracurve.bench.cells import Result, Say, run_cell
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.pool import spread
 from loracurve.bench.store import record_of
@@ -22,7 +22,7 @@ from loracurve.bench.suite import Cell
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.folders import remove_leftovers
 
-__all__ = ["run_on_ray", "shares"]
+__all__ = ["import_ray", "run_on_ray", "shares"]
 
 
 RETRIES = 3
@@ -35,7 +35,7 @@ def run_on_ray(
     out: Path,
     jobs: int,
     end: float | None,
-    say: Callable[[str], None],
+    say: Say,
     address: str | None = None,
 ) -> list[Cell]:
     """Run cells as tasks of a Ray cluster; each group's first cell trains its anchors, the others follow it.

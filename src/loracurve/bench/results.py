@@ -12,13 +12,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
+from loracurve.baselines.lines import Line
 from loracurve.bench.config import LANDSCAPE, SuiteConfig
-from loracurve.bench.statistics import counts_above_chance, tempered_scores
+from loracurve.bench.retired import RetiredCurve
+from loracurve.bench.statistics import counts_above_chance
 from loracurve.bench.store import Predictions, read_predictions, record_of, write_frame
-from loracurve.bench.suite import Cell, cells_of, full_ensemble, scans_of
+from loracurve.bench.suite import Cell, cells_of, full_ensemble, method_of, scans_of
+from loracurve.curve.anchored import slot_times
 from loracurve.inference import metrics
-from loracurve.inference.calibration import apply_temperature
+from loracurve.inference.calibration import apply_temperature, fit_temperature
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.predictive import Predictive
 from loracurve.system.randomness import stream_seed
@@ -26,6 +30,7 @@ from loracurve.system.randomness import stream_seed
 __all__ = [
     "CellResult",
     "Results",
+    "mean_of",
     "read_results",
     "references_of",
     "seed_of",
@@ -47,7 +52,7 @@ class CellResult:
     record: Mapping[str, Any]
     predictions: Predictions
     resampled: dict[tuple[str, str, str], tuple[float | None, Tensor]] = field(default_factory=dict)
-    """measures over resamples by set, score and measure, kept by `detecting`, which needs them for each reference"""
+    """measures over resamples by set, score and measure, kept for `tables.detection`, which needs them often"""
 
     @property
     def test(self) -> Predictive:
@@ -59,20 +64,19 @@ class CellResult:
         assert found is not None
         return found
 
+    def point_nll(self, name: str) -> Tensor:
+        """``[n, E]`` NLL of each example of a set at each point."""
+        return negative_log_likelihood(self.points(name).double(), self.predictions.labels[name])
+
     @cached_property
     def temperature(self) -> float:
         """T of the average, from the validation rows."""
-        return self._tempered[1]
+        return fit_temperature(self.predictions.sets["validation"].log_probs, self.predictions.labels["validation"])
 
     @cached_property
     def tempered(self) -> Tensor:
         """``[E, C]`` log-probabilities of the test rows, tempered."""
-        return self._tempered[0]
-
-    @cached_property
-    def _tempered(self) -> tuple[Tensor, float]:
-        validation = self.predictions.sets["validation"]
-        return tempered_scores(validation.log_probs, self.predictions.labels["validation"], self.test.log_probs)
+        return apply_temperature(self.test.log_probs, self.temperature)
 
     @cached_property
     def per_example(self) -> dict[str, Tensor]:
@@ -157,6 +161,33 @@ class Results:
         count = len(self.counting)
         return "data set that counts" if count == 1 else f"{count} data sets that count"
 
+    def scans_by_task(self) -> dict[str, list[tuple[Cell, Mapping[str, Any]]]]:
+        """The scans that are done, by task in the suite's order, with their records."""
+        found: dict[str, list[tuple[Cell, Mapping[str, Any]]]] = {}
+        for cell, record in self.scans.items():
+            found.setdefault(cell.task, []).append((cell, record))
+        return found
+
+    def positions(self, done: list[CellResult]) -> list[float] | None:
+        """t of the points of a line or curve; None for other methods, and for samples off the curve."""
+        method, first = method_of(self.suite, done[0].cell.method), done[0]
+        if isinstance(method, Line):
+            return slot_times(len(first.test.weights)).tolist()
+        if isinstance(method, Curve) and method.inference == "curve":
+            found: list[float] = first.record["notes"]["average"]["t"]
+            return found
+        return None
+
+    def anchors_of(self, method: str) -> int:
+        """How many of the shared anchors a path runs through; 0 for a free curve, anchors of its own, other methods."""
+        options = method_of(self.suite, method)
+        if isinstance(options, Line):
+            return options.anchors
+        if not isinstance(options, Curve):
+            return 0
+        own_anchors = isinstance(options, RetiredCurve) and options.own_anchors
+        return 0 if own_anchors or options.curve.kind == "free" else int(options.curve.anchors)
+
     def figure(self, task: str, method: str, where: str, name: str) -> float | None:
         """Mean over seeds of a figure; None where it is undefined for all."""
         found = [r.figures.get(where, {}).get(name) for r in self.seeds(task, method)]
@@ -198,6 +229,11 @@ def write_metrics(results: Results, path: Path) -> pd.DataFrame:
 def stacked(results: list[CellResult], name: str) -> Tensor:
     """``[E]``: a value of each test example, averaged over seeds."""
     return torch.stack([r.per_example[name] for r in results]).mean(0)
+
+
+def mean_of(done: list[CellResult], key: str) -> float:
+    """Mean over cells of a number in their records."""
+    return float(sum(r.record[key] for r in done) / len(done))
 
 
 def references_of(suite: SuiteConfig) -> list[str]:

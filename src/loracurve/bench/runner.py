@@ -73,7 +73,7 @@ def run_suite(
         retry: run cells that failed once more.
         progress: bars while training.
         say: called with a line about each cell.
-        executor: processes of this machine, or workers of a Ray cluster (`bench.cluster`).
+        executor: processes of this machine, or workers of a Ray cluster (`bench.ray_cluster`).
         address: of the Ray cluster. Default: what RAY_ADDRESS says, else one of this machine alone.
 
     Raises:

@@ -20,7 +20,8 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.model.base_model import load_base, model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json, read_tensors, write_json, write_tensors
+from loracurve.system.files import read_json, write_json
+from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.tasks.dataset import Dataset, Row, subset
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.hub_datasets import HUB

@@ -1,5 +1,5 @@
-"""The measures that decide: deep-ensemble equivalents, which data sets count, corrected tests, functions not in the
-anchors' hull.
+"""Numbers by which methods are compared: deep-ensemble equivalents, which data sets count, corrected tests, functions
+not in the anchors' hull.
 
 Deep-ensemble equivalent: Ashukha et al. 2020, "Pitfalls of in-domain uncertainty estimation and ensembling in deep
 learning", section 5, here with a temperature for every method and NLL and Brier of the tempered average.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,17 +27,11 @@ __all__ = [
     "ensemble_auroc",
     "ensemble_scores",
     "holm",
+    "mean_or_none",
     "novel_share",
     "paired_p_value",
     "subsets_of",
-    "tempered_scores",
 ]
-
-
-def tempered_scores(validation: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, float]:
-    """Log-probabilities of the test examples ``[E, C]`` tempered by the T that validation examples choose, and T."""
-    temperature = fit_temperature(validation, labels)
-    return apply_temperature(test.double(), temperature), temperature
 
 
 def subsets_of(members: int, size: int, most: int, seed: int) -> list[tuple[int, ...]]:
@@ -70,8 +64,8 @@ def ensemble_scores(
         weights = torch.full((size,), 1 / size, dtype=torch.float64)
         for subset in subsets:
             rows = list(subset)
-            averaged = (mixture_log_probs(part[rows].double(), weights) for part in (validation, test))
-            tempered, _ = tempered_scores(next(averaged), validation_labels, next(averaged))
+            known, found = (mixture_log_probs(part[rows].double(), weights) for part in (validation, test))
+            tempered = apply_temperature(found, fit_temperature(known, validation_labels))
             nll += negative_log_likelihood(tempered, test_labels).mean().item() / len(subsets)
             brier += brier_per_example(tempered.exp(), test_labels).mean().item() / len(subsets)
         scores["nll"].append(nll)
@@ -144,3 +138,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def mean_or_none(values: Sequence[Any]) -> float | None:
+    """Mean of numbers; None where one of them is, or where there are none."""
+    return None if None in values or not values else sum(values) / len(values)

@@ -1,10 +1,12 @@
 """The store: a folder for each cell with its predictions (Parquet) and its record (JSON), which says that it is done.
 
-predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those of every
-class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed` says.
-Numbers of points and classes and the weights of the points are in the file's metadata. Against steps of
-1/128, which take a seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an
-example by some 1e-4, AUROC by 1e-4 to 4e-4.
+A cell's predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those
+of every class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed`
+says. Numbers of points and classes and the weights of the points are in the file's metadata. Against steps of 1/128,
+which take a seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example
+by some 1e-4, AUROC by 1e-4 to 4e-4.
+
+A run's file of the same name is of another form, with probabilities (`runs.evaluate.write_run_predictions`).
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from loracurve.bench.provenance import made_with
 from loracurve.bench.suite import Cell
 from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError, one_line
-from loracurve.system.files import atomic_write, read_json, read_table
+from loracurve.system.files import atomic_write, read_json
+from loracurve.system.tables import read_table
 from loracurve.tasks.encoding import Encoded
 
-__all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_predictions"]
+__all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_cell_predictions"]
 
 
 STEPS = 64  # of the stored log-odds, in one nat
@@ -55,8 +58,8 @@ class Predictions:
     ids: dict[str, list[str]]
 
 
-def write_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str, Encoded]) -> None:
-    """Write the predictions of a cell, atomically.
+def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str, Encoded]) -> None:
+    """Write a cell's predictions.parquet, atomically.
 
     Raises:
         ValueError: an example without a first class to compare the others with.
@@ -110,7 +113,7 @@ def _unpacked(packed: np.ndarray) -> np.ndarray:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read them back: log-probabilities of the stored log-odds."""
+    """Read a cell's predictions.parquet: log-probabilities of the stored log-odds."""
     table = read_table(path)
     try:
         return _predictions_in(table)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,19 @@ def load_suite(path: str | Path, changes: Sequence[str] = ()) -> SuiteConfig:
 
 
 def suite_of(values: Any) -> SuiteConfig:
-    """A suite from what its parser made: tasks and methods are still mappings."""
+    """A suite from the options that its parser made: tasks and methods that are still mappings become dataclasses."""
     options = {f.name: values[f.name] for f in fields(SuiteConfig)}
     for name in ("tasks", "methods"):
         for key, entry in options[name].items():
-            if entry is not None and not isinstance(entry, Mapping):
+            if not (entry is None or isinstance(entry, Mapping) or is_dataclass(entry)):
                 raise UserError(f"{name}.{key}: expected options such as {{a: 1}}, found {entry!r}")
-    options["tasks"] = {k: parse_mapping(SuiteTask, v or {}, f"tasks.{k}") for k, v in options["tasks"].items()}
-    options["methods"] = {k: method_from(v or {}, k, f"methods.{k}") for k, v in options["methods"].items()}
+    made: dict[str, Callable[[Any, str], Any]] = {
+        "tasks": lambda entry, key: parse_mapping(SuiteTask, entry or {}, f"tasks.{key}"),
+        "methods": lambda entry, key: method_from(entry or {}, key, f"methods.{key}"),
+    }
+    for name, make in made.items():
+        found = options[name].items()
+        options[name] = {key: entry if is_dataclass(entry) else make(entry, key) for key, entry in found}
     return SuiteConfig(**options)
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.system.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    import peft
 
 __all__ = ["Alignment", "CurveConfig", "LoraOptions", "Rule", "Sampling", "check_points", "check_sampling"]
 
@@ -45,8 +42,8 @@ class LoraOptions:
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     """Draw of A; B starts at 0."""
 
-    def to_peft(self, base: str, classifier: bool) -> peft.LoraConfig:
-        """The same as a `peft.LoraConfig` for a base model name."""
+    def to_peft(self, base: str, classifier: bool) -> Any:
+        """The same as a `peft.LoraConfig` for a base model name (no annotation: parsers would import it)."""
         import peft
 
         values = {k: v for k, v in vars(self).items() if k != "init_lora_weights"}

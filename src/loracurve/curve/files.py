@@ -18,7 +18,8 @@ from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.retired import refusal, split_retired
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError
-from loracurve.system.files import UNREADABLE, read_json, read_tensors, write_json, write_tensors
+from loracurve.system.files import read_json, write_json
+from loracurve.system.tensors import UNREADABLE, read_tensors, write_tensors
 
 __all__ = ["FILES", "check_finite", "export_adapter", "load_adapter", "load_curve", "write_curve"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
+from scipy.stats import beta, binom
 from torch import Tensor
 
 from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "fit_temperature",
     "prediction_sets",
     "selective_threshold",
+    "tempered",
 ]
 
 
@@ -36,12 +38,13 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
 
     Args:
         log_probs: ``[E, C]``. For a `Predictive` its `log_probs`: the average is tempered, not the points.
-        labels: ``[E]``.
+        labels: ``[E]``; rows without one (negative) do not count.
 
     Raises:
-        UserError: no examples.
+        UserError: no labelled examples.
         ValueError: a label of probability 0.
     """
+    log_probs, labels = log_probs[labels >= 0], labels[labels >= 0]
     if not len(labels):
         raise UserError("temperature: expected labelled validation examples, found none; give a validation split")
     log_probs = log_probs.detach().double()
@@ -49,10 +52,11 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         raise ValueError("expected every label to have a finite log-probability, found one without")
 
     def nll(log_temperature: float) -> float:
-        tempered = apply_temperature(log_probs, math.exp(log_temperature))
-        return negative_log_likelihood(tempered, labels).mean().item()
+        found = apply_temperature(log_probs, math.exp(log_temperature))
+        return negative_log_likelihood(found, labels).mean().item()
 
-    # Convex in 1 / T, so there is one minimum: golden-section search finds it.
+    # Convex in 1 / T, so there is one minimum: golden-section search finds it. By hand, because the NLL is flat to the
+    # last bit over some 1e-8 of T: any other search stops elsewhere, and tables of stored predictions would change.
     shrink = (math.sqrt(5) - 1) / 2
     low, high = _LOG_TEMPERATURES
     left, right = high - shrink * (high - low), low + shrink * (high - low)
@@ -69,6 +73,11 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
+def tempered(predictive: Predictive, temperature: float) -> Predictive:
+    """The average of the points at a temperature: one distribution, so that it has no mutual information."""
+    return Predictive.from_log_probs(apply_temperature(predictive.log_probs, temperature)[None])
+
+
 @dataclass(frozen=True)
 class SelectiveThreshold:
     """A rule for answering and what it guarantees: answer where uncertainty < threshold."""
@@ -80,7 +89,7 @@ class SelectiveThreshold:
     selective_risk: float | None
     """Error rate among those."""
     risk_bound: float | None
-    """Upper confidence bound on the error rate among answered examples, at most `risk`."""
+    """Upper confidence bound on the error rate among answered examples (Clopper & Pearson 1934), at most `risk`."""
     risk: float
     """The error rate asked for."""
     delta: float
@@ -131,12 +140,12 @@ def selective_threshold(uncertainty: Tensor, errors: Tensor, risk: float, delta:
         if answered == 0:
             continue
         wrong = int(cumulative[answered - 1])
-        if _binomial_cdf(wrong, answered, risk) <= delta / _LEVELS:
+        if binom.cdf(wrong, answered, risk) <= delta / _LEVELS:
             return SelectiveThreshold(
                 threshold=threshold.item(),
                 coverage=answered / examples,
                 selective_risk=wrong / answered,
-                risk_bound=_upper_bound(wrong, answered, delta / _LEVELS),
+                risk_bound=float(beta.isf(delta / _LEVELS, wrong + 1, answered - wrong)),
                 risk=risk,
                 delta=delta,
                 examples=examples,
@@ -185,19 +194,3 @@ def prediction_sets(probs: Tensor, quantile: float) -> Tensor:
     """
     probs = probs.double()
     return (1 - probs <= quantile) & (probs > 0)
-
-
-def _binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Binomial(n, p) <= k), summed exactly in logarithms."""
-    i = torch.arange(k + 1, dtype=torch.float64)
-    log_choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    return min(1.0, (log_choose + i * math.log(p) + (n - i) * math.log1p(-p)).logsumexp(0).exp().item())
-
-
-def _upper_bound(wrong: int, answered: int, level: float) -> float:
-    """Clopper-Pearson upper bound: the p at which P(Binomial(answered, p) <= wrong) = level, by bisection."""
-    low, high = wrong / answered, 1.0
-    while high - low > 1e-12 and wrong < answered:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _binomial_cdf(wrong, answered, middle) > level else (low, middle)
-    return high

@@ -9,7 +9,11 @@ from typing import Literal
 from loracurve.curve.config import Rule
 from loracurve.system.errors import UserError
 
-__all__ = ["EvaluationConfig", "GenerateConfig", "TunnelConfig"]
+__all__ = ["EvaluationConfig", "GenerateConfig", "TunnelConfig", "Measure"]
+
+
+Measure = Literal["mutual_information", "expected_entropy", "entropy"]
+"""What is shown of a generated token's uncertainty."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ straight line (DESIGN, section "Gauge"; Frankle et al. 2020 for linear mode conn
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,6 +31,7 @@ __all__ = [
     "curve_path",
     "grid",
     "joints",
+    "scalings_of",
     "speed_frame",
     "stacked_at",
     "update_norms",
@@ -37,6 +39,14 @@ __all__ = [
 
 
 _A, _B = "lora_A.weight", "lora_B.weight"
+
+
+def scalings_of(model: CurveModel) -> dict[str, float]:
+    """`CurveModel.scalings`, under the name that it had until version 0.1."""
+    warnings.warn(
+        "scalings_of(model) is model.scalings now and goes in the next version", DeprecationWarning, stacklevel=2
+    )
+    return model.scalings
 
 
 def grid(segments: int, points: int) -> Tensor:

@@ -28,8 +28,9 @@ from loracurve.landscape.subject import Subject
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
-from loracurve.system.files import atomic_write, records, write_json
+from loracurve.system.files import atomic_write, write_json
 from loracurve.system.folders import new_folder
+from loracurve.system.tables import records
 from loracurve.tasks.task import Task
 
 __all__ = ["scan_to_folder"]

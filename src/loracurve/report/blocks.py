@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from loracurve.report.run_data import RunData
 
-__all__ = ["Block", "Section", "Sheet", "interval", "number"]
+__all__ = ["Block", "Section", "Sheet"]
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,3 @@ class Section:
     make: Callable[[RunData], Block]
     evaluation: bool = False
     """whether it is about a run's evaluation, which the scan of adapters without a run does not have"""
-
-
-def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
-    """A number for a table; a dash where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-
-
-def interval(found: Mapping[str, Any], digits: int = 4) -> str:
-    """Estimate and interval, with a star where the interval excludes 0."""
-    star = " *" if found["distinguishable"] else ""
-    return f"{found['estimate']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]{star}"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jinja2
 from rich.console import Console
 from rich.text import Text
 
+from loracurve.inference.config import Measure
 from loracurve.inference.generation import Generation
 from loracurve.system.files import atomic_write
 
 __all__ = ["Measure", "print_generation", "write_generations"]
 
-
-Measure = Literal["mutual_information", "expected_entropy", "entropy"]
 
 WORDS = {
     "mutual_information": "mutual information, what the points disagree on",

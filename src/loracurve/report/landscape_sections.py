@@ -8,7 +8,8 @@ from typing import Literal
 import pandas as pd
 
 from loracurve.report import figures, plots
-from loracurve.report.blocks import Block, Sheet, interval, number
+from loracurve.report.blocks import Block, Sheet
+from loracurve.report.numbers import interval, number, star
 from loracurve.report.run_data import RunData
 
 __all__ = ["diversity", "landscape", "loss_paths"]
@@ -37,7 +38,7 @@ def loss_paths(run: RunData) -> Block:
         [
             f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
-            interval({**b, "estimate": b["excess"]}),
+            interval({**b, "estimate": b["excess"]}) + star(b),
             number(b["above_ends"], 4, sign=True),
         ]
         for b in scan["barriers"]

@@ -1,7 +1,7 @@
 """Plots of a scan. Every function draws a data frame on an axis and returns the axis.
 
-The frames are those of `landscape`, `diversity`, `planes`, `slopes` and `sharpness`. On an axis of yours your own style
-stays; `figures.figure_of` makes a figure in the package's style. pyplot is never touched.
+The frames are those of `landscape.scan`, `diversity`, `plane`, `slopes` and `sharpness`. On an axis of yours your own
+style stays; `figures.figure_of` makes a figure in the package's style. pyplot is never touched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-# The names of `paths.PATHS` as readers see them.
+# The names of `landscape.config.PATHS` as readers see them.
 PATH_LABELS = {
     "straight": "straight (A, B)",
     "delta_w": "straight ΔW",
@@ -63,7 +63,7 @@ def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-# A path looks the same in every figure, whichever others are drawn; these are names of `evaluation` for the same lines.
+# A path looks the same in every figure, whichever others are drawn; further names are those of `runs.evaluate`.
 _STYLED = dict(zip(("curve", *(p for p in PATHS if p != "curve")), styles(), strict=False))
 
 _STYLED |= {"straight line": _STYLED["straight"], "aligned line": _STYLED["balanced+procrustes"]}

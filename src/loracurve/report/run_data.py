@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json, read_table
+from loracurve.system.files import read_json
+from loracurve.system.tables import read_table
 from loracurve.system.yaml_files import read_yaml
 from loracurve.tasks.dataset import as_text
 from loracurve.tasks.task import open_dataset

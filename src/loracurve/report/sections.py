@@ -11,10 +11,11 @@ import numpy as np
 import yaml
 
 from loracurve.report import figures, frames, prediction_plots
-from loracurve.report.blocks import Block, Section, Sheet, interval, number
+from loracurve.report.blocks import Block, Section, Sheet
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
+from loracurve.report.numbers import interval, number, star
 from loracurve.report.run_data import RunData, texts_of
-from loracurve.system.files import records
+from loracurve.system.tables import records
 
 __all__ = ["SECTIONS", "side_by_side"]
 
@@ -57,7 +58,8 @@ def summary(run: RunData) -> Block:
     comparisons = run.metrics.get("comparisons", [])
     block.findings = [_verdict(c, methods) for c in comparisons if c["second"] == "ensemble"]
     compared = [
-        [c["second"], *(interval(c[k]) if k in c else "–" for k in ("nll", "acc", "brier"))] for c in comparisons
+        [c["second"], *(interval(c[k]) + star(c[k]) if k in c else number(None) for k in ("nll", "acc", "brier"))]
+        for c in comparisons
     ]
     if compared:
         caption = "Curve minus other on the same examples, 95 % bootstrap interval; * excludes 0"
@@ -107,9 +109,11 @@ def uncertainty(run: RunData) -> Block:
     rows = [[n, *(number(v[k]) for k in measures), number(v.get("disagreement"), 3)] for n, v in sets_of_curve.items()]
     block.sheets.append(Sheet("Means of the curve by set, nats", ["set", *measures.values(), "disagreement"], rows))
     detection = [
-        [f"{method}: {name}", number(found["auroc_entropy"], 3), number(found["auroc_mi"], 3)]
-        if values["passes"] > 1
-        else [f"{method}: {name}", number(found["auroc_entropy"], 3), "–"]
+        [
+            f"{method}: {name}",
+            number(found["auroc_entropy"], 3),
+            number(found["auroc_mi"] if values["passes"] > 1 else None, 3),
+        ]
         for method, values in run.metrics["methods"].items()
         for name, found in values["detection"].items()
     ]

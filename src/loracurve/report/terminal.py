@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from loracurve.report.numbers import interval, number, star
 
 __all__ = ["method_rows", "print_barriers", "print_methods", "print_report"]
 
@@ -46,16 +47,12 @@ def _detection(found: list[Mapping[str, Any] | None]) -> tuple[float | None, flo
     return _mean([f["auroc_entropy"] for f in known]), _mean([f["auroc_mi"] for f in known])
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
 def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
     """Print accuracy and calibration of each method, and how well uncertainty tells other sets from this one."""
     rows = method_rows(methods, split)
     table = _table(f"{split} split", ["method", "passes", *COLUMNS.values()])
     for row in rows:
-        table.add_row(row["method"], str(row["passes"]), *(_number(row.get(k)) for k in COLUMNS))
+        table.add_row(row["method"], str(row["passes"]), *(number(row.get(k), missing="-") for k in COLUMNS))
     console = Console()
     console.print(table)
     sets = sorted({s for row in rows for s in row["detection"]})
@@ -63,7 +60,7 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
         table = _table(f"AUROC of telling a set from {split}, by entropy / by MI", ["method", "passes", *sets])
         for row in rows:
             if row["detection"]:
-                cells = (" / ".join(_number(v, 3) for v in row["detection"][s]) for s in sets)
+                cells = (" / ".join(number(v, 3, missing="-") for v in row["detection"][s]) for s in sets)
                 table.add_row(row["method"], str(row["passes"]), *cells)
         console.print(table)
 
@@ -81,13 +78,12 @@ def print_report(report: Mapping[str, Any]) -> None:
             verdict = (
                 ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
             )
-            interval = f"{found['estimate']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-            table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval, verdict)
+            table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval(found), verdict)
     Console().print(table)
 
 
 def print_barriers(scan: Mapping[str, Any]) -> None:
-    """Print the barrier of every path between neighbouring anchors, from what `scanning.scan_to_folder` returns."""
+    """Print the barrier of every path between neighbouring anchors, of what `landscape.survey.scan_to_folder` finds."""
     chosen = scan["settings"]["choose"]
     table = _table(
         "barriers: test NLL above the line between two anchors,\n"
@@ -98,9 +94,9 @@ def print_barriers(scan: Mapping[str, Any]) -> None:
         table.add_row(
             b["path"],
             f"{b['segment']}-{b['segment'] + 1}",
-            f"{b['t_star']:.2f}",
-            f"{b['excess']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]{' *' if b['distinguishable'] else '  '}",
-            f"{b['above_ends']:+.4f}",
+            number(b["t_star"], 2),
+            interval({**b, "estimate": b["excess"]}) + star(b, "  "),
+            number(b["above_ends"], sign=True),
         )
     console = Console()
     console.print(table)

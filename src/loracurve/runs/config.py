@@ -10,17 +10,17 @@ from typing import Any, Literal
 import yaml
 
 from loracurve.curve.config import CurveConfig, LoraOptions, check_points
-from loracurve.curve.retired import Part, refusal, split_retired
+from loracurve.curve.retired import DEFAULTS, Part, refusal, split_retired
 from loracurve.inference.config import EvaluationConfig
 from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
-from loracurve.system.options import Parser, parse_mapping
+from loracurve.system.options import parse_mapping
 from loracurve.system.yaml_files import read_yaml
 from loracurve.tasks.config import TaskConfig
 from loracurve.training.config import FitConfig, LoopConfig
 
-__all__ = ["RunConfig", "load_config", "run_parser", "save_config"]
+__all__ = ["RunConfig", "load_config", "save_config", "without_retired_words"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,6 @@ class RunConfig:
         check_points(self.evaluation.quadrature, self.evaluation.points, spec.segments)
 
 
-def run_parser(**options: Any) -> Parser:
-    """The parser of a `RunConfig`: `--config FILE` and one option for each field."""
-    parser = Parser(**options)
-    parser.add_argument("--config", action="config", help="YAML file with the options below.")
-    parser.add_class_arguments(RunConfig)
-    return parser
-
-
 def load_config(path: str | Path) -> RunConfig:
     """Read a YAML file as a `RunConfig`; raises UserError for unknown keys, wrong types and missing files."""
     if not Path(path).is_file():
@@ -75,16 +67,31 @@ def load_config(path: str | Path) -> RunConfig:
     return parse_mapping(RunConfig, _without_retired(values), str(path))
 
 
+_PARTS: dict[str, Part] = {"curve": "curve", "curve_training": "training"}
+
+
 def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run without those that have left the library; raises UserError where it was made with them."""
     out = dict(values)
-    parts: dict[str, Part] = {"curve": "curve", "curve_training": "training"}
-    for name, part in parts.items():
+    for name, part in _PARTS.items():
         if isinstance(values.get(name), Mapping):
             out[name], gone = split_retired(part, values[name])
             if gone:
                 raise refusal(", ".join(f"{name}.{option}" for option in gone))
     return out
+
+
+def without_retired_words(words: list[str]) -> list[str]:
+    """Words of a command line; raises UserError where they, or a file they name, ask for options that are retired."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        name, _, value = word.removeprefix("--").partition("=")
+        if name == "config" and Path(value or after).is_file():
+            values = read_yaml(Path(value or after))
+            _without_retired(values if isinstance(values, Mapping) else {})
+        part, _, option = name.partition(".")
+        if word.startswith("--") and part in _PARTS and option.partition(".")[0] in DEFAULTS[_PARTS[part]]:
+            raise refusal(name)
+    return words
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,33 @@ from loracurve.curve.gauge import align, delta_w_gram
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference import intervals, metrics
-from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import average_of, choose_average
-from loracurve.inference.prediction import point_nll, predict_splits
+from loracurve.inference.prediction import point_nll, predict_split, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.runs.run import open_run
 from loracurve.system.distributed import on_main
+from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
-from loracurve.system.files import atomic_write
+from loracurve.system.files import atomic_write, write_json
+from loracurve.system.folders import new_folder
 from loracurve.system.randomness import stream_seed
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.task import Task, open_dataset
 
-__all__ = ["MethodPredictions", "compare", "evaluate_methods", "evaluation_sets", "summarise", "write_predictions"]
+__all__ = [
+    "MethodPredictions",
+    "compare",
+    "evaluate_methods",
+    "evaluate_run",
+    "evaluation_sets",
+    "summarise",
+    "write_run_predictions",
+]
 
 
 @dataclass
@@ -83,14 +94,11 @@ def _tempered(
     method: MethodPredictions, validation: Predictive, known: Tensor, labels: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The temperature of the averaged prediction, fitted on validation rows, and what it makes of the labelled sets."""
-    rows = known >= 0
-    temperature = fit_temperature(validation.log_probs[rows], known[rows])
-    found: dict[str, Any] = {"temperature": temperature, "rows": int(rows.sum()), "sets": {}}
+    temperature = fit_temperature(validation.log_probs, known)
+    found: dict[str, Any] = {"temperature": temperature, "rows": int((known >= 0).sum()), "sets": {}}
     for name, predictive in method.sets.items():
         if name in labels:
-            log_probs = apply_temperature(predictive.log_probs, temperature)
-            average = Predictive.from_log_probs(log_probs[None])
-            summary = metrics.classification_summary(average, labels[name])
+            summary = metrics.classification_summary(tempered(predictive, temperature), labels[name])
             found["sets"][name] = {key: summary[key] for key in ("nll", "brier", "ece")}
     return found
 
@@ -142,9 +150,7 @@ def evaluate_methods(
         on_main(lambda: save(figure(), out / "figures", "posterior_over_t"))
     held_out = None if validation.scoring == "lm" else validation  # summaries cannot be tempered
     labels = {
-        name: e.labels
-        for name, e in sets.items()
-        if e.scoring != "lm" and all(x.label is not None for x in e.examples)
+        name: e.labels for name, e in sets.items() if e.scoring != "lm" and all(x.label is not None for x in e.examples)
     }
     curve = _along("curve", model, average.t, average.weights, sets, held_out)
     report: dict[str, Any] = {"average": average.record}
@@ -183,7 +189,7 @@ def evaluate_methods(
         scalings = model.scalings
         report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
     if not lm:
-        on_main(partial(write_predictions, out / "predictions.parquet", methods, sets))
+        on_main(partial(write_run_predictions, out / "predictions.parquet", methods, sets))
     return report
 
 
@@ -217,8 +223,13 @@ def _single(ensemble: MethodPredictions, m: int) -> MethodPredictions:
     return method
 
 
-def write_predictions(path: Path, methods: list[MethodPredictions], sets: dict[str, Encoded]) -> None:
-    """Write one row for each example, set and method as Parquet (columns as documented in the README)."""
+def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: dict[str, Encoded]) -> None:
+    """Write a run's predictions.parquet: one row for each example, set and method.
+
+    Columns id, set, method, label (null without one), probs (of the average), point_probs (one list for each point),
+    weights (of the points), entropy, expected_entropy and mutual_information (nats). A suite's cells keep another form
+    under the same file name (`bench.store.write_cell_predictions`).
+    """
     tables = []
     for method in methods:
         for name, predictive in method.sets.items():
@@ -241,3 +252,42 @@ def write_predictions(path: Path, methods: list[MethodPredictions], sets: dict[s
             tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
     atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
+def evaluate_run(
+    run: str, task: str | None, changes: Mapping[str, Any], split: str, out: str | None
+) -> tuple[dict[str, Any], Path]:
+    """Average the curve of a run on a labelled split, and write metrics and predictions.
+
+    Args:
+        run: run directory.
+        task: another data set with the same classes, put into the same prompt; None: the run's own.
+        changes: options of the run's evaluation that are changed.
+        split: which split.
+        out: new folder; None: RUN/evaluations and a name made from the options.
+
+    Returns:
+        What metrics.json holds, and the folder.
+    """
+    opened = open_run(run, task)
+    evaluation = replace(opened.config.evaluation, **changes)
+    encoded = opened.task.encode(split)
+    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
+    name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
+    folder = Path(out) if out else Path(run) / "evaluations" / name
+    on_main(lambda: new_folder(folder))
+    average = opened.average(evaluation)
+    predicted = predict_split(opened.model, encoded, average.where, average.weights)
+    method = MethodPredictions(evaluation.inference, len(average.t), {split: predicted})
+    known = method.sets[split].labels
+    labels = {split: encoded.labels if known is None else known}
+    report = {"average": average.record, "methods": summarise([method], labels)}
+
+    def write() -> None:
+        write_json(folder / "environment.json", environment())
+        write_json(folder / "metrics.json", report)
+        if known is None:
+            write_run_predictions(folder / "predictions.parquet", [method], {split: encoded})
+
+    on_main(write)
+    return report, folder

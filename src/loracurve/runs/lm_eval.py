@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loracurve.inference.information import mixture_log_probs
+from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.runner import evaluation_mode
+from loracurve.runs.run import open_run
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch, collate
 from loracurve.tasks.encoding import Encoded, Example
@@ -163,11 +165,6 @@ def harness_class() -> type[Any]:
 
         def __init__(self, run: str, points: int | None = None, weights: str | None = None, **_: Any) -> None:
             super().__init__()
-            from dataclasses import replace
-
-            from loracurve.model.base_model import model_window
-            from loracurve.runs.run import open_run
-
             opened = open_run(run)
             changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
             average = opened.average(replace(opened.config.evaluation, **changes))
@@ -202,15 +199,13 @@ def harness_class() -> type[Any]:
 
 def main() -> int:
     """The command `lm_eval` with the model `loracurve`."""
-    import sys
-
     try:
         harness_class()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
     except UserError as error:
-        print(f"loracurve.harness: {error}", file=sys.stderr)
+        print(f"loracurve.runs.lm_eval: {error}", file=sys.stderr)
         return 2
     return 0
 

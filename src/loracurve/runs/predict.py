@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from loracurve.inference.calibration import (
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.prediction import predict_split
 from loracurve.inference.predictive import Predictive
-from loracurve.runs.run import Run
+from loracurve.runs.run import Run, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
 from loracurve.system.folders import locked
@@ -29,7 +30,7 @@ from loracurve.system.randomness import generator
 from loracurve.tasks.dataset import Row, read_rows
 from loracurve.tasks.encoding import Encoded
 
-__all__ = ["Calibration", "calibrate_run", "predict_rows", "prediction_records", "read_calibration"]
+__all__ = ["Calibration", "calibrate_run", "predict_file", "predict_rows", "prediction_records", "read_calibration"]
 
 
 Measure = Literal["entropy", "mutual_information"]
@@ -185,3 +186,10 @@ def _describe(
             "the validation split also chose the trained state; give --input with unseen rows for exact guarantees"
         )
     return lines
+
+
+def predict_file(run: str, rows: Path, points: int | None = None) -> str:
+    """JSON lines with probabilities and uncertainty of each row of a JSONL file (`predict_rows`)."""
+    opened = open_run(run)
+    evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+    return "".join(json.dumps(line) + "\n" for line in predict_rows(opened, rows, evaluation))

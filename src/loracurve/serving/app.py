@@ -20,7 +20,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from loracurve import __version__
 from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Batcher, Closed, Job, QueueFull
@@ -38,6 +37,7 @@ from loracurve.serving.schemas import (
     PredictRequest,
 )
 from loracurve.system.errors import UserError
+from loracurve.system.version import __version__
 
 __all__ = ["make_app"]
 

@@ -2,23 +2,24 @@
 
 Every process has the whole model (or its share of a sharded base) and takes its share of the examples. The main one, of
 rank 0, alone locks, writes and prints. What is decided is decided from numbers that all have, so that all do the same.
-In one process everything here does nothing.
+In one process everything here does nothing. torch is imported where it is used: the command line asks who speaks before
+it is loaded.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
-
-import accelerate
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loracurve.system.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "alone",
@@ -48,7 +49,8 @@ _FAULT, _TOLD = "loracurve/fault", "loracurve/told"
 
 def world() -> tuple[int, int]:
     """The rank of this process, and how many share the work."""
-    if _alone or not dist.is_available() or not dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")  # whoever met others has loaded it
+    if _alone or dist is None or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
@@ -71,6 +73,9 @@ def join() -> None:
     """
     if not is_launched():
         return
+    import accelerate
+    import torch
+
     place, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
     if 0 < gpus <= place:
         raise UserError(f"expected a GPU for each process, found {gpus} for process {place}; start {gpus} processes")
@@ -81,12 +86,18 @@ def backend(device: torch.device) -> str | None:
     """How the processes talk about tensors on a device: gloo, nccl; None in one process."""
     if world()[1] == 1:
         return None
+    import torch.distributed as dist
+
     return dict(entry.split(":") for entry in str(dist.get_backend_config()).split(",")).get(device.type)
 
 
 def leave() -> None:
     """Part from the others, after all is done."""
-    if is_launched() and dist.is_initialized():
+    if not is_launched():
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -110,6 +121,8 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Add up a tensor of all processes, in place; bit-equal everywhere."""
     if world()[1] > 1:
+        import torch.distributed as dist
+
         dist.all_reduce(tensor)
     return tensor
 
@@ -123,6 +136,8 @@ def gathered(work: Callable[[], T]) -> list[T]:
     size = world()[1]
     if size == 1:
         return [work()]
+    import torch.distributed as dist
+
     found: list[Any] = [None] * size
     try:
         own: tuple[Any, ValueError | None] = work(), None
@@ -135,12 +150,15 @@ def gathered(work: Callable[[], T]) -> list[T]:
     return [value for value, _ in found]
 
 
-@torch.no_grad()
 def same_everywhere(tensors: Sequence[Tensor]) -> None:
     """Give all processes the main one's values, in place."""
     if world()[1] > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+        import torch
+        import torch.distributed as dist
+
+        with torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
 
 def on_main(work: Callable[[], object]) -> None:
@@ -153,6 +171,8 @@ def on_main(work: Callable[[], object]) -> None:
     if world()[1] == 1:
         work()
         return
+    import torch.distributed as dist
+
     fault: Exception | None = None
     if is_main():
         try:
@@ -184,6 +204,8 @@ def speaks_first() -> bool:
     """
     if world()[1] == 1:
         return True
+    import torch.distributed as dist
+
     try:
         store = dist.distributed_c10d._get_default_store()
         if store.add(_FAULT, 1) == 1:
@@ -197,5 +219,7 @@ def speaks_first() -> bool:
 def told() -> None:
     """Say that the fault was told; the others may end."""
     if world()[1] > 1:
+        import torch.distributed as dist
+
         with suppress(RuntimeError):
             dist.distributed_c10d._get_default_store().set(_TOLD, "")

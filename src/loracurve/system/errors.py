@@ -12,9 +12,13 @@ class UserError(ValueError):
     """Input the user can mend. The message is one line: what was expected, what was found, what to do."""
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the valid name closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+def nearest(word: str, valid: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return ``"; did you mean 'x'?"`` for the valid name closest to `word`, or an empty string.
+
+    Args:
+        cutoff: least similarity, twice the matching letters over all letters of both.
+    """
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -126,14 +126,15 @@ def _one_line(error: BaseException, parser: Parser) -> str:
 
 
 def _closest(word: str, names: Sequence[str]) -> str:
-    """Compare whole names first, then last parts, so that a key under the wrong heading finds its place."""
+    """What an unknown option may have meant: whole names first, then last parts, so that a key under the wrong heading
+    finds its place. Among so many names a likeness of half the letters is chance."""
     headings = {name.partition(".")[0] for name in names}
     heading = word.partition(".")[0]
     if "." in word and heading not in headings and (found := nearest(heading, headings)):
         return found
-    if found := nearest(word, names):
+    if found := nearest(word, names, 0.7):
         return found
-    last = {name.rsplit(".", 1)[-1]: name for name in names}
-    if found := nearest(word.rsplit(".", 1)[-1], last):
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    if found := nearest(word.rsplit(".", 1)[-1], last, 0.7):
         return f"; did you mean {last[found.split(chr(39))[1]]!r}?"
     return ""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json, read_tensors, write_json, write_tensors
+from loracurve.system.files import read_json, write_json
+from loracurve.system.tensors import read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "LoopState", "load_checkpoint", "save_checkpoint"]
 

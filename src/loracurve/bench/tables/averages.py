@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loracurve.bench.results import CellResult, Results, seed_of, shared_seeds, stacked
+from loracurve.bench.results import CellResult, Results, mean_of, seed_of, shared_seeds, stacked
+from loracurve.bench.statistics import mean_or_none
 from loracurve.bench.suite import full_ensemble
-from loracurve.bench.tables.ensembles import mean_or_none
 from loracurve.bench.tables.table import Table
 from loracurve.inference.intervals import Interval, interval_of, resample_counts
 
@@ -39,7 +39,7 @@ def averages(results: Results) -> Table:
         pairs = [(t, *shared_seeds(done, results.seeds(t, whole))) for t, done in there]
         difference = mean_difference([p for p in pairs if p[1]]) if method != whole else None
         seeds = "-".join(str(n) for n in sorted({min(len(d) for _, d in there), max(len(d) for _, d in there)}))
-        cost = sum(float(r.record["cost"]) for _, done in there for r in done) / sum(len(done) for _, done in there)
+        cost = mean_of([r for _, done in there for r in done], "cost")
         table.rows.append([method, len(there), seeds, cost, *means, difference])
     return table
 

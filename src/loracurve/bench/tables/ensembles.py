@@ -1,4 +1,4 @@
-"""Tables of the deciding measures and of paired comparisons."""
+"""Tables of ensembles of each size and deep-ensemble equivalents, and of paired comparisons."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from loracurve.bench.statistics import (
     ensemble_auroc,
     ensemble_scores,
     holm,
+    mean_or_none,
     novel_share,
     paired_p_value,
 )
@@ -24,7 +25,7 @@ from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval, bootstrap_interval
 from loracurve.system.files import read_json, write_json
 
-__all__ = ["comparisons", "deciding"]
+__all__ = ["comparisons", "ensembles"]
 
 
 _CURVE_ANCHORS = 3
@@ -57,7 +58,7 @@ def comparisons(results: Results) -> Table:
     return table
 
 
-def deciding(results: Results, out: Path) -> list[Table]:
+def ensembles(results: Results, out: Path) -> list[Table]:
     """Which data sets count, ensembles of each size beside methods of one mode, and deep-ensemble equivalents."""
     whole = full_ensemble(results.suite)
     most = results.suite.anchors
@@ -145,10 +146,6 @@ def _means(rows: list[Sequence[Value]], tasks: list[Value]) -> list[Sequence[Val
             columns = [[v.estimate if isinstance(v, Interval) else v for v in c] for c in zip(*mine, strict=True)]
             found.append(["mean of those that count", method, *(mean_or_none(c) for c in columns)])
     return found
-
-
-def mean_or_none(values: Sequence[Any]) -> float | None:
-    return None if None in values or not values else sum(values) / len(values)
 
 
 def _scores(whole: CellResult, out: Path) -> dict[str, Any]:

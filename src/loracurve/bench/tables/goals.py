@@ -1,4 +1,4 @@
-"""The goals that decide whether a method earns its place, met or missed, from the tables of a suite."""
+"""The goals that methods are judged by, met or missed, from the tables of a suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracurve.bench.results import CellResult, Results, seed_of, shared_seeds, stacked
+from loracurve.bench.results import CellResult, Results, mean_of, seed_of, shared_seeds, stacked
 from loracurve.bench.suite import full_ensemble
 from loracurve.bench.tables.landscape import heights
 from loracurve.bench.tables.table import Table, Value
@@ -47,8 +47,7 @@ def goals(results: Results, equivalents: Table, differences: Table) -> Table:
     for method in [m for m in results.suite.methods if m in medians and m != whole]:
         pairs = [shared_seeds(results.seeds(t, method), results.seeds(t, whole)) for t in counting]
         there = [(t, *pair) for t, pair in zip(counting, pairs, strict=True) if pair[0]]
-        costs = [float(r.record["cost"]) for _, mine, _ in there for r in mine]
-        row: list[Value] = [method, sum(costs) / len(costs)]
+        row: list[Value] = [method, mean_of([r for _, mine, _ in there for r in mine], "cost")]
         row += [_equivalent(str(median), most) for median in medians[method]]
         for errors, column in ((True, "AURC"), (False, "AUROC")):
             for score in ("MI", "entropy"):

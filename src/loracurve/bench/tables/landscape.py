@@ -15,27 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loracurve.baselines.curve import Curve
-from loracurve.baselines.lines import Line
 from loracurve.bench.results import CellResult, Results, seed_of, shared_seeds
-from loracurve.bench.retired import RetiredCurve
-from loracurve.bench.suite import Cell, full_ensemble, method_of
+from loracurve.bench.suite import Cell, full_ensemble
 from loracurve.bench.tables.table import Table, Value
-from loracurve.curve.anchored import slot_times
-from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.intervals import Interval, bootstrap_interval
 from loracurve.landscape.diversity import pairwise_divergence
-from loracurve.system.files import read_table
+from loracurve.system.tables import read_table
 
-__all__ = ["along_curves", "anchors_of", "barriers", "heights", "point_nll_of", "positions_of", "scans_by_task"]
-
-
-def scans_by_task(results: Results) -> dict[str, list[tuple[Cell, Mapping[str, Any]]]]:
-    """The scans that are done, by task in the suite's order, with their records."""
-    found: dict[str, list[tuple[Cell, Mapping[str, Any]]]] = {}
-    for cell, record in results.scans.items():
-        found.setdefault(cell.task, []).append((cell, record))
-    return found
+__all__ = ["along_curves", "barriers", "heights"]
 
 
 def barriers(results: Results, out: Path) -> list[Table]:
@@ -62,7 +49,7 @@ def barriers(results: Results, out: Path) -> list[Table]:
         ["task", "seed", "anchors", "path", "t*", "excess", "above both ends", "distance", "verdict"],
         notes="distance: of the two anchors, in ||Delta W||.",
     )
-    for task, scans in scans_by_task(results).items():
+    for task, scans in results.scans_by_task().items():
         verdicts, above = Counter[str](), {path: list[float]() for path in paths}
         excess = {path: list[Tensor]() for path in paths}
         for cell, record in scans:
@@ -87,28 +74,6 @@ def _excess(cell: Cell, out: Path) -> Any:
     return read_table(cell.folder(out) / "excess.parquet").to_pandas().groupby(["path", "segment"])
 
 
-def positions_of(results: Results, done: list[CellResult]) -> list[float] | None:
-    """t of the points of a line or curve; None for other methods, and for samples beside the curve."""
-    method, first = method_of(results.suite, done[0].cell.method), done[0]
-    if isinstance(method, Line):
-        return slot_times(len(first.test.weights)).tolist()
-    if isinstance(method, Curve) and method.inference == "curve":
-        found: list[float] = first.record["notes"]["average"]["t"]
-        return found
-    return None
-
-
-def anchors_of(results: Results, method: str) -> int:
-    """How many of the shared anchors a path runs through; 0 for a free curve, anchors of its own and other methods."""
-    options = method_of(results.suite, method)
-    if isinstance(options, Line):
-        return options.anchors
-    if not isinstance(options, Curve):
-        return 0
-    own_anchors = isinstance(options, RetiredCurve) and options.own_anchors
-    return 0 if own_anchors or options.curve.kind == "free" else int(options.curve.anchors)
-
-
 def heights(results: Results, task: str, method: str) -> tuple[float, Interval] | None:
     """How far a path through anchors rises above the worst of them, in test NLL (nats).
 
@@ -118,20 +83,15 @@ def heights(results: Results, task: str, method: str) -> tuple[float, Interval] 
         shared anchors.
     """
     done, whole = shared_seeds(results.seeds(task, method), results.seeds(task, full_ensemble(results.suite)))
-    if not done or positions_of(results, done) is None or not (count := anchors_of(results, method)):
+    if not done or results.positions(done) is None or not (count := results.anchors_of(method)):
         return None
     plain, chosen = [], []
     for mine, anchors in zip(done, whole, strict=True):
-        path, ends = point_nll_of(mine, "test"), point_nll_of(anchors, "test")[:count]
+        path, ends = mine.point_nll("test"), anchors.point_nll("test")[:count]
         plain.append(float(path.mean(1).max() - ends.mean(1).max()))
-        places = [int(point_nll_of(r, "validation")[:n].mean(1).argmax()) for r, n in ((mine, None), (anchors, count))]
+        places = [int(r.point_nll("validation")[:n].mean(1).argmax()) for r, n in ((mine, None), (anchors, count))]
         chosen.append(path[places[0]] - ends[places[1]])
     return max(plain), bootstrap_interval(torch.stack(chosen).mean(0), seed_of(task, "heights"))
-
-
-def point_nll_of(result: CellResult, name: str) -> Tensor:
-    """``[n, E]`` NLL of each example of a set at each point."""
-    return negative_log_likelihood(result.points(name).double(), result.predictions.labels[name])
 
 
 def along_curves(results: Results) -> Table:
@@ -150,10 +110,10 @@ def along_curves(results: Results) -> Table:
         "||Delta W||. sharpness: rise of training NLL under noise on the factors.",
     )
     for task, method, done in results.each():
-        t = positions_of(results, done)
+        t = results.positions(done)
         if t is None or len(t) < 2:
             continue
-        nll = torch.stack([point_nll_of(r, "test").mean(1) for r in done])
+        nll = torch.stack([r.point_nll("test").mean(1) for r in done])
         above = heights(results, task, method)
         row: list[Value] = [task, method, nll.min(1).values.mean().item(), nll.max(1).values.mean().item()]
         row += above or (None, None)

@@ -1,4 +1,4 @@
-"""Questions to stored predictions: do weights by likelihood help, and does a curve hold what discrete methods miss?"""
+"""Mixtures of stored predictions: do weights by likelihood help, and does a curve hold what discrete methods miss?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from loracurve.bench.registry import method_name
 from loracurve.bench.results import CellResult, Results, seed_of, shared_seeds, stacked
 from loracurve.bench.statistics import novel_share
 from loracurve.bench.suite import full_ensemble, method_of
-from loracurve.bench.tables.landscape import anchors_of, point_nll_of, positions_of
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.information import mixture_log_probs, pairwise_jensen_shannon
 from loracurve.inference.intervals import Interval, bootstrap_interval
@@ -32,11 +31,11 @@ def weighted_points(results: Results) -> Table:
         "means over seeds, T: geometric. The difference is paired, with its 95 % bootstrap interval over test rows.",
     )
     for task, method, done in results.each():
-        if positions_of(results, done) is None or len(done[0].test.weights) < 2:
+        if results.positions(done) is None or len(done[0].test.weights) < 2:
             continue
         temperatures, sizes, values = [], [], []
         for result in done:
-            nll, prior = point_nll_of(result, "validation"), result.test.weights
+            nll, prior = result.point_nll("validation"), result.test.weights
             temperature = fit_likelihood_temperature(nll, prior)
             weights = likelihood_weights(nll.sum(1), prior, temperature)
             temperatures.append(temperature)
@@ -72,7 +71,7 @@ def against_discrete(results: Results) -> Table:
         "over test rows. novel: share of test rows to which a point gives a class that no anchor gives.",
     )
     for task, method, _ in results.each():
-        if not isinstance(method_of(results.suite, method), Curve) or not (count := anchors_of(results, method)):
+        if not isinstance(method_of(results.suite, method), Curve) or not (count := results.anchors_of(method)):
             continue
         done, whole = shared_seeds(results.seeds(task, method), results.seeds(task, full_ensemble(results.suite)))
         if not done:
@@ -106,12 +105,12 @@ def _difference(task: str, first: Tensor, second: Tensor) -> Interval:
 
 def _mixed(result: CellResult, weights: Tensor) -> Tensor:
     """``[E]`` test NLL of the average with other weights ``[n]``."""
-    return -mixture_log_probs(-point_nll_of(result, "test"), weights)
+    return -mixture_log_probs(-result.point_nll("test"), weights)
 
 
 def _best_mix(parts: list[tuple[CellResult, int | None]]) -> Tensor:
     """``[E]`` test NLL of the convex mix of the first points of several cells that validation rows choose."""
-    validation, test = (-torch.cat([point_nll_of(r, s)[:n] for r, n in parts]) for s in ("validation", "test"))
+    validation, test = (-torch.cat([r.point_nll(s)[:n] for r, n in parts]) for s in ("validation", "test"))
     return -mixture_log_probs(test, mixture_weights(validation))
 
 

@@ -16,13 +16,12 @@ from loracurve.bench.config import slug
 from loracurve.bench.registry import ONE_MODE, method_name
 from loracurve.bench.results import Results, seed_of, stacked
 from loracurve.bench.suite import full_ensemble
-from loracurve.bench.tables.landscape import point_nll_of, positions_of, scans_by_task
 from loracurve.bench.tables.table import Table, shown
 from loracurve.inference.intervals import bootstrap_interval
 from loracurve.report import figures, frames, plots, prediction_plots, suite_plots
 from loracurve.report.blocks import Block, Sheet
 from loracurve.report.page import images_of, render
-from loracurve.system.files import read_table
+from loracurve.system.tables import read_table
 
 __all__ = ["write_suite_page"]
 
@@ -149,7 +148,7 @@ def _reliability(results: Results) -> Block:
 def _landscape(results: Results, out: Path) -> Block:
     """NLL between anchors where they were scanned, and at the points of lines and curves."""
     block = Block()
-    for task, scans in scans_by_task(results).items():
+    for task, scans in results.scans_by_task().items():
         profiles = [read_table(cell.folder(out) / "paths.parquet").to_pandas() for cell, _ in scans]
         mean = pd.concat(profiles).groupby(["path", "split", "t"], sort=False, as_index=False)["nll"].mean()
         anchors = [i / results.suite.landscape.pairs for i in range(results.suite.landscape.pairs + 1)]
@@ -159,8 +158,8 @@ def _landscape(results: Results, out: Path) -> Block:
         points: list[tuple[Any, ...]] = []
         for name in results.suite.methods:
             done = results.seeds(task, name)
-            if done and (t := positions_of(results, done)):
-                nll = sum(point_nll_of(r, "test").mean(1) for r in done) / len(done)
+            if done and (t := results.positions(done)):
+                nll = sum(r.point_nll("test").mean(1) for r in done) / len(done)
                 points += [(name, x, y) for x, y in zip(t, nll.tolist(), strict=True)]  # type: ignore[union-attr]
         if points:
             frame = pd.DataFrame(points, columns=["path", "t", "nll"])

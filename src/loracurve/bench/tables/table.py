@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loracurve.inference.intervals import Interval
+from loracurve.report.numbers import interval, number
 from loracurve.system.files import atomic_write
 
 __all__ = ["Table", "Value", "shown", "write_table"]
@@ -84,15 +85,11 @@ def _write(path: Path, text: str) -> None:
 
 def shown(value: Value) -> str:
     """A value as readers see it."""
+    if isinstance(value, Interval) and not math.isnan(value.low):
+        return interval(value._asdict(), None, sign=False, missing="-")
     if isinstance(value, Interval):
-        if math.isnan(value.low):
-            return shown(value.estimate)
-        return f"{shown(value.estimate)} [{shown(value.low)}, {shown(value.high)}]"
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
-    return str(value)
+        value = value.estimate
+    return number(value, None, missing="-") if value is None or isinstance(value, float) else str(value)
 
 
 def _exact(value: Value) -> object:

@@ -1,0 +1,50 @@
+"""Points of a run's curve as ordinary PEFT adapter folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from loracurve.curve.files import export_adapter
+from loracurve.runs.run import best_point, open_run
+from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
+from loracurve.system.folders import new_folder
+
+__all__ = ["export_run"]
+
+
+def export_run(run: str, out: Path, points: int | None = None, best: bool = False, t: float | None = None) -> int:
+    """Write points of a curve into folders below `out`, with index.json of their t and weights; returns how many.
+
+    Args:
+        run: run directory.
+        out: new folder.
+        points: this many points, as they are averaged; None: the run's own number.
+        best: only the point of lowest validation NLL.
+        t: only this point, in [0, 1].
+
+    Raises:
+        UserError: no run there, a folder with something in it, or a run whose average lies off the curve.
+    """
+    opened = open_run(run)
+    folder = new_folder(out)
+    if best:
+        times, weights = [best_point(opened)], [1.0]
+    elif t is not None:
+        times, weights = [t], [1.0]
+    else:
+        wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+        average = opened.average(wanted)
+        if average.coefficients is not None:
+            raise UserError(
+                "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
+            )
+        times, weights = average.t.tolist(), average.weights.tolist()
+    index = []
+    for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
+        name = f"point-{i:02d}"
+        export_adapter(opened.model.config, opened.model.adapter(time), folder / name)
+        index.append({"folder": name, "t": time, "weight": weight})
+    write_json(folder / "index.json", index)
+    return len(index)
