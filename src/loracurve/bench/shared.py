@@ -17,7 +17,7 @@ from loracurve.bench.provenance import fingerprint, made_with, options_of
 from loracurve.bench.tiny_model import TINY, tiny_model
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
-from loracurve.model.base_model import load_base, model_window
+from loracurve.model.base_model import model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
@@ -49,18 +49,13 @@ class Shared:
 def open_shared(suite: SuiteConfig, name: str, seed: int) -> Shared:
     """Load the base model and tokenise the sets of a task; the same whatever was opened before."""
     options: SuiteTask = suite.tasks[name]
-    classifier = options.scoring == "head"
-    labels = len(open_dataset(_place(suite, options.data or name), options.seed).labels) if classifier else None
-    torch.manual_seed(seed)  # weights that no checkpoint holds (a new head) come from the global generator
     if suite.model.name == TINY:
+        torch.manual_seed(seed)
         base, tokenizer = tiny_model(suite.model.dtype)
     else:
-        model = suite.model
-        base, tokenizer = load_base(
-            model.name, classifier, model.dtype, labels, model.trust_remote_code, model.quantise
-        )
+        base, tokenizer = open_base(suite.model, options.to_task(_place(suite, options.data or name)), seed)
     task, sets = open_sets(suite, name, tokenizer, model_window(base))
-    lora = suite.lora.to_peft(suite.model.name, classifier)
+    lora = suite.lora.to_peft(suite.model.name, options.scoring == "head")
     model_with_curve = CurveModel(base, lora, CurveSpec.slots(suite.anchors)).to(accelerate.PartialState().device)
     known = {s: e.labels for s, e in sets.items() if not s.startswith("ood:")}
     missing = next((s for s, y in known.items() if (y < 0).any()), None)

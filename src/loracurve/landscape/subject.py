@@ -11,8 +11,8 @@ import peft
 
 from loracurve.curve.files import load_adapter
 from loracurve.curve.lora_space import ControlPoints, stack_adapters
-from loracurve.model.base_model import load_base, model_window
-from loracurve.model.config import Dtype
+from loracurve.model.base_model import model_window, open_base
+from loracurve.model.config import Dtype, ModelConfig
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.tasks.config import TaskConfig
@@ -52,18 +52,18 @@ def adapters_to_scan(
     if not name:
         raise UserError(f"{adapters[0]} does not name its base model; give --base MODEL")
     dataset = open_dataset(task)
-    classifier = first.task_type == peft.TaskType.SEQ_CLS
     if scoring is None:
+        classifier = first.task_type == peft.TaskType.SEQ_CLS
         scoring = "head" if classifier else "letter" if dataset.kind == "multiple_choice" else "label"
-    labels = len(dataset.labels) if classifier else None
-    loaded, tokenizer = load_base(name, classifier, dtype, labels)
+    config = TaskConfig(data=task, scoring=scoring)
+    loaded, tokenizer = open_base(ModelConfig(name, dtype), config)
     model = CurveModel.from_adapters(loaded, list(adapters)).to(accelerate.PartialState().device)
     anchors = stack_adapters([load_adapter(a)[1] for a in adapters])
     record = {"adapters": [str(a) for a in adapters], "base": name, "task": task, "scoring": scoring}
     return Subject(
         model,
         anchors,
-        load_task(TaskConfig(data=task, scoring=scoring), tokenizer, model_window(loaded)),
+        load_task(config, tokenizer, model_window(loaded)),
         False,
         record,
     )

@@ -19,12 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loracurve.model.config import Dtype, Quantisation
+from loracurve.model.config import Dtype, ModelConfig, Quantisation
 from loracurve.system.errors import UserError
 from loracurve.system.files import flush
 from loracurve.system.folders import is_running
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import open_dataset
 
-__all__ = ["cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window"]
+__all__ = ["cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window", "open_base"]
 
 
 def load_base(
@@ -70,6 +72,26 @@ def load_base(
         # Classifiers on decoders find the last token by the padding token.
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def open_base(
+    config: ModelConfig, task: TaskConfig, seed: int | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The base model and tokenizer for a task: where a head is scored, a sequence classifier of as many classes as the
+    data have, else a causal language model.
+
+    Args:
+        seed: of weights that no checkpoint holds (a new pooler or head), which come from the global generator: the same
+            at each opening. None: the generator stays as it is.
+
+    Raises:
+        UserError: as `load_base`, or no such data.
+    """
+    classifier = task.scoring == "head"
+    labels = len(open_dataset(task.data, task.seed).labels) if classifier else None
+    if seed is not None:
+        torch.manual_seed(seed)
+    return load_base(config.name, classifier, config.dtype, labels, config.trust_remote_code, config.quantise)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
 from loracurve.runs.config import RunConfig, load_config, save_config
 from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
-from loracurve.runs.run import _base_and_task, _spread, logger
+from loracurve.runs.run import base_and_task, logger, spread
 from loracurve.system.distributed import is_main, main_holds, on_main
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
@@ -47,7 +47,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         raise UserError(
             f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
         )
-    base, task = _base_and_task(config)
+    base, task = base_and_task(config)
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("train")
@@ -70,16 +70,16 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         if config.curve.anchors != CurveConfig.anchors and is_main():
             logger.warning("curve.anchors: a free curve has none; curve.kind anchored makes one through anchors")
         model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
-        _spread(model, config)
+        spread(model, config)
     else:
         if config.adapters:
             loaded = [load_adapter(folder) for folder in config.adapters]
             model = CurveModel.from_adapters(base, config.adapters, alignment="none")
             anchors = stack_adapters([tensors for _, tensors in loaded])
-            _spread(model, config)
+            spread(model, config)
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
-            _spread(model, config)
+            spread(model, config)
             if config.curve_training.perturbation.kind == "flat_lora":
                 # Says before anchors are trained that a quantised base cannot have it.
                 Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a curve's model average.
 
-    python -m loracurve.harness --model loracurve --model_args run=RUN --tasks arc_easy
+    python -m loracurve.runs.lm_eval --model loracurve --model_args run=RUN --tasks arc_easy
 
 is the command `lm_eval` with one more model; from Python, `simple_evaluate(model=harness_class()(run=RUN), ...)`. A
 continuation's log-likelihood is log sum_i w_i p_i(continuation | context), the average over the curve's points in
@@ -9,7 +9,9 @@ probability space; it counts as greedy where every token is the most probable on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import accelerate
@@ -12,14 +12,14 @@ import torch
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import Average, average_of
 from loracurve.inference.prediction import point_nll, predict_split
-from loracurve.model.base_model import load_base, model_window
+from loracurve.model.base_model import model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.system.errors import UserError
-from loracurve.tasks.task import Task, load_task, open_dataset
+from loracurve.tasks.task import Task, load_task
 
-__all__ = ["Run", "best_point", "open_run"]
+__all__ = ["Run", "base_and_task", "best_point", "open_run", "spread"]
 
 
 logger = logging.getLogger("loracurve")
@@ -47,29 +47,23 @@ def open_run(folder: str | Path, data: str | None = None) -> Run:
             f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
         )
     config = load_config(folder / "config.yaml")
-    base, task = _base_and_task(config, data)
+    base, task = base_and_task(config, data)
     model = CurveModel.from_pretrained(folder / "curve", base)
-    _spread(model, config)
+    spread(model, config)
     return Run(folder, config, model.to(accelerate.PartialState().device), task)
 
 
-def _spread(model: CurveModel, config: RunConfig) -> None:
+def spread(model: CurveModel, config: RunConfig) -> None:
     """Spread the base over the processes where that is asked for."""
     if config.model.shard or asked_to_shard():
         shard_base(model)
 
 
-def _base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn.Module, Task]:
-    from dataclasses import replace
-
-    classifier = config.task.scoring == "head"
-    task_config = config.task if data is None else replace(config.task, data=data)
-    labels = len(open_dataset(config.task.data, config.task.seed).labels) if classifier else None
-    # Weights that no checkpoint holds (a new pooler or head) come from the global generator: the same at each opening.
-    torch.manual_seed(config.curve_training.seed)
-    model = config.model
-    base, tokenizer = load_base(model.name, classifier, model.dtype, labels, model.trust_remote_code, model.quantise)
-    return base, load_task(task_config, tokenizer, model_window(base))
+def base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn.Module, Task]:
+    """The base model of a run and its task; `data` replaces the data set (same prompt and classes)."""
+    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed)
+    task = config.task if data is None else replace(config.task, data=data)
+    return base, load_task(task, tokenizer, model_window(base))
 
 
 def best_point(run: Run, points: int = 21) -> float:

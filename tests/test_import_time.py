@@ -1,0 +1,127 @@
+"""What is imported when: the face and the options need no torch, and help and mistakes are told before it is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import loracurve
+from loracurve.cli import main
+from loracurve.system.moved import MODULES, NAMES
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "fastapi", "ray")
+LIGHT = [
+    *(f"{p}.config" for p in "curve tasks model inference training landscape runs serving bench".split()),
+    *("system.options", "system.folders", "system.distributed", "bench.suite_files", "commands", "cli"),
+]
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy packages that are there after `code`, in a process of its own."""
+    show = f"{code}\nimport sys; print('LOADED', *(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("module", ["", *(f".{name}" for name in LIGHT)])
+def test_the_face_and_the_options_import_nothing_heavy(module: str) -> None:
+    assert not loaded_by(f"import loracurve{module}")
+
+
+def test_all_public_names_need_no_extra() -> None:
+    names = ", ".join(name for name in loracurve.__all__)
+    assert not loaded_by(f"from loracurve import {names}") & {"fastapi", "ray", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["fit", "--help"],
+        ["bench", "--help"],
+        ["fitt"],
+        ["fit", "--nope"],
+        ["scan", "RUN", "--ponits", "3"],
+        ["generate", "RUN", "--promt", "x"],
+        ["bench", "smoke", "--nope", "1"],
+    ],
+)
+def test_help_and_mistakes_are_told_before_torch_is_loaded(words: list[str]) -> None:
+    code = f"import sys; from loracurve.cli import main; assert main({words!r}) in (0, 2)"
+    assert not loaded_by(code)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "--nope"], "unknown option nope"),
+        (["bench", "smoke", "--nope", "1"], "unknown option nope"),
+        (["fit", "--curve.segmens", "3"], "unknown option curve.segmens; did you mean 'curve.segments'?"),
+        (["fit", "--segmnets", "3"], "unknown option segmnets; did you mean 'curve.segments'?"),
+        (["fit", "--lerning_rate", "3"], "did you mean 'anchor_training.learning_rate'?"),
+        (["scan", "RUN", "--ponits", "3"], "unknown option ponits; did you mean 'points'?"),
+        (["generate", "RUN", "--promt", "x"], "unknown option promt; did you mean 'prompt'?"),
+        (["fitt"], "unknown command 'fitt'; did you mean 'fit'?"),
+        (["fit", "--curve.smooth=true"], "curve.smooth: expected none, it did not help (results/NOTES.md)"),
+        (["fit", "--curve_training.bootstrap.kind=tied"], "commit 94813ef still has it"),
+    ],
+)
+def test_suggestions_are_near_or_absent(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    found = capsys.readouterr().err.removeprefix("loracurve: ").strip()
+    assert found == said if said.startswith("unknown option nope") else said in found
+
+
+def test_every_public_name_is_there() -> None:
+    assert {*loracurve.__all__} <= {*dir(loracurve)}
+    for name in loracurve.__all__:
+        assert getattr(loracurve, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        loracurve.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("sft",)])
+def test_modules_are_found_at_their_old_places(module: str) -> None:
+    __import__(f"loracurve.{module}")
+    old = sys.modules[f"loracurve.{module}"]
+    for place in MODULES[module]:
+        __import__(f"loracurve.{place}")
+        new = sys.modules[f"loracurve.{place}"]
+        for name in getattr(new, "__all__", ()):
+            with pytest.warns(DeprecationWarning, match=rf"loracurve\.{place}\.{name} now"):
+                found = getattr(old, name)
+            assert found is getattr(new, name)
+            break
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        old.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("package", NAMES)
+def test_packages_hand_on_the_names_that_they_held(package: str) -> None:
+    __import__(f"loracurve.{package}")
+    for names, place in NAMES[package].items():
+        __import__(f"loracurve.{place}")
+        for name in names.split():
+            with pytest.warns(DeprecationWarning, match="the old place goes in the next version"):
+                found = getattr(sys.modules[f"loracurve.{package}"], name)
+            assert found is getattr(sys.modules[f"loracurve.{place}"], name)
+
+
+def test_new_places_warn_nobody() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from loracurve.curve import bezier
+        from loracurve.landscape import paths
+
+        assert bezier.gram and paths.Path
+
+
+def test_an_old_module_runs_as_the_new_one() -> None:
+    """`python -m loracurve.harness` is the command of `loracurve.runs.lm_eval`, which here misses its program."""
+    done = subprocess.run([sys.executable, "-m", "loracurve.harness"], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected the package lm-eval" in done.stderr, done.stderr
