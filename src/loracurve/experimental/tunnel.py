@@ -6,7 +6,7 @@ control points (D one less than the span's dimension, itself at most K - 1),
     theta(t, xi) = theta(t) + sum_j xi_j e_j(t),    t in [0, 1],  xi in R^D
 
 (Dold et al. 2025, arXiv 2503.03382, "Paths and Ambient Spaces in Neural Loss Landscapes"). The frame is rotation
-minimising: it turns with the tangent and not around it, so that a fixed xi runs along beside the curve. It is computed
+minimising: it turns with the tangent and not around it, so that a fixed xi runs along the curve, off it. It is computed
 by the double reflection method (Wang, Juettler, Zheng & Liu 2008, ACM Trans. Graph. 27(1), table I), which works in any
 dimension. Control points enter through their Gram matrix only, and what comes out are coefficients: rows c with
 theta = sum_k c_k P_k and sum c = 1, which run like those of the curve.

@@ -1,4 +1,4 @@
-"""Averages over posterior samples beside a fitted curve (`loracurve.experimental.tunnel`) instead of points on it."""
+"""Averages over posterior samples off a fitted curve (`loracurve.experimental.tunnel`) instead of points on it."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ Measure = Literal["mutual_information", "expected_entropy", "entropy"]
 
 @dataclass(frozen=True)
 class TunnelConfig:
-    """Posterior samples beside the curve; drawing one costs two to six x thin predictions of `rows` rows."""
+    """Posterior samples off the curve; drawing one costs two to six x thin predictions of `rows` rows."""
 
     sigma: float = 0.1
-    """Standard deviation of the prior in each direction beside the curve, as a part of the curve's length."""
+    """Standard deviation of the prior in each direction off the curve, as a part of the curve's length."""
     prior: Literal["uniform", "arc-length"] = "uniform"
     """Prior of the place along the curve: uniform in t or in length."""
     temperature: float = 0.0

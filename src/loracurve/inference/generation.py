@@ -80,7 +80,7 @@ def generate(
         tokenizer: the base model's, a fast one. Its leading special tokens (BOS) are put in front of each prompt.
         prompts: one text or several, continued as they stand; apply a chat template before, if the model wants one.
         config: how to decode. Default: greedy, 64 tokens.
-        t: points ``[n]``, or ``[n, K]`` coefficients of points beside the curve. Default: 10, equally spaced.
+        t: points ``[n]``, or ``[n, K]`` coefficients of points off the curve. Default: 10, equally spaced.
         weights: weights ``[n]`` of the points, summing to 1. Default: equal.
         progress: called after each step with the number of tokens that the prompts of this batch have by then.
         numbers: which stream of draws each prompt has. Default: its place. So prompts of several callers can be decoded

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import yaml
 
 from loracurve.curve.config import CurveConfig, LoraOptions, check_points
-from loracurve.curve.retired import DEFAULTS, Part, refusal, split_retired
+from loracurve.curve.retired import Part, refusal, split_retired
 from loracurve.inference.config import EvaluationConfig
 from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
 from loracurve.system.options import parse_mapping
-from loracurve.system.yaml_files import read_yaml
+from loracurve.system.yaml_files import check_yaml, read_yaml
 from loracurve.tasks.config import TaskConfig
 from loracurve.training.config import FitConfig, LoopConfig
 
@@ -82,16 +82,45 @@ def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_retired_words(words: list[str]) -> list[str]:
-    """Words of a command line; raises UserError where they, or a file they name, ask for options that are retired."""
-    for word, after in zip(words, [*words[1:], ""], strict=False):
-        name, _, value = word.removeprefix("--").partition("=")
-        if name == "config" and Path(value or after).is_file():
-            values = read_yaml(Path(value or after))
-            _without_retired(values if isinstance(values, Mapping) else {})
-        part, _, option = name.partition(".")
-        if word.startswith("--") and part in _PARTS and option.partition(".")[0] in DEFAULTS[_PARTS[part]]:
-            raise refusal(name)
-    return words
+    """A command line without the defaults of retired options, in its words and in the file that it names.
+
+    Raises:
+        UserError: they ask for what is retired; a file that is no YAML.
+    """
+    out: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        pair = [word]
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+            pair.append(value)
+        part, _, option = name.removeprefix("--").partition(".")
+        if name == "--config" and Path(value).is_file():
+            values = read_yaml(Path(value))
+            known = _without_retired(values) if isinstance(values, Mapping) else values
+            out += pair if known == values else [f"--config={yaml.safe_dump(known)}"]
+        elif word.startswith("--") and part in _PARTS and option:
+            left, gone = split_retired(_PARTS[part], _nested(option, value))
+            if gone:
+                raise refusal(name.removeprefix("--"))
+            out += pair if left else []
+        else:
+            out += pair
+    return out
+
+
+def _nested(option: str, value: str) -> dict[str, Any]:
+    """`a.b` and its word on the command line as a file has them: {a: {b: value}}."""
+    try:
+        check_yaml(value)
+        found: Any = yaml.safe_load(value) if value else True
+    except yaml.YAMLError:
+        found = value
+    for name in reversed(option.split(".")):
+        found = {name: found}
+    return dict(found)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

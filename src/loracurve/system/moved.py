@@ -121,5 +121,6 @@ class _Old(Loader):
         vars(module)["__getattr__"] = lambda name: _found(owner, name, places)
 
     def get_code(self, name: str) -> CodeType:
-        run = f"sys.argv[0] = sys.argv[0] or {name!r}; runpy.run_module('loracurve.{self.places[0]}', run_name='__main__')"
+        new = f"loracurve.{self.places[0]}"
+        run = f"sys.argv[0] = sys.argv[0] or {name!r}; runpy.run_module({new!r}, run_name='__main__')"
         return compile(f"import runpy, sys; {run}", name, "exec")

@@ -1,7 +1,7 @@
 """A `transformers.Trainer` that fits a curve, for training scripts that exist already.
 
 Change two lines of such a script: wrap the base by `CurveModel` instead of `peft.get_peft_model`, and use
-`CurveTrainer` instead of `Trainer`. `loracurve.fit` does more: packing, bootstrap, perturbations, weight decay, CUDA
+`CurveTrainer` instead of `Trainer`. `loracurve.fit` does more: packing, perturbations, weight decay, CUDA
 graphs.
 """
 
@@ -63,7 +63,7 @@ class CurveTrainer(Trainer):
 
     Raises:
         UserError: options that would do something else here, several GPUs in one process, a curve whose control points
-            depend on each other (closed, smooth, one factor shared), evaluation points that are all anchors.
+            depend on each other (closed, one factor shared), evaluation points that are all anchors.
     """
 
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = _FIXED
@@ -91,7 +91,7 @@ class CurveTrainer(Trainer):
             raise UserError(f"expected one GPU for each process, found {args.n_gpu}; start with torchrun or accelerate")
         if any(tie is not None for tie in model.dependences):
             raise UserError(
-                "expected control points that are free, found closed, smooth or shared ones; use loracurve.fit"
+                "expected control points that are free, found closed or shared ones; use loracurve.fit"
             )
         super().__init__(model=self._inspected(model), args=args, **options)
         self.model = self.model_wrapped = self.callback_handler.model = model
