@@ -132,7 +132,9 @@ class Sized:
 
         def once() -> float:
             number = next(count)
-            batch = collate(rows, batch_numbers(0, number, len(rows), config.batch_size), 1, model.runner.supports_trees)
+            batch = collate(
+                rows, batch_numbers(0, number, len(rows), config.batch_size), 1, model.runner.supports_trees
+            )
             return learner.step(lambda values: one.nll_at(values, [batch]), number, 1.0)
 
         with recomputing(model.model, config.gradient_checkpointing):

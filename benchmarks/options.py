@@ -29,7 +29,6 @@ from common import (
 from loracurve.curve.spec import CurveSpec
 from loracurve.training.config import CorruptionConfig, FitConfig, ObjectiveConfig, PerturbationConfig
 from loracurve.training.curves import CurveObjective
-from loracurve.training.likelihood_bootstrap import BootstrapConfig
 from loracurve.training.perturbation import Perturbation
 from loracurve.training.step import StepConfig, Stepper
 
@@ -44,17 +43,14 @@ OPTIONS: list[tuple[str, CurveSpec, dict[str, Any]]] = [
     ("own points for each row", PLAIN, {"share_points": False}),
     ("layerwise", PLAIN, {"layerwise": True}),
     ("sampling arc-length", PLAIN, {"sampling": "arc-length"}),
-    ("jsd mixture", PLAIN, {"objective": ObjectiveConfig("mixture", 0.5)}),
     ("jsd bonus", PLAIN, {"objective": BONUS}),
     ("jsd hinge", PLAIN, {"objective": ObjectiveConfig("hinge", 5.0, 0.02)}),
     ("jsd bonus on corrupted tokens", PLAIN, {"objective": BONUS, "corruption": CorruptionConfig("tokens")}),
     ("jsd bonus with dropped attention", PLAIN, {"objective": BONUS, "corruption": CorruptionConfig("attention")}),
-    ("bootstrap", PLAIN, {"bootstrap": BootstrapConfig("everywhere")}),
     ("flat_lora", PLAIN, {"perturbation": PerturbationConfig("flat_lora")}),
     ("lora_space", PLAIN, {"perturbation": PerturbationConfig("lora_space")}),
     ("sam, points 1", PLAIN, {"points": 1, "perturbation": PerturbationConfig("sam")}),
     ("closed", CurveSpec(2, 2, closed=True), {}),
-    ("smooth", CurveSpec(2, 2, smooth=True), {}),
     ("curve on A only", CurveSpec(2, 2, factors="A"), {}),
     ("4 segments", CurveSpec(4, 2), {}),
 ]

@@ -61,7 +61,7 @@ def check_small(folder: Path) -> None:
     model = curve_model(base, 4, CurveSpec(2, 2))
     model.set_curve(model.spec, stacked(random_adapters(model, 5)))
     encoded = synthetic(33, 24, base.config.vocab_size)
-    config = FitConfig(batch_size=7, points=2, share_points=True, objective=ObjectiveConfig("mixture", 0.5))
+    config = FitConfig(batch_size=7, points=2, share_points=True, objective=ObjectiveConfig("bonus", 0.5))
     step = stepper_of(model, encoded, config)
     losses = torch.stack([step() for _ in range(6)])
     t = torch.linspace(0, 1, 5, dtype=torch.float64)

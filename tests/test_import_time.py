@@ -5,16 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+from helpers.places import ROOT
 
 import loracurve
 from loracurve.cli import main
+from loracurve.runs.config import load_config, without_retired_words
+from loracurve.system.errors import UserError
 from loracurve.system.moved import MODULES, NAMES
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "fastapi", "ray")
 LIGHT = [
-    *(f"{p}.config" for p in "curve tasks model inference training landscape runs serving bench".split()),
+    *(
+        f"{p}.config"
+        for p in ["curve", "tasks", "model", "inference", "training", "landscape", "runs", "serving", "bench"]
+    ),
     *("system.options", "system.folders", "system.distributed", "bench.suite_files", "commands", "cli"),
 ]
 
@@ -125,3 +132,20 @@ def test_an_old_module_runs_as_the_new_one() -> None:
     """`python -m loracurve.harness` is the command of `loracurve.runs.lm_eval`, which here misses its program."""
     done = subprocess.run([sys.executable, "-m", "loracurve.harness"], capture_output=True, text=True)
     assert done.returncode == 2 and "expected the package lm-eval" in done.stderr, done.stderr
+
+
+def test_command_lines_with_defaults_of_retired_options_work(tmp_path: Path) -> None:
+    """The config.yaml of a run of the version that had more options can be fitted again, and resumed."""
+    old = ROOT / "tests" / "helpers" / "config_94813ef.yaml"
+    new = without_retired_words(["--config", str(old), "--curve.smooth=false", "--resume", "--lora.r", "4"])
+    assert [word.partition("=")[0] for word in new] == ["--config", "--resume", "--lora.r", "4"]
+    (tmp_path / "new.yaml").write_text(new[0].partition("=")[2])
+    assert load_config(tmp_path / "new.yaml") == load_config(old)
+    plain = ["--config", str(tmp_path / "new.yaml"), "--curve_training.sampling=uniform"]
+    assert without_retired_words(plain) == plain
+
+
+@pytest.mark.parametrize("word", ["--curve_training.objective.jsd=mixture", "--curve_training.sampling=quasi-random"])
+def test_retired_values_are_refused_on_the_command_line(word: str) -> None:
+    with pytest.raises(UserError, match=f"^{word[2:].partition('=')[0]}: .*commit 94813ef still has it"):
+        without_retired_words(["--config", "any.yaml", word])

@@ -171,7 +171,8 @@ def test_a_missing_harness_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     assert main() == 2
     assert (
-        capsys.readouterr().err == "loracurve.runs.lm_eval: expected the package lm-eval, found none; pip install lm-eval\n"
+        capsys.readouterr().err
+        == "loracurve.runs.lm_eval: expected the package lm-eval, found none; pip install lm-eval\n"
     )
 
 

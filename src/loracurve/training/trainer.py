@@ -90,9 +90,7 @@ class CurveTrainer(Trainer):
         if args.n_gpu > 1:
             raise UserError(f"expected one GPU for each process, found {args.n_gpu}; start with torchrun or accelerate")
         if any(tie is not None for tie in model.dependences):
-            raise UserError(
-                "expected control points that are free, found closed or shared ones; use loracurve.fit"
-            )
+            raise UserError("expected control points that are free, found closed or shared ones; use loracurve.fit")
         super().__init__(model=self._inspected(model), args=args, **options)
         self.model = self.model_wrapped = self.callback_handler.model = model
         self.curve, self.points, self.sampling = model, points, sampling
