@@ -149,3 +149,10 @@ def test_command_lines_with_defaults_of_retired_options_work(tmp_path: Path) -> 
 def test_retired_values_are_refused_on_the_command_line(word: str) -> None:
     with pytest.raises(UserError, match=f"^{word[2:].partition('=')[0]}: .*commit 94813ef still has it"):
         without_retired_words(["--config", "any.yaml", word])
+
+
+def test_packages_and_old_modules_are_attributes() -> None:
+    """`import loracurve` alone made them attributes when it loaded them all."""
+    code = "import loracurve as lc; assert lc.runs and lc.metrics.accuracy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ Names are loaded when they are first used: `import loracurve` alone imports neit
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loracurve.system.moved import watch
@@ -110,10 +111,13 @@ watch()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACE:
-        raise AttributeError(f"module 'loracurve' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"loracurve.{_PLACE[name]}"), name)
-    return value
+    if name in _PLACE:
+        value = globals()[name] = getattr(import_module(f"loracurve.{_PLACE[name]}"), name)
+        return value
+    module = f"loracurve.{name}"
+    if not name.startswith("_") and find_spec(module) is not None:
+        return import_module(module)
+    raise AttributeError(f"module 'loracurve' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

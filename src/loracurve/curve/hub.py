@@ -14,7 +14,7 @@ from loracurve.curve.files import FILES, write_curve
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.model_card import model_card
 from loracurve.curve.spec import CurveSpec
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import atomic_write
 
 __all__ = ["CARD", "curve_folder", "hub_base", "push_curve", "push_model", "write_shared"]
@@ -40,7 +40,7 @@ def curve_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"{name}: expected a curve folder or the name of a repository on the hub, found no such folder here and "
             f"none to fetch ({reason})"
@@ -82,7 +82,7 @@ def push_curve(
             repo_id=place, folder_path=Path(folder), allow_patterns=files, commit_message="Upload a curve of adapters"
         )
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = one_line(error, 240)
         raise UserError(f"{repo}: cannot upload ({reason}); is the name OWNER/NAME, and are you logged in?") from error
     return str(commit.commit_url)
 

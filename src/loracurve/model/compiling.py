@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loracurve.system.errors import one_line
+
 __all__ = ["compile_layers", "run_as_they_are"]
 
 
@@ -38,7 +40,7 @@ class _Fallback:
                 return self.compiled(*args, **self.prepare(self.layer, args, kwargs))
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.shared["failed"] = True
-                logger.warning("running without compiled layers: %s", " ".join(str(error).split())[:300])
+                logger.warning("running without compiled layers: %s", one_line(error, 300))
         plain: Any = self.layer._call_impl
         return plain(*args, **kwargs)
 
