@@ -70,7 +70,7 @@ def test_help_and_mistakes_are_told_before_torch_is_loaded(words: list[str]) -> 
         (["bench", "smoke", "--nope", "1"], "unknown option nope"),
         (["fit", "--curve.segmens", "3"], "unknown option curve.segmens; did you mean 'curve.segments'?"),
         (["fit", "--segmnets", "3"], "unknown option segmnets; did you mean 'curve.segments'?"),
-        (["fit", "--lerning_rate", "3"], "did you mean 'anchor_training.learning_rate'?"),
+        (["fit", "--lerning_rate", "3"], "did you mean 'curve_training.learning_rate'?"),
         (["scan", "RUN", "--ponits", "3"], "unknown option ponits; did you mean 'points'?"),
         (["generate", "RUN", "--promt", "x"], "unknown option promt; did you mean 'prompt'?"),
         (["fitt"], "unknown command 'fitt'; did you mean 'fit'?"),

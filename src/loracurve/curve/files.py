@@ -17,7 +17,7 @@ from loracurve.curve.lora_config import check_config
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.retired import refusal, split_retired
 from loracurve.curve.spec import CurveSpec
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json, write_json
 from loracurve.system.tensors import UNREADABLE, read_tensors, write_tensors
 
@@ -58,7 +58,7 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = load_file(weights)
     except UNREADABLE as error:
-        raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{folder}: the adapter cannot be read ({one_line(error, 200)})") from error
     try:
         check_config(config)
     except UserError as error:

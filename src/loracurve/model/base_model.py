@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from loracurve.model.config import Dtype, ModelConfig, Quantisation
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import flush
 from loracurve.system.folders import is_running
 from loracurve.tasks.config import TaskConfig
@@ -66,7 +66,7 @@ def load_base(
             **extra,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load model {name!r}: {' '.join(str(error).split())[:240]}") from error
+        raise UserError(f"cannot load model {name!r}: {one_line(error, 240)}") from error
     tokenizer = load_tokenizer(name, trust_remote_code)
     if classifier and model.config.pad_token_id is None:
         # Classifiers on decoders find the last token by the padding token.
@@ -100,7 +100,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:240]}") from error
+        raise UserError(f"cannot load the tokenizer of {name!r}: {one_line(error, 240)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -18,7 +18,7 @@ from loracurve.curve.lora_space import PREFIX, ControlPoints
 from loracurve.model.heads import CurveDense
 from loracurve.model.layers import CurveLayer, CurveLinear, join_siblings
 from loracurve.model.routes import Route
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 from loracurve.system.randomness import generator
 
 __all__ = ["initial_control_points", "inject"]
@@ -45,7 +45,7 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
     try:
         peft.inject_adapter_in_model(matching, model, low_cpu_mem_usage=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
-        raise UserError(f"LoRA targets do not fit this model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"LoRA targets do not fit this model: {one_line(error, 300)}") from error
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             _replace(model, name, module.original_module)

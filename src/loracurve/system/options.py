@@ -134,7 +134,7 @@ def _closest(word: str, names: Sequence[str]) -> str:
         return found
     if found := nearest(word, names, 0.7):
         return found
-    last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    last = {name.rsplit(".", 1)[-1]: name for name in names}
     if found := nearest(word.rsplit(".", 1)[-1], last, 0.7):
         return f"; did you mean {last[found.split(chr(39))[1]]!r}?"
     return ""

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 
 __all__ = ["read_table", "records"]
 
@@ -33,7 +33,7 @@ def read_table(path: Path) -> pa.Table:
     except UserError:
         raise
     except (pa.ArrowException, MemoryError, OSError, OverflowError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:160]}); make it again") from error
+        raise UserError(f"{path}: damaged ({one_line(error, 160)}); make it again") from error
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

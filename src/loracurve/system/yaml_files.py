@@ -8,7 +8,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 
 __all__ = ["check_yaml", "read_yaml"]
 
@@ -66,7 +66,7 @@ def read_yaml(path: Path) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{path}: not valid YAML ({one_line(error, 200)})") from error
 
 
 def _load(text: str) -> Any:
