@@ -104,7 +104,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
         nonlocal busy
         busy = workers(driver)
         begun = list((out / "anchors/made/1").glob("work-*/checkpoint.json"))
-        return second in busy and len(busy) >= 2 and bool(begun)
+        return second in busy and bool(begun)  # the other worker may have begun earlier, and be done
 
     until(at_work, "a worker amid its anchors", lambda: process.poll() is None, seconds=240)
     assert all("seed 0" in cell for cell in busy if cell != second)  # the other worker may be a cell ahead
