@@ -52,7 +52,8 @@ def bench_command(
     Args:
         suite: all options of a suite, from a YAML file and the command line.
         out: folder for the results, new or begun by the same suite.
-        jobs: cells that run side by side. Default: one for each GPU, without GPUs one (with Ray one for each node).
+        jobs: cells (a method on a task with a seed) that run side by side. Default: one for each GPU, without GPUs one
+            (with Ray one for each node).
         seconds: start no further cell after this time.
         retry: run cells again that failed.
         tables_only: make tables and page from what is in the folder, without running anything.

@@ -40,7 +40,7 @@ class LandscapeConfig:
     sharpness: int = 5
     """Points of each trained curve at which the loss under noise is computed, both ends included; 0: none."""
     noise: float = 0.1
-    """That noise, relative to the rows of A and the columns of B in the balanced gauge."""
+    """That noise, relative to the rows of A and the columns of B, once norm is split evenly between A and B."""
     local_rows: int = 64
     """Training rows for the loss under noise."""
 

@@ -71,11 +71,12 @@ class CurveConfig:
     pieces: int = 1
     """Segments between two neighbouring anchors (anchored)."""
     closed: bool = False
-    """The curve ends where it begins (anchored: behind the last anchor it goes back to the first)."""
+    """The curve ends where it begins (anchored: after the last anchor it goes back to the first)."""
     factors: Literal["both", "A", "B"] = "both"
     """Which factors vary along the curve; the other one is shared by all its points (free)."""
     alignment: Alignment = "balanced+procrustes"
-    """Gauge alignment of the anchors before they are joined."""
+    """How the anchors' rescaling freedom (gauge) is removed before they are joined: (A, B) and (R A, B R^-1) are the
+    same adapter, but lines between adapters depend on R. none: not at all."""
     inner: Literal["line", "init"] = "line"
     """Start of the inner control points: on the straight line between anchors, or at the LoRA init."""
 

@@ -1,4 +1,4 @@
-"""Gauge alignment of adapters.
+"""Alignment of adapters, which uses their rescaling freedom (gauge).
 
 (A, B) and (R A, B R^-1) are the same model for every invertible R [r, r], but a straight line or a curve between two
 adapters moves when R does. These functions choose R for each adapter and map so that paths join like with like; no
@@ -65,17 +65,23 @@ def procrustes(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Te
 
 
 def align(anchors: ControlPoints, alignment: Alignment = "balanced+procrustes") -> ControlPoints:
-    """Bring M stacked adapters into one gauge; each anchor is rotated onto the one before it.
+    """Replace M adapters by equal ones that lie near each other, so that lines between them join like with like.
 
-    Procrustes alone still depends on how norm is split between A and B; balanced and Procrustes together do not depend
-    on the incoming gauge at all. Dense heads have no gauge and stay as they are.
+    (A, B) and (R A, B R^-1) are the same adapter for every invertible R [r, r]: its rescaling freedom (gauge). Here R
+    is chosen for each adapter and map. Procrustes alone still depends on how norm is split between A and B; balanced
+    and Procrustes together do not depend on the R that the adapters came with. Dense heads have no such freedom and
+    stay as they are.
 
     Args:
-        anchors: stacked adapters, leading dimension M.
-        alignment: which gauge.
+        anchors: tensors by PEFT name, leading dimension M (`CurveModel.control_points`).
+        alignment: balanced: the norm of B A is split evenly between A and B. procrustes: each adapter is rotated onto
+            the one before it. Both, or none.
 
     Returns:
-        New stacked adapters with the same products B A (1e-5 relative in float32).
+        New tensors of the same names and shapes, with the same products B A (1e-5 relative in float32).
+
+    Raises:
+        UserError: an unknown alignment.
     """
     if alignment not in ("none", "balanced", "procrustes", "balanced+procrustes"):
         raise UserError(f"unknown alignment {alignment!r}; expected none, balanced, procrustes or balanced+procrustes")

@@ -31,9 +31,14 @@ def quadrature(
 ) -> tuple[Tensor, Tensor]:
     """Points t and weights, both ``[points]`` float64, for averages over t uniform on [0, 1]; the weights sum to 1.
 
-    uniform is equally spaced with both ends and equal weights (one point: t = 0.5; closed curves: with one of the
-    ends, which are the same), gauss-legendre puts points / segments nodes into each segment, monte-carlo draws from
-    `generator`.
+    Args:
+        kind: uniform is equally spaced with both ends and equal weights (one point: t = 0.5; closed curves: with one of
+            the ends, which are the same), gauss-legendre puts points / segments nodes into each segment, monte-carlo
+            draws from `generator`.
+        points: how many.
+        segments: of the curve (`model.spec.segments`).
+        generator: of the draws, for monte-carlo only.
+        closed: whether the curve ends where it begins (`model.spec.closed`).
 
     Raises:
         UserError: unknown kind, fewer than one point, or for gauss-legendre no multiple of `segments`.

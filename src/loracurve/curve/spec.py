@@ -52,7 +52,7 @@ class CurveSpec:
     trainable: tuple[bool, ...] = ()
     """one flag for each control point; empty: all are trained (a free curve)"""
     alignment: str = "none"
-    """gauge alignment that the anchors went through, for the record"""
+    """alignment (`loracurve.align`) that the anchors went through, for the record"""
     closed: bool = False
     """the curve ends where it begins: P_{K-1} = P_0"""
     factors: Literal["both", "A", "B"] = "both"
@@ -130,7 +130,11 @@ class CurveSpec:
         pieces: int = 1,
         closed: bool = False,
     ) -> CurveSpec:
-        """A curve through `anchors` frozen adapters, `pieces` segments between each two (closed: back to the first)."""
+        """A curve through `anchors` frozen adapters, `pieces` segments between each two (closed: back to the first).
+
+        Raises:
+            UserError: fewer than 2 anchors, degree 1 or piece.
+        """
         if anchors < 2 or degree < 1 or pieces < 1:
             raise UserError(
                 f"an anchored curve needs at least 2 anchors, degree 1 and 1 piece, found {anchors}, {degree} and "

@@ -39,7 +39,7 @@ class Tunnel:
     on theta: no Jacobian enters. At a joint where the curve has a kink, the frame jumps with the tangent.
 
     Args:
-        gram: ``[K, K]`` Gram matrix of the control points (`curve.gram`).
+        gram: ``[K, K]`` Gram matrix of the control points (`bezier.gram`).
         segments, degree: shape of the curve.
         sigma: standard deviation of each xi_j, in units of the distance that `gram` measures.
         prior: how t is distributed.
@@ -174,7 +174,7 @@ def sample_tunnel(
             it has to return the same for the same coefficients.
         samples: how many states are kept.
         generator: CPU generator of the chain.
-        temperature: T; 1 is Bayes' rule, larger values stay nearer the prior (`inference.likelihood_weights`).
+        temperature: T; 1 is Bayes' rule, larger values stay nearer the prior (`model_average.likelihood_weights`).
         warm_up: states dropped at first.
         thin: of so many states one is kept.
 

@@ -191,6 +191,10 @@ def prediction_sets(probs: Tensor, quantile: float) -> Tensor:
 
     The probability is over calibration sample and test example together. Classes of probability 0 (absent ones) are
     never in the set.
+
+    Args:
+        probs: ``[E, C]``.
+        quantile: from `conformal_quantile`, of probabilities made in the same way.
     """
     probs = probs.double()
     return (1 - probs <= quantile) & (probs > 0)

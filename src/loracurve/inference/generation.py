@@ -2,7 +2,7 @@
 
 All points run in one batch, each with a key-value cache of its own, and continue with the one token that was chosen
 for all of them. The uncertainty of each token splits as that of any prediction: entropy of the average = expected
-entropy + mutual information (`loracurve.predictive`). Top-p sampling: Holtzman et al. 2020, section 3.1.
+entropy + mutual information (`inference.predictive`). Top-p sampling: Holtzman et al. 2020, section 3.1.
 """
 
 from __future__ import annotations

@@ -66,11 +66,16 @@ def predict_split(
             spaced (`quadrature`, uniform).
         weights: of the points ``[n]``, summing to 1; equal if None.
         points: how many where `t` is None; each takes a forward pass for every row.
-        way: as for `predict_splits`.
+        way: `points` runs the points together, `merged` folds one after the other into the weights, `auto` takes the
+            cheaper one that keeps precision. All give the same predictions up to rounding.
 
     Returns:
         Predictions of the E rows in their order, on the CPU; of language modelling, of all its target tokens,
         summarised.
+
+    Raises:
+        UserError: as `quadrature`.
+        ValueError: weights that do not sum to 1.
     """
     if t is None:
         t, own = quadrature("uniform", points, model.spec.segments, closed=model.spec.closed)

@@ -33,17 +33,29 @@ class Predictive:
     p = sum_i w_i p_i in probability space, ``entropy = expected_entropy + mutual_information``.
     """
 
-    weights: Tensor  # [n], summing to 1
-    confidence: Tensor  # [E], the average's largest probability
-    prediction: Tensor  # [E], the average's most probable class
-    entropy: Tensor  # [E], H[p]: total uncertainty
-    expected_entropy: Tensor  # [E], sum_i w_i H[p_i]: aleatoric, what the data leave open
-    mutual_information: Tensor  # [E], H[p] - sum_i w_i H[p_i]: epistemic, between the points, which are whole models
-    pairwise_jsd: Tensor  # [E], mean JSD of the pairs of points; its expectation does not grow with n as the MI's does
-    disagreement: Tensor  # [E], weight of the points whose most probable class is not the average's
-    point_log_probs: Tensor | None = None  # [n, E, C] float32, absent classes at -inf; None once summarised
-    labels: Tensor | None = None  # [E], only if summarised
-    label_log_probs: Tensor | None = None  # [n, E], the label's log-probability at each point, only if summarised
+    weights: Tensor
+    """``[n]``, summing to 1"""
+    confidence: Tensor
+    """``[E]``, the average's largest probability"""
+    prediction: Tensor
+    """``[E]``, the average's most probable class"""
+    entropy: Tensor
+    """``[E]``, H[p]: total uncertainty"""
+    expected_entropy: Tensor
+    """``[E]``, sum_i w_i H[p_i]: aleatoric, what the data leave open"""
+    mutual_information: Tensor
+    """``[E]``, H[p] - sum_i w_i H[p_i]: epistemic, between the points, which are whole models"""
+    pairwise_jsd: Tensor
+    """``[E]``, mean Jensen-Shannon divergence of the pairs of points; its expectation does not grow with n as that of
+    the mutual information does"""
+    disagreement: Tensor
+    """``[E]``, weight of the points whose most probable class is not the average's"""
+    point_log_probs: Tensor | None = None
+    """``[n, E, C]`` float32, absent classes at -inf; None once summarised"""
+    labels: Tensor | None = None
+    """``[E]``, only if summarised"""
+    label_log_probs: Tensor | None = None
+    """``[n, E]``, the label's log-probability at each point, only if summarised"""
 
     @classmethod
     def from_log_probs(cls, point_log_probs: Tensor, weights: Tensor | None = None) -> Predictive:

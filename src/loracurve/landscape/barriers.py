@@ -118,7 +118,8 @@ def barrier_frame(
 
 
 def gauge_verdicts(barriers: pd.DataFrame) -> pd.DataFrame:
-    """Whether the straight line's barrier in (A, B) is real or a matter of gauge, between every two neighbours.
+    """Whether the straight line's barrier in (A, B) is real or a matter of rescaling freedom (gauge), between every two
+    neighbours: (A, B) and (R A, B R^-1) are the same adapter, but lines between adapters depend on R.
 
     The straight line in Delta W and the lines between aligned adapters have the same ends and nothing trained. The one
     of least excess on the selection data is the control; the test rows judge both.
@@ -143,11 +144,11 @@ def gauge_verdicts(barriers: pd.DataFrame) -> pd.DataFrame:
             verdict, words = "none", "has no barrier that these rows can tell from none"
         elif lower:
             verdict = "partly gauge" if remains else "gauge"
-            words = "has a barrier, " + ("partly" if remains else "and it is") + " a matter of gauge"
+            words = "has a barrier, " + ("partly" if remains else "and it is") + " a matter of rescaling (gauge)"
         elif remains:
-            verdict, words = "not gauge", "has a barrier that a change of gauge does not remove"
+            verdict, words = "not gauge", "has a barrier that rescaling (gauge) does not remove"
         else:
-            verdict, words = "undecided", "has a barrier; these rows are too few to tell whether it is gauge"
+            verdict, words = "undecided", "has a barrier; these rows are too few to say if rescaling (gauge) is why"
         sentence = (
             f"Between anchors {segment} and {int(str(segment)) + 1} the straight line in (A, B) {words}: excess "
             f"{_interval(straight)} nats at its t*, against {_interval(control)} on the path {control.name}."

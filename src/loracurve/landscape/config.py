@@ -39,7 +39,7 @@ class ScanConfig:
     sharpness: int = 13
     """Points of the curve at which the loss under noise is computed; 0: none."""
     noise: float = 0.1
-    """That noise, relative to the rows of A and the columns of B in the balanced gauge."""
+    """That noise, relative to the rows of A and the columns of B, once norm is split evenly between A and B."""
     hessian: int = 0
     """Power iterations for the largest Hessian eigenvalue at these points; slow. 0: none."""
     local_rows: int = 64

@@ -2,8 +2,8 @@
 
 A path runs through neighbouring anchors, one segment between each two, for t in [0, 1]. At every t it is one adapter in
 PEFT's names, whose rank may differ from the anchors' (the line in Delta W has rank 2 r). Which of these paths has a
-barrier tells a matter of gauge from a matter of loss: (A, B) and (R A, B R^-1) are one model, but not one end of a
-straight line (DESIGN, section "Gauge"; Frankle et al. 2020 for linear mode connectivity).
+barrier tells a matter of the rescaling freedom (gauge) from a matter of loss: (A, B) and (R A, B R^-1) are one model,
+but not one end of a straight line (docs/method.md; Frankle et al. 2020 for linear mode connectivity).
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def plane_through(gram: Tensor, corners: tuple[int, int, int]) -> Plane:
     """The plane through three control points, by Gram and Schmidt.
 
     Args:
-        gram: ``[K, K]`` of all control points (`curve.gram`).
+        gram: ``[K, K]`` of all control points (`bezier.gram`).
         corners: their numbers.
 
     Raises:

@@ -48,6 +48,9 @@ def load_base(
         quantise: hold the linear maps' weights in 4 (nf4, doubly quantised) or 8 bits, as QLoRA does (Dettmers et al.
             2023, arXiv 2305.14314); they are multiplied in `dtype`, for `auto` in bfloat16.
 
+    Returns:
+        The model, in evaluation mode, and a fast tokenizer with a padding token.
+
     Raises:
         UserError: nothing loadable there, or bitsandbytes is not installed.
     """

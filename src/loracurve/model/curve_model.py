@@ -52,8 +52,9 @@ class CurveModel(nn.Module):
     Args:
         base: a Hugging Face model.
         config: a `peft.LoraConfig`; target matching is PEFT's own.
-        spec: shape of the curve.
-        points: control points; default: drawn like fresh adapters, independently, from `seed`.
+        spec: shape of the curve; default: free, two segments of degree 2.
+        points: control points by PEFT name, each [K, ...] for the K that `spec` has; default: drawn like fresh
+            adapters, independently, from `seed`.
         seed: seed of the draw.
 
     Raises:
@@ -91,7 +92,20 @@ class CurveModel(nn.Module):
         closed: bool = False,
         factors: Literal["both", "A", "B"] = "both",
     ) -> CurveModel:
-        """A free curve: every control point drawn like a fresh adapter and trained; options as in `CurveSpec`."""
+        """A free curve: every control point drawn like a fresh adapter, and trained.
+
+        Args:
+            base: the model, which is taken over, or its name on the hub or folder.
+            config: the adapters, as PEFT takes them.
+            segments: Bezier segments, joined at their ends.
+            degree: degree of each segment; the curve has segments * degree + 1 control points.
+            seed: seed of the draw.
+            closed: the curve ends where it begins.
+            factors: which factors vary along the curve; with A or B the other one is shared by all its points.
+
+        Raises:
+            UserError: as `CurveModel`, a shape that no curve has, a base that cannot be loaded.
+        """
         spec = CurveSpec(segments, degree, closed=closed, factors=factors)
         return cls(_load_base(base, config), config, spec, seed=seed)
 
@@ -113,7 +127,7 @@ class CurveModel(nn.Module):
             base: the model they were trained on, or its name.
             folders: at least two PEFT adapter folders.
             degree: degree of each segment.
-            alignment: gauge alignment of the anchors (`loracurve.align`).
+            alignment: how the anchors' rescaling freedom (gauge) is removed first (`loracurve.align`).
             inner: inner control points start on the straight line (Garipov et al. 2018) or at the LoRA init.
             seed: seed of the LoRA init.
             pieces: segments between two neighbouring anchors (degree 1 and 2 pieces: a chain with one bend).
@@ -136,7 +150,8 @@ class CurveModel(nn.Module):
         pieces: int = 1,
         closed: bool = False,
     ) -> None:
-        """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them; arguments as above."""
+        """Turn M independent adapters (`CurveSpec.slots`) into the anchored curve through them, for instance after
+        `fit_anchors`; arguments and errors as in `from_adapters`."""
         if inner not in ("line", "init"):
             raise UserError(f"unknown start of inner points {inner!r}; expected line or init")
         fresh = (lambda spec: self.fresh_points(spec, seed)) if inner == "init" else None
@@ -195,6 +210,7 @@ class CurveModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.runner.device
 
     @property
@@ -233,7 +249,8 @@ class CurveModel(nn.Module):
         return self.runner.forward(t, inputs)
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
-        """log p(y | x, theta(t_i)), [n, E, C] float32, for t [n]; see `Runner.point_log_probs`."""
+        """log p(y | x, theta(t_i)) of the E examples of a batch and their C classes, [n, E, C] float32, for t [n]; see
+        `Runner.point_log_probs`. `predict_split` does this for a whole split, and averages."""
         return self.runner.point_log_probs(batch, t, tokens_per_pass)
 
     @contextmanager

@@ -81,7 +81,7 @@ class CurveLinear(CurveLayer):
     cast: tuple[Tensor, Tensor] | None = None
     """A and B in the compute dtype, where those of all layers were cast together for this pass"""
     noise: MapNoise | None = None
-    """perturbs the map in training mode where rows run in groups at few points (`loracurve.perturbation`)"""
+    """perturbs the map in training mode where rows run in groups at few points (`training.perturbation`)"""
 
     def __init__(
         self, base_layer: nn.Module, route: Route, rank: int, scaling: float, dropout: float, n_in: int, n_out: int

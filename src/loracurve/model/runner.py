@@ -262,7 +262,7 @@ class Runner:
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile the layers of the stack that holds the curve (`loracurve.compiling`); options of torch.compile."""
+        """Compile the layers of the stack that holds the curve (`model.compiling`); options of torch.compile."""
         if self.replication.stack is None:
             logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
             return

@@ -1,6 +1,6 @@
 """Gaussian noise on weights whose draw is made again instead of being kept.
 
-Pure functions of factors, weights and a generator; `loracurve.perturbation` decides where and when they act.
+Pure functions of factors, weights and a generator; `training.perturbation` decides where and when they act.
 """
 
 from __future__ import annotations

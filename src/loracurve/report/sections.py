@@ -219,7 +219,7 @@ SECTIONS = (
     Section(
         "Loss along the paths",
         "A barrier on the straight line in (A, B) that the line in ΔW and the aligned lines (balanced, Procrustes, "
-        "both alignments) do not have is a matter of gauge, not of the loss.",
+        "both alignments) do not have comes from the adapters' rescaling freedom (gauge), not from the loss.",
         loss_paths,
     ),
     Section("Reliability", "On the diagonal, confidence is right on average.", reliability, evaluation=True),

@@ -31,7 +31,16 @@ __all__ = ["fit_run"]
 
 
 def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train anchors and curve, evaluate them beside their rivals, write the run directory; returns metrics.json.
+    """Train anchors and curve, evaluate the curve beside single adapters and their ensemble, write the run directory.
+
+    Args:
+        config: all options.
+        out: new folder.
+        resume: go on with a run of the same options that was interrupted.
+        progress: show progress bars.
+
+    Returns:
+        What is in the run's metrics.json.
 
     Raises:
         UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.

@@ -40,7 +40,16 @@ class Run:
 
 
 def open_run(folder: str | Path, data: str | None = None) -> Run:
-    """Open a finished run; `data` replaces its data set (same prompt and classes)."""
+    """Open a finished run: its `config`, its `task`, its `model` (a `CurveModel`), and `average()`, the points and
+    weights to predict with.
+
+    Args:
+        folder: the run directory.
+        data: another data set in place of the run's (same prompt and classes).
+
+    Raises:
+        UserError: no run with a fitted curve there, a base model or data that cannot be opened.
+    """
     folder = Path(folder)
     if not (folder / "curve" / "curve_config.json").is_file():
         raise UserError(

@@ -65,7 +65,7 @@ def has_results(folder: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished files (`storage.atomic_write`) below `folder` whose process is no longer there."""
+    """Delete unfinished files (`files.atomic_write`) below `folder` whose process is no longer there."""
     for path in folder.rglob(".*.tmp"):
         match = _LEFTOVER.fullmatch(path.name)
         if match and not is_running(int(match[1])):

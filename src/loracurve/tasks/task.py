@@ -34,8 +34,8 @@ _MAIN_SPLITS = ("train", "validation", "test")
 class Task:
     """A data set with its prompt, for one tokenizer. Made by `load_task`.
 
-    Attributes: `config`, `dataset` (after limits and validation split), `tokenizer`, `template` (None for lm),
-    `window` (longest input in tokens, or None), `validation` (how the validation split came about).
+    Attributes: `config`, `dataset` (after limits and validation split), `tokenizer`, `template` (None for language
+    modelling), `window` (longest input in tokens, or None), `validation` (how the validation split came about).
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Task:
         return self._encoder.classes
 
     def encode(self, split: str) -> Encoded:
-        """One split, tokenised: as many examples as rows, in their order. Kept after the first call."""
+        """One split (train, validation, test, ...), tokenised: an example for each row, in their order. It is tokenised
+        once and kept. Raises UserError as `encode_rows`, or where there is no such split."""
         if split not in self._encoded:
             self._encoded[split] = self.encode_rows(self.dataset.rows(split), split)
         return self._encoded[split]
@@ -89,7 +90,7 @@ class Task:
 
     def encode_foreign(self, rows: Sequence[Row], name: str = "rows") -> Encoded:
         """Tokenise rows of other data, of any kind, out of distribution: without labels, in this task's form
-        (`foreign.adopted`)."""
+        (`ood.adopted`)."""
         return self.encode_rows(adopted(rows, self.dataset), name, labelled=False)
 
     def labels(self, split: str) -> torch.Tensor:
@@ -142,7 +143,14 @@ def open_dataset(data: str, seed: int = 0) -> Dataset:
 def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_window: int | None = None) -> Task:
     """Open the data, settle validation rows and limits, and choose the prompt. Downloads only for hub names.
 
-    `model_window`: longest input of the model in tokens (None: unknown). Raises UserError where they don't fit.
+    Args:
+        config: which data, and how answers are scored.
+        tokenizer: the base model's.
+        model_window: longest input of the model in tokens; None: unknown. Longer prompts are cut on the left.
+
+    Raises:
+        UserError: no such data, rows that break the rules of docs/how-to/data.md, a prompt or a scoring that does not
+            suit them, a `max_length` above the model's window.
     """
     if config.max_length is not None and model_window is not None and config.max_length > model_window:
         raise UserError(f"max_length: expected at most the model's window of {model_window}, found {config.max_length}")

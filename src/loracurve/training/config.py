@@ -41,7 +41,7 @@ class LoopConfig:
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     schedule: Schedule = "linear"
-    """Decay after the warm-up."""
+    """Decay after the warm-up. one-cycle: cosine up to the peak and down to nearly 0 (Smith & Topin 2018)."""
     warmup: float = 0.06
     """Part of the steps in which the learning rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -93,7 +93,7 @@ class ObjectiveConfig:
     + weight x max(tau - mean pairwise divergence, 0)."""
 
     weight: float = 0.0
-    """Weight of the diversity term, at least 0. A bonus above 1 pays for diversity that the data do not license. The
+    """Weight of the diversity term, at least 0. A bonus above 1 pays for diversity that the data do not support. The
     paper's authors use a hinge of weight 5."""
 
     tau: float = 0.0
@@ -266,7 +266,8 @@ class FitConfig(LoopConfig):
     """How a curve is trained."""
 
     steps: int = 1500
-    """Optimiser steps. A free curve takes some five times those of a fine-tune, each of its control points a share."""
+    """Optimiser steps. A free curve takes about five times those of a fine-tune: a step moves only the control points
+    near its t."""
     points: int = 1
     """Points of the curve at which each example is seen in a step; a step costs that many forward and backward
     passes."""

@@ -39,8 +39,15 @@ def fit_anchors(
         model: its control points are replaced.
         task: with train and validation rows.
         config: steps, batch size, learning rate, ...
-        folder: for checkpoints; a run is resumed from what is there.
-        loop: `progress`, `label`, `accelerator`, passed to the loop.
+        folder: for checkpoints; a run is resumed from what is there. None: no checkpoints.
+        loop: `progress` (whether a bar is shown), `label` (what stands before it), `accelerator` (accelerate's, where
+            losses are logged).
+
+    Returns:
+        What was done: steps, seconds, the best step and validation NLL of each adapter, history.
+
+    Raises:
+        UserError: a loss that is not finite, a split that is missing.
     """
     config = config or LoopConfig()
     join()
@@ -63,6 +70,9 @@ def fit(
         config: how the curve is trained.
         folder: as for `fit_anchors`.
         loop: as for `fit_anchors`.
+
+    Returns:
+        What was done: steps, seconds, the best step and validation NLL (one of each), history.
 
     Raises:
         UserError: the loss is not finite (the last good state is kept), nothing is trainable, options that do not suit

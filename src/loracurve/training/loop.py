@@ -76,9 +76,9 @@ class FitResult:
     steps: int
     seconds: float
     best_step: list[int]
-    """step after which each group's validation NLL was best"""
+    """step after which validation NLL was best: one for a curve, one for each adapter that was trained beside others"""
     validation_nll: list[float]
-    """that NLL, nats"""
+    """that NLL, in nats"""
     history: list[dict[str, Any]] = field(default_factory=list)
     """logged figures: step, loss, learning rate, validation"""
     stopped_early: bool = False

@@ -2,7 +2,7 @@
 
 Give it a `CurveModel` instead of a model and a `peft_config`, and use `CurveSFTTrainer` instead of `SFTTrainer`. Data
 sets (text, conversations, prompts with completions), chat templates, truncation and collation are TRL's; loss,
-evaluation and saving are those of `loracurve.trainer.CurveTrainer`.
+evaluation and saving are those of `training.trainer.CurveTrainer`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CurveSFTTrainer"]
 try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
-    raise UserError("loracurve.sft needs the package trl, found none; pip install 'loracurve[trl]'") from error
+    raise UserError("loracurve.training.sft needs the package trl, found none; pip install 'loracurve[trl]'") from error
 
 
 class CurveSFTTrainer(CurveTrainer, SFTTrainer):
@@ -51,7 +51,7 @@ class CurveSFTTrainer(CurveTrainer, SFTTrainer):
 
     def __init__(self, model: CurveModel, args: SFTConfig, **options: Any) -> None:
         if model.is_classifier:
-            raise UserError("expected a causal language model, found a classifier; use loracurve.trainer.CurveTrainer")
+            raise UserError("expected a causal language model, found a classifier; use CurveTrainer")
         if args.packing and args.packing_strategy != "wrapped":
             raise UserError(
                 f"packing_strategy: expected wrapped, found {args.packing_strategy}, which runs without padding"

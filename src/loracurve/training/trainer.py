@@ -56,7 +56,7 @@ class CurveTrainer(Trainer):
         model: a causal language model or classifier with a curve in it; frozen control points stay as they are.
         args: as for `Trainer`.
         points: points of the curve at which each micro-batch is run.
-        sampling: how they are drawn (`loracurve.sampling.sample_points`), but not arc-length.
+        sampling: how they are drawn (`curve.sampling.sample_points`), but not arc-length.
         evaluation_points: points of the average, equally spaced.
         objective: a diversity term; None: none.
         options: whatever else `Trainer` takes: data sets, data collator, compute_metrics, callbacks, ...
