@@ -64,7 +64,8 @@ print(tokenizer.decode(test.examples[0].prompt))
 # ## Anchors and the paths between them
 #
 # Three adapters, fine-tuned side by side. The straight line between two of them in (A, B) may have a barrier; the same
-# line between aligned adapters, and the one in Delta W, tell whether that is a matter of gauge.
+# line between aligned adapters, and the one in Delta W, tell whether that is a matter of their rescaling freedom
+# (gauge): (R A, B R^-1) is the same adapter as (A, B).
 
 # %%
 config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
