@@ -133,7 +133,7 @@ class Sized:
         def once() -> float:
             number = next(count)
             batch = collate(
-                rows, batch_numbers(0, number, len(rows), config.batch_size), 1, model.runner.supports_trees
+                rows, batch_numbers(0, number, len(rows), config.batch_size), 1, model.runner.takes_trees(rows)
             )
             return learner.step(lambda values: one.nll_at(values, [batch]), number, 1.0)
 

@@ -10,7 +10,7 @@ import pytest
 from loracurve.curve import hub as curve_hub
 
 
-def test_only_the_two_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_files_of_a_curve_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
     def fetch(name: str, **options: Any) -> str:
@@ -22,5 +22,5 @@ def test_only_the_two_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert asked == {
         "name": "me/curve",
         "revision": "v1",
-        "allow_patterns": ["curve_config.json", "control_points.safetensors"],
+        "allow_patterns": ["curve_config.json", "control_points.safetensors", "base_weights.safetensors"],
     }

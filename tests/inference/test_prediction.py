@@ -37,7 +37,7 @@ def test_points_rows_merged_and_coefficients_agree(architecture: str, spec: Curv
     assert expected is not None
     found = predict_split(model, test, model.coefficients(t)).point_log_probs
     torch.testing.assert_close(found, expected)
-    (batch,) = evaluation_batches(test, packing=model.runner.supports_trees)
+    (batch,) = evaluation_batches(test, packing=model.runner.takes_trees(test))
     for i, at in enumerate(t.tolist()):
         with model.merged(at), torch.no_grad():
             merged = model.runner.scores(batch, None).log_softmax(-1)[0]

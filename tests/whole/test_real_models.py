@@ -85,7 +85,7 @@ def test_answers_are_single_tokens_after_the_prompt(smollm2: Path, tmp_path: Pat
 def test_packed_rows_score_as_single_examples(dtype: Dtype, tolerance: float, smollm2: Path, tmp_path: Path) -> None:
     encoded = words_task(tmp_path / "data", smollm2).encode("test")
     model, _ = curve_model(smollm2, dtype, CurveSpec(1, 2), scale=0.01)
-    assert model.runner.supports_trees
+    assert model.runner.takes_trees(encoded)
     packed = collate(encoded, range(len(encoded)))
     assert len(packed.input_ids) == 1, "all words share one row behind the prompt's beginning"
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)

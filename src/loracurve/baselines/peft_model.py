@@ -123,7 +123,7 @@ class ClassLogits(nn.Module):
         super().__init__()
         if encoded.scoring == "lm":
             raise UserError("expected a task with classes, found language modelling; choose another")
-        if encoded.scoring == "text" and not model.runner.supports_trees:
+        if encoded.scoring == "text" and not model.runner.takes_trees(encoded):
             raise UserError("expected a model that takes 4-D masks for scoring text, found none; score letters")
         # Libraries take dtype and device from a module's first parameter, which may be a bfloat16 base weight.
         self.first = nn.Parameter(torch.zeros(0, device=model.device), requires_grad=False)

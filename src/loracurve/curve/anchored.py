@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,15 +18,25 @@ from loracurve.curve.lora_space import ControlPoints, column, stack_adapters
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError
 
-__all__ = ["load_anchors", "slot_times", "through"]
+__all__ = ["load_anchors", "same_base", "slot_times", "through"]
 
 # What has to be the same in the configs of adapters that one curve runs through.
-_AGREED = ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_AGREED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def slot_times(anchors: int) -> Tensor:
     """[M] the t of M adapters on the chain through them (`CurveSpec.slots`)."""
     return torch.linspace(0, 1, anchors, dtype=torch.float64) if anchors > 1 else torch.zeros(1, dtype=torch.float64)
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two names of a base model can mean the same one: a hub name, its folder in the hub's cache, or paths that
+    are spelt differently, whether they lie on this machine or not. Nothing is known of an empty name."""
+    names = [re.sub(r".*models--([^/]+)--([^/]+)/snapshots/.*", r"\1/\2", name) for name in (first, second)]
+    paths = [Path(name) for name in names]
+    if all(path.exists() for path in paths):
+        return paths[0].resolve() == paths[1].resolve()
+    return "" in names or names[0] == names[1] or paths[0].name == paths[1].name
 
 
 def load_anchors(folders: Sequence[str | Path]) -> tuple[peft.LoraConfig, ControlPoints]:
@@ -39,6 +50,11 @@ def load_anchors(folders: Sequence[str | Path]) -> tuple[peft.LoraConfig, Contro
         raise UserError(f"an anchored curve needs at least 2 adapter folders, found {len(loaded)}")
     config = loaded[0][0]
     for folder, (other, _) in zip(folders, loaded, strict=True):
+        if not same_base(*(c.base_model_name_or_path or "" for c in (config, other))):
+            raise UserError(
+                f"{folder}: base_model_name_or_path is {other.base_model_name_or_path!r}, but "
+                f"{config.base_model_name_or_path!r} in {folders[0]}; anchors must be of one base"
+            )
         for key in _AGREED:
             mine, found = getattr(config, key), getattr(other, key)
             if mine != found:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
-from loracurve.system.errors import UserError, nearest
+from loracurve.system.errors import UserError, nearest, one_line
 
 __all__ = ["Alignment", "CurveConfig", "LoraOptions", "Rule", "Sampling", "check_points", "check_sampling"]
 
@@ -46,13 +46,22 @@ class LoraOptions:
         """The same as a `peft.LoraConfig` for a base model name (no annotation: parsers would import it)."""
         import peft
 
-        values = {k: v for k, v in vars(self).items() if k != "init_lora_weights"}
-        return peft.LoraConfig(
-            **values,
-            init_lora_weights=True if self.init_lora_weights == "kaiming" else "gaussian",
-            base_model_name_or_path=base,
-            task_type=peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM,
-        )
+        values = {k: v for k, v in vars(self).items() if k not in ("init_lora_weights", "layers_to_transform")}
+        all_linear = isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        if not all_linear:
+            values["layers_to_transform"] = self.layers_to_transform
+        try:
+            config = peft.LoraConfig(
+                **values,
+                init_lora_weights=True if self.init_lora_weights == "kaiming" else "gaussian",
+                base_model_name_or_path=base,
+                task_type=peft.TaskType.SEQ_CLS if classifier else peft.TaskType.CAUSAL_LM,
+            )
+        except ValueError as error:
+            raise UserError(f"lora: {one_line(error, 200)}") from error
+        if all_linear:  # PEFT takes no layers with this word; curves do (`model.targets`)
+            config.layers_to_transform = self.layers_to_transform
+        return config
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Curves on disk (`curve_config.json`, `control_points.safetensors`) and single adapters as PEFT folders; no pickle."""
+"""Curves on disk (`curve_config.json`, `control_points.safetensors`) and single adapters as PEFT folders; no pickle.
+
+Where a curve brings weights of its base along, because no checkpoint of the base has them, they lie beside it in
+`base_weights.safetensors` by the base's parameter names, and in exported adapters, from which PEFT loads them.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loracurve.curve.lora_config import check_config
-from loracurve.curve.lora_space import ControlPoints
+from loracurve.curve.lora_config import check_config, trained_init
+from loracurve.curve.lora_space import PREFIX, ControlPoints
 from loracurve.curve.retired import refusal, split_retired
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json, write_json
 from loracurve.system.tensors import UNREADABLE, read_tensors, write_tensors
 
-__all__ = ["FILES", "check_finite", "export_adapter", "load_adapter", "load_curve", "write_curve"]
+__all__ = [
+    "FILES",
+    "check_finite",
+    "export_adapter",
+    "load_adapter",
+    "load_base_weights",
+    "load_curve",
+    "write_curve",
+]
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,7 +50,8 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     """Read a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`).
 
     Returns:
-        Its LoraConfig and its tensors by PEFT name.
+        Its LoraConfig and all its tensors by PEFT name: factors, dense heads, and weights of the base that PEFT writes
+        beside them (grown embeddings, an adapted output head).
 
     Raises:
         UserError: a file is missing or damaged, is a pickle, or is not a plain LoRA adapter.
@@ -60,20 +73,24 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     except UNREADABLE as error:
         raise UserError(f"{folder}: the adapter cannot be read ({one_line(error, 200)})") from error
     try:
+        if isinstance(config, peft.LoraConfig):
+            config.init_lora_weights = trained_init(  # type: ignore[assignment]
+                config.init_lora_weights
+            )
         check_config(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     check_finite(tensors, weights)
-    # PEFT writes embedding or head weights beside the factors when lm_head is a target; they belong to the base model.
-    return config, {
-        n: t for n, t in tensors.items() if ".base_layer." not in n and not n.endswith("embed_tokens.weight")
-    }
+    return config, tensors
 
 
-FORMAT = 1
+# Of curve folders: 2 has weights of the base beside the curve, which readers of 1 would pass over.
+PLAIN, WITH_BASE_WEIGHTS = 1, 2
 
-# The files of a curve folder.
-FILES = ("curve_config.json", "control_points.safetensors")
+_BASE_WEIGHTS = "base_weights.safetensors"
+
+# The files of a curve folder; the last one only where a curve brings weights of its base.
+FILES = ("curve_config.json", "control_points.safetensors", _BASE_WEIGHTS)
 
 
 def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
@@ -82,14 +99,23 @@ def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
 
 
 def write_curve(
-    config: peft.LoraConfig, spec: CurveSpec, points: ControlPoints, folder: Path, base: str | None = None
+    config: peft.LoraConfig,
+    spec: CurveSpec,
+    points: ControlPoints,
+    folder: Path,
+    base: str | None = None,
+    base_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """`save_curve` of its parts; `base` replaces the name of the base model."""
+    """Write a curve folder; `base` replaces the name of the base model, `base_weights` are what the curve brings of its
+    weights, by name."""
     write_tensors(folder / "control_points.safetensors", points)
+    if base_weights:
+        write_tensors(folder / _BASE_WEIGHTS, base_weights)
     lora = _config_dict(config)
     if base is not None:
         lora["base_model_name_or_path"] = base
-    write_json(folder / "curve_config.json", {"format": FORMAT, "curve": dataclasses.asdict(spec), "lora": lora})
+    version = WITH_BASE_WEIGHTS if base_weights else PLAIN
+    write_json(folder / "curve_config.json", {"format": version, "curve": dataclasses.asdict(spec), "lora": lora})
 
 
 def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlPoints]:
@@ -100,8 +126,11 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
         raise UserError(f"{folder}: expected a curve folder, found no curve_config.json")
     values = read_json(folder / "curve_config.json")
     try:
-        if values["format"] != FORMAT:
-            raise UserError(f"{folder}: curve format {values['format']!r}; this version reads format {FORMAT}")
+        if values["format"] not in (PLAIN, WITH_BASE_WEIGHTS):
+            raise UserError(
+                f"expected curve format {PLAIN} or {WITH_BASE_WEIGHTS}, found {values['format']!r}; a newer version of "
+                "loracurve wrote it: pip install -U loracurve"
+            )
         shape, gone = split_retired("curve", values["curve"])
         if gone:
             raise refusal(", ".join(gone))
@@ -117,10 +146,27 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
     return config, spec, points
 
 
-def export_adapter(config: peft.LoraConfig, adapter: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Write one adapter as an ordinary PEFT folder, which `peft.PeftModel.from_pretrained` loads."""
+def load_base_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of its base that a curve folder brings along, by the base's parameter names; mostly none."""
     folder = Path(folder)
-    write_tensors(folder / "adapter_model.safetensors", adapter)
+    if read_json(folder / "curve_config.json").get("format") != WITH_BASE_WEIGHTS:
+        return {}
+    tensors = read_tensors(folder / _BASE_WEIGHTS)
+    check_finite(tensors, folder / _BASE_WEIGHTS)
+    return tensors
+
+
+def export_adapter(
+    config: peft.LoraConfig,
+    adapter: Mapping[str, Tensor],
+    folder: str | Path,
+    base_weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write one adapter as an ordinary PEFT folder, which `peft.PeftModel.from_pretrained` loads, with the weights of
+    the base that the curve brings along (by name), which it loads too."""
+    folder = Path(folder)
+    brought = {f"{PREFIX}{name}": tensor for name, tensor in (base_weights or {}).items()}
+    write_tensors(folder / "adapter_model.safetensors", {**brought, **adapter})
     config = copy.deepcopy(config)
     config.inference_mode = True
     if config.task_type == peft.TaskType.SEQ_CLS and not config.modules_to_save:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import peft
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
+from torch import Tensor
 
 from loracurve.curve.files import FILES, write_curve
 from loracurve.curve.lora_space import ControlPoints
@@ -95,18 +97,25 @@ def push_model(
     base: str | None = None,
     private: bool | None = None,
     token: str | None = None,
+    base_weights: Mapping[str, Tensor] | None = None,
 ) -> str:
     """`push_curve` of a curve in memory, with a card that knows no run and replaces none on the hub."""
     name = hub_base(config, base)
     with TemporaryDirectory() as folder:
-        write_shared(config, spec, points, name, model_card(config, spec, name, repo), Path(folder))
+        write_shared(config, spec, points, name, model_card(config, spec, name, repo), Path(folder), base_weights)
         return push_curve(folder, repo, private, token, keep_card=True)
 
 
 def write_shared(
-    config: peft.LoraConfig, spec: CurveSpec, points: ControlPoints, base: str, card: str, folder: Path
+    config: peft.LoraConfig,
+    spec: CurveSpec,
+    points: ControlPoints,
+    base: str,
+    card: str,
+    folder: Path,
+    base_weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a curve and its card into a folder, which is returned; `base` is the base model's name on the hub."""
-    write_curve(config, spec, points, folder, base)
+    write_curve(config, spec, points, folder, base, base_weights)
     atomic_write(folder / CARD, lambda p: p.write_text(card, encoding="utf-8"))
     return folder

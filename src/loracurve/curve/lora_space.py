@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loracurve.system.errors import UserError
 
-__all__ = ["PREFIX", "ControlPoints", "adapter_at", "column", "stack_adapters"]
+__all__ = ["PREFIX", "ControlPoints", "adapter_at", "column", "head_labels", "stack_adapters"]
 
 
 ControlPoints = dict[str, Tensor]
@@ -46,3 +46,13 @@ def stack_adapters(adapters: list[dict[str, Tensor]]) -> ControlPoints:
                     f"{list(tensor.shape)} in adapter {i}; all ranks and targets must agree"
                 )
     return {name: torch.stack([a[name].float() for a in adapters]) for name in first}
+
+
+def head_labels(points: ControlPoints) -> int | None:
+    """How many labels the classification head among stacked tensors ``[K, ...]`` has; None where there is none.
+
+    Of several dense layers it is the one whose outputs no other one takes.
+    """
+    dense = [p.shape[1:] for name, p in points.items() if p.dim() == 3 and ".lora_" not in name]
+    taken = {inputs for _, inputs in dense}
+    return next((outputs for outputs, _ in dense if outputs not in taken), max((o for o, _ in dense), default=None))

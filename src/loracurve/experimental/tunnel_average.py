@@ -32,7 +32,8 @@ def tunnel_average(model: CurveModel, config: EvaluationConfig, task: Task) -> A
     order = torch.randperm(len(encoded), generator=generator(config.seed, "tunnel rows"))[: options.rows]
     subset = replace(encoded, examples=[encoded.examples[i] for i in order.sort().values.tolist()])
     lm = subset.scoring == "lm"
-    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=model.runner.supports_trees, shared=True)]
+    packing = model.runner.takes_trees(subset)
+    batches = [b.to(model.device) for b in evaluation_batches(subset, packing=packing, shared=True)]
     examples = subset.predictions
     labels = subset.labels
     scale = len(encoded) / len(subset)

@@ -22,7 +22,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
 from loracurve.model.runner import evaluation_mode, without_gradients
 from loracurve.system.distributed import gathered
-from loracurve.tasks.batching import Batch, evaluation_batches
+from loracurve.tasks.batching import ROW_TOKENS, Batch, evaluation_batches
 from loracurve.tasks.encoding import Encoded
 
 __all__ = [
@@ -228,11 +228,12 @@ def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], 
         return {name: [torch.cat(rows) for rows in of_split] for name, of_split in found.items()}
 
 
-def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = 256) -> list[Batch]:
+def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = ROW_TOKENS) -> list[Batch]:
     """This process's share of a split in batches of a size that suits the model's device."""
     gpu = model.device.type == "cuda"
     size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
-    return [*evaluation_batches(encoded, size, row_tokens, model.runner.supports_trees, pad_to, shared=True)]
+    packing = model.runner.takes_trees(encoded, row_tokens)
+    return [*evaluation_batches(encoded, size, row_tokens, packing, pad_to, shared=True)]
 
 
 def folding_tokens(model: CurveModel) -> float:

@@ -47,7 +47,7 @@ def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = N
         # Drawn, because splits may be sorted; in the split's order.
         drawn = torch.randperm(len(encoded), generator=generator(seed, "scan rows", name))[:rows].sort().values
         encoded = replace(encoded, examples=[encoded.examples[i] for i in drawn.tolist()])
-    batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.runner.supports_trees)]
+    batches = [b.to(model.device) for b in evaluation_batches(encoded, packing=model.runner.takes_trees(encoded))]
     return LaidOut(name, encoded, batches, encoded.labels)
 
 

@@ -10,7 +10,7 @@ import accelerate
 import peft
 
 from loracurve.curve.files import load_adapter
-from loracurve.curve.lora_space import ControlPoints, stack_adapters
+from loracurve.curve.lora_space import ControlPoints
 from loracurve.model.base_model import model_window, open_base
 from loracurve.model.config import Dtype, ModelConfig
 from loracurve.model.curve_model import CurveModel
@@ -58,7 +58,7 @@ def adapters_to_scan(
     config = TaskConfig(data=task, scoring=scoring)
     loaded, tokenizer = open_base(ModelConfig(name, dtype), config)
     model = CurveModel.from_adapters(loaded, list(adapters)).to(accelerate.PartialState().device)
-    anchors = stack_adapters([load_adapter(a)[1] for a in adapters])
+    anchors = model.read_adapters(list(adapters))
     record = {"adapters": [str(a) for a in adapters], "base": name, "task": task, "scoring": scoring}
     return Subject(
         model,

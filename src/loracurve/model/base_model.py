@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,13 +21,19 @@ from transformers import (
 )
 
 from loracurve.model.config import Dtype, ModelConfig, Quantisation
+from loracurve.model.trials import position_limit
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import flush
 from loracurve.system.folders import is_running
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.task import open_dataset
 
-__all__ = ["cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window", "open_base"]
+__all__ = ["DRAWN_ANEW", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window", "open_base"]
+
+logger = logging.getLogger("loracurve")
+
+DRAWN_ANEW = "loracurve_drawn_anew"
+"""Attribute of a loaded model with the names of the weights that its checkpoint lacks."""
 
 
 def load_base(
@@ -36,6 +43,7 @@ def load_base(
     num_labels: int | None = None,
     trust_remote_code: bool = False,
     quantise: Quantisation = "none",
+    revision: str | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model or a sequence classifier with its tokenizer.
 
@@ -43,34 +51,47 @@ def load_base(
         name: a folder, or a name on the hub. A folder with a single `.gguf` file is read through transformers.
         classifier: a sequence classification head instead of a language-model head.
         dtype: `auto` takes the checkpoint's own.
-        num_labels: size of a new classification head.
+        num_labels: size of the classification head; a checkpoint's head of another size is drawn anew.
         trust_remote_code: allow code from the hub; off unless asked for.
         quantise: hold the linear maps' weights in 4 (nf4, doubly quantised) or 8 bits, as QLoRA does (Dettmers et al.
             2023, arXiv 2305.14314); they are multiplied in `dtype`, for `auto` in bfloat16.
+        revision: branch, tag or commit on the hub.
 
     Returns:
-        The model, in evaluation mode, and a fast tokenizer with a padding token.
+        The model, in evaluation mode, and a fast tokenizer with a padding token. Names of weights that the checkpoint
+        lacks, which come from torch's global generator, are in the model's attribute `DRAWN_ANEW`.
 
     Raises:
-        UserError: nothing loadable there, or bitsandbytes is not installed.
+        UserError: nothing loadable there, weights of other shapes than the config says, bitsandbytes not installed.
     """
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     if (gguf := _single_gguf(name)) is not None:
         extra |= _gguf_options(gguf)
     if quantise != "none":
         dtype = "bfloat16" if dtype == "auto" else dtype
         extra |= _quantised_options(quantise, getattr(torch, dtype), gguf)
     try:
-        model = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             name,
+            revision=revision,
+            output_loading_info=True,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             **extra,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {name!r}: {one_line(error, 240)}") from error
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    model, report = loaded
+    others = [(key, old, new) for key, old, new in report["mismatched_keys"] if new[:1] != (num_labels,)]
+    if others:
+        key, old, new = others[0]
+        raise UserError(f"model {name!r}: expected {key} of shape {list(new)}, found {list(old)} in its checkpoint")
+    replaced = [key for key, *_ in report["mismatched_keys"]]
+    if replaced:
+        logger.warning("%s: its head has another number of labels; a new one of %d replaces it", name, num_labels)
+    setattr(model, DRAWN_ANEW, tuple(sorted({*report["missing_keys"], *replaced})))
+    tokenizer = load_tokenizer(name, trust_remote_code, revision)
     if classifier and model.config.pad_token_id is None:
         # Classifiers on decoders find the last token by the padding token.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -94,14 +115,15 @@ def open_base(
     labels = len(open_dataset(task.data, task.seed).labels) if classifier else None
     if seed is not None:
         torch.manual_seed(seed)
-    return load_base(config.name, classifier, config.dtype, labels, config.trust_remote_code, config.quantise)
+    options = config.dtype, labels, config.trust_remote_code, config.quantise, config.revision
+    return load_base(config.name, classifier, *options)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer; where it has no padding token, EOS serves (padding is masked everywhere)."""
     extra = {"gguf_file": gguf} if (gguf := _single_gguf(name)) is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision, **extra)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the tokenizer of {name!r}: {one_line(error, 240)}") from error
     if tokenizer.pad_token_id is None:
@@ -141,8 +163,13 @@ def _quantised_options(quantise: Quantisation, dtype: torch.dtype, gguf: str | N
 
 
 def model_window(model: nn.Module) -> int | None:
-    """Longest input the model takes, in tokens, or None where its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    """Longest input the model takes, in tokens: what its config says, and what its position embeddings hold. None where
+    nothing limits it."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits = [next((n for n in said if isinstance(n, int) and n > 0), None), position_limit(model)]
+    return min((n for n in limits if n is not None), default=None)
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,8 @@ gradient, and so is every layer when lengths first change (from then on they are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from loracurve.system.errors import one_line
 
-__all__ = ["compile_layers", "run_as_they_are"]
+__all__ = ["as_written", "compile_layers", "run_as_they_are"]
 
 
 logger = logging.getLogger("loracurve")
@@ -64,6 +65,18 @@ def compile_layers(layers: Iterable[nn.Module], prepare: Prepare, **options: Any
             continue
         call: Any = layer._call_impl
         layer._compiled_call_impl = _Fallback(layer, torch.compile(call, **options), prepare, shared)
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Inside the block compiled layers of a model run as they are, so that nothing is compiled for what runs there."""
+    kept = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    run_as_they_are(module for module, _ in kept)
+    try:
+        yield
+    finally:
+        for module, compiled in kept:
+            module._compiled_call_impl = compiled
 
 
 def run_as_they_are(layers: Iterable[nn.Module]) -> None:

@@ -19,6 +19,8 @@ class ModelConfig:
 
     name: str
     """A folder or a name on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
     dtype: Dtype = "auto"
     """Dtype of the frozen base weights; `auto` takes the checkpoint's."""
     trust_remote_code: bool = False

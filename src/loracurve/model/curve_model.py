@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +16,30 @@ from torch import Tensor, nn
 
 from loracurve.curve.anchored import load_anchors, through
 from loracurve.curve.config import Alignment
-from loracurve.curve.files import export_adapter, load_curve, write_curve
+from loracurve.curve.files import export_adapter, load_base_weights, load_curve, write_curve
 from loracurve.curve.hub import curve_folder, push_model
-from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at
+from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at, head_labels
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
-from loracurve.model.base_model import load_base
+from loracurve.model.base_model import DRAWN_ANEW, load_base
+from loracurve.model.heads import OutputHead
 from loracurve.model.injection import initial_control_points, inject
+from loracurve.model.layers import CurveLayer
 from loracurve.model.merging import Merger
 from loracurve.model.routes import Route
 from loracurve.model.runner import Runner
+from loracurve.model.targets import named_targets
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import stream_seed
 from loracurve.tasks.batching import Batch
 
 __all__ = ["CurveModel"]
 
+logger = logging.getLogger("loracurve")
+
 
 _MOVED = {
     **{n: ("runner", n) for n in ("arrange", "compile_layers", "idle", "passes", "replication", "route", "scores")},
-    **{n: ("runner", n) for n in ("run_layers_as_they_are", "sharded", "supports_trees", "vocabulary")},
+    **{n: ("runner", n) for n in ("run_layers_as_they_are", "sharded", "vocabulary")},
     "merging": ("merger", "points"),
     "merged_log_probs": ("merger", "log_probs"),
 }
@@ -47,7 +53,9 @@ class CurveModel(nn.Module):
     float32 whatever the dtype of the base (float64 for a float64 base).
 
     Attributes: `config`, `model` (the base with curve layers in it), `layers` (these by name), `runner` (runs batches
-    at points of the curve), `merger` (folds points and adapters into the weights).
+    at points of the curve), `merger` (folds points and adapters into the weights), `base_weights` (weights of the base
+    that are saved with the curve, by name: of classifiers what lies between layers and head, which checkpoints may
+    lack, and what adapters brought).
 
     Args:
         base: a Hugging Face model.
@@ -70,7 +78,8 @@ class CurveModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.config = copy.copy(config)
+        config = named_targets(config, base)
+        self.config = config
         if config.base_model_name_or_path is None:  # as PEFT notes it, so that what is saved finds its base
             self.config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         route = Route()
@@ -78,6 +87,12 @@ class CurveModel(nn.Module):
         self.model = base
         self.runner = Runner(base, self.layers, route)
         self.merger = Merger(self.runner)
+        self.base_weights = _own_weights(base, self.layers)
+        if points is None and (drawn := sorted({*getattr(base, DRAWN_ANEW, ())} & {*self.base_weights})):
+            logger.warning(
+                "%s: its checkpoint lacks %s, drawn at random now and not trained; lora.modules_to_save trains them",
+                *(getattr(base, "name_or_path", None) or type(base).__name__, ", ".join(drawn)),
+            )
         spec = spec or CurveSpec()
         self.set_curve(spec, self.fresh_points(spec, seed) if points is None else points)
 
@@ -137,9 +152,68 @@ class CurveModel(nn.Module):
             UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
         """
         config, anchors = load_anchors(folders)
-        model = cls(_load_base(base, config), config, CurveSpec.slots(len(folders)), anchors)
+        loaded = _load_base(base, config, anchors)
+        named = base if isinstance(base, str) else getattr(base, "name_or_path", None)
+        if named:
+            config.base_model_name_or_path = named
+        model = cls(loaded, config, CurveSpec.slots(len(folders)))
+        model.set_curve(model.spec, model._sorted_out(anchors, folders))
         model.anchor(degree, alignment, inner, seed, pieces, closed)
         return model
+
+    def read_adapters(self, folders: Sequence[str | Path]) -> ControlPoints:
+        """Adapters that PEFT saved, stacked ``[M, ...]`` in the order given, with the tensors that this curve has.
+
+        What else their folders hold must be the base's own. Where it is not, but all folders agree, it replaces the
+        base's, as PEFT does it.
+
+        Raises:
+            UserError: as `from_adapters`; tensors that are neither this curve's nor the base's, or that differ.
+        """
+        return self._sorted_out(load_anchors(folders)[1], folders)
+
+    def _sorted_out(self, adapters: ControlPoints, folders: Sequence[str | Path]) -> ControlPoints:
+        own = {f"{PREFIX}{name}.{suffix}" for name, layer in self.layers.items() for suffix in layer.shapes()}
+        brought = {}
+        for name in adapters.keys() - own:
+            tensor, bare = adapters[name], name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if any(not torch.equal(other, tensor[0]) for other in tensor[1:]):
+                raise UserError(
+                    f"{folders[0]}: expected the same {bare} in all adapters, which is no part of the curve, found "
+                    "different ones; a curve has one base for all its points"
+                )
+            brought[bare] = tensor[0]
+        self.bring(brought, str(folders[0]))
+        return {name: tensor for name, tensor in adapters.items() if name in own}
+
+    @torch.no_grad()
+    def bring(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Give weights of the base, by its own names, the values that a curve or its adapters were trained with; they
+        are saved with the curve. `source` begins the message of every error.
+
+        Raises:
+            UserError: the base has no such weight, or one of another shape.
+        """
+        known = _base_parameters(self.model)
+        for name, tensor in sorted(weights.items()):
+            weight = known.get(name)
+            if weight is None or not weight.is_floating_point():
+                raise UserError(
+                    f"{source}: {name} is neither a part of the curve nor a weight of the base; wrong base?"
+                )
+            if weight.shape != tensor.shape:
+                raise UserError(
+                    f"{source}: expected {name} of the base's shape {list(weight.shape)}, found {list(tensor.shape)}; "
+                    "give the base as it was when trained (where tokens were added: resize_token_embeddings first)"
+                )
+            if not torch.equal(tensor.to(weight), weight):
+                level = logging.INFO if name in self.base_weights else logging.WARNING
+                logger.log(level, "%s replaces the base's %s, as it does in PEFT", source, name)
+                weight.copy_(tensor)
+                self.base_weights[name] = tensor.detach().cpu().clone()
+        for name, tensor in weights.items():  # tied weights are one
+            if not torch.equal(tensor.to(known[name]), known[name]):
+                raise UserError(f"{source}: expected {name} as the weight that it is tied to, found another")
 
     def anchor(
         self,
@@ -230,6 +304,11 @@ class CurveModel(nn.Module):
         return [self.spec.dependence(self.spec.is_shared(suffix)) for suffix in suffixes]
 
     @property
+    def window(self) -> int | None:
+        """Longest input that the model takes, in tokens; None where nothing limits it."""
+        return self.runner.window
+
+    @property
     def scalings(self) -> dict[str, float]:
         """alpha / r of every map by the parameter name of its A; 1 for dense heads."""
         return {f"{PREFIX}{n}.lora_A.weight": getattr(layer, "scaling", 1.0) for n, layer in self.layers.items()}
@@ -279,12 +358,12 @@ class CurveModel(nn.Module):
         return adapter_at(self.control_points(), self.coefficients(torch.tensor(float(t), dtype=torch.float64)))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `curve_config.json` and `control_points.safetensors`; see `loracurve.curve.files`."""
-        write_curve(self.config, self.spec, self.control_points(), Path(folder))
+        """Write a curve folder; see `loracurve.curve.files`."""
+        write_curve(self.config, self.spec, self.control_points(), Path(folder), base_weights=self.base_weights)
 
     def export(self, folder: str | Path, t: float) -> None:
         """Write the adapter at t as an ordinary PEFT folder."""
-        export_adapter(self.config, self.adapter(t), folder)
+        export_adapter(self.config, self.adapter(t), folder, self.base_weights)
 
     @classmethod
     def from_pretrained(
@@ -292,11 +371,14 @@ class CurveModel(nn.Module):
     ) -> CurveModel:
         """Read what `save_pretrained` wrote, from a folder or from OWNER/NAME on the hub, where only its two files are
         fetched; `base` defaults to the model named in the file. `revision`: branch, tag or commit on the hub."""
-        config, spec, points = load_curve(curve_folder(folder, revision))
+        place = curve_folder(folder, revision)
+        config, spec, points = load_curve(place)
         base = base if base is not None else config.base_model_name_or_path
         if base is None:
             raise UserError(f"{folder} does not name its base model; pass base=")
-        return cls(_load_base(base, config), config, spec, points)
+        model = cls(_load_base(base, config, points), config, spec, points)
+        model.bring(load_base_weights(place), str(folder))
+        return model
 
     def push_to_hub(
         self, repo: str, base: str | None = None, private: bool | None = None, token: str | None = None
@@ -304,10 +386,44 @@ class CurveModel(nn.Module):
         """Upload the curve to OWNER/NAME on the hub, with a short model card if there is none; returns the commit's
         address. `base`: the base model's name on the hub, where it was loaded from a folder. `loracurve share` writes
         the card of a whole run. Raises UserError as `loracurve.curve.hub.push_curve`."""
-        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token)
+        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token, self.base_weights)
 
 
-def _load_base(base: nn.Module | str, config: peft.LoraConfig) -> nn.Module:
+def _load_base(base: nn.Module | str, config: peft.LoraConfig, adapters: ControlPoints | None = None) -> nn.Module:
+    """The base itself or by its name; of a classifier with as many labels as the head of the (stacked) adapters has."""
     if isinstance(base, nn.Module):
         return base
-    return load_base(base, classifier=config.task_type == peft.TaskType.SEQ_CLS)[0]
+    classifier = config.task_type == peft.TaskType.SEQ_CLS
+    labels = head_labels(adapters) if classifier and adapters else None
+    return load_base(base, classifier, num_labels=labels, revision=config.revision)[0]
+
+
+def _base_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The base's own parameters by the names that they have without curve layers; tied ones by each of their names."""
+    if isinstance(module, CurveLayer | OutputHead):
+        return _base_parameters(module.inner if isinstance(module, OutputHead) else module.base_layer, prefix)
+    found: dict[str, Tensor] = {prefix + name: p for name, p in module._parameters.items() if p is not None}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _base_parameters(child, f"{prefix}{name}.")
+    return found
+
+
+def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str, Tensor]:
+    """Weights of a base that may be in no checkpoint and are no part of the curve, copied to the CPU.
+
+    Checkpoints of classifiers' bases lack what lies between the layers and the head (poolers), where they were made for
+    something else. It is all that is neither in a numbered layer nor an embedding, whatever its name. `load_base`
+    noted what else was drawn anew.
+    """
+    names = set(getattr(base, DRAWN_ANEW, ()))
+    known = _base_parameters(base)
+    if "SequenceClassification" in type(base).__name__:
+        tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        names |= {n for n, p in known.items() if not re.search(r"\.\d+\.", n) and id(p) not in tables}
+    carried = [f"{name}." for name in layers]
+    return {
+        name: p.detach().cpu().clone()
+        for name, p in known.items()
+        if name in names and p.is_floating_point() and not any(name.startswith(c) for c in carried)
+    }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracurve.model.functional import contract, read_out
-from loracurve.model.layers import CurveLayer, CurveLinear
+from loracurve.model.layers import CurveLayer
 from loracurve.model.routes import Route, repeat_for_rows
 
 __all__ = ["CurveDense", "OutputHead"]
@@ -57,6 +58,24 @@ class CurveDense(CurveLayer):
     def unmerge(self) -> None:
         self._merged = None
 
+    def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
+        route, base = self.route, self.base_layer
+        if route.kind == "base":
+            return read_out(x, base.weight, base.bias, token_ids)
+        ids = slice(None) if token_ids is None else token_ids
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # as `read_out`
+        if route.kind == "merged":
+            assert self._merged is not None
+            weight, bias = self._merged
+            return F.linear(x, weight[ids].to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
+        assert route.coefficients is not None
+        c = route.coefficients[rows].to(x.dtype)
+        # One control point after the other: of a whole vocabulary all at once would be K times as large as the logits.
+        y = c[:, :1] * F.linear(x, self.weight[0, ids].to(x.dtype))
+        for k in range(1, len(self.weight)):
+            y = y + c[:, k : k + 1] * F.linear(x, self.weight[k, ids].to(x.dtype))
+        return y if self.bias is None else y + c @ self.bias[:, ids].to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         route = self.route
         if route.kind == "base":
@@ -81,9 +100,9 @@ class OutputHead(nn.Module):
     model does to logits afterwards (scaling, soft-capping) acts element by element and stays as it is.
     """
 
-    inner: nn.Linear | CurveLinear
+    inner: nn.Linear | CurveLayer
 
-    def __init__(self, inner: nn.Linear | CurveLinear, route: Route) -> None:
+    def __init__(self, inner: nn.Linear | CurveLayer, route: Route) -> None:
         super().__init__()
         self.inner = inner
         self.route = route
@@ -91,14 +110,16 @@ class OutputHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base weight, for code that ties or inspects output embeddings."""
-        return (self.inner.base_layer if isinstance(self.inner, CurveLinear) else self.inner).weight
+        head: Any = self.inner.base_layer if isinstance(self.inner, CurveLayer) else self.inner
+        weight: Tensor = head.weight
+        return weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         route = self.route
         if route.positions is None:
             return self.inner(hidden)
         chosen = hidden.reshape(-1, hidden.shape[-1])[route.positions]
-        if isinstance(self.inner, CurveLinear):
+        if isinstance(self.inner, CurveLayer):
             assert route.position_rows is not None
             return self.inner.select(chosen, route.position_rows, route.token_ids)
         return read_out(chosen, self.inner.weight, self.inner.bias, route.token_ids)

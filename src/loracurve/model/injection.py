@@ -41,22 +41,25 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
     if matching.task_type == peft.TaskType.SEQ_CLS:
         # As peft.PeftModelForSequenceClassification does: the new head is trained and saved.
         matching.modules_to_save = sorted({*(matching.modules_to_save or []), "classifier", "score"})
-    saved = matching.modules_to_save or []
     try:
         peft.inject_adapter_in_model(matching, model, low_cpu_mem_usage=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
         raise UserError(f"LoRA targets do not fit this model: {one_line(error, 300)}") from error
+    whole = []  # PEFT matches the ends of names, so DistilBERT's pre_classifier is trained beside its classifier
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
+            whole.append(name)
             _replace(model, name, module.original_module)
     model.requires_grad_(False)
     layers: dict[str, CurveLayer] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             layers[name] = _curve_linear(name, module, route)
-        elif isinstance(module, nn.Linear) and any(_belongs(name, key) for key in saved):
+        elif not any(f"{name}.".startswith(f"{part}.") for part in whole):
+            continue
+        elif isinstance(module, nn.Linear):
             layers[name] = CurveDense(module, route)
-        elif any(True for _ in module.parameters(recurse=False)) and any(_belongs(name, key) for key in saved):
+        elif any(True for _ in module.parameters(recurse=False)):
             raise UserError(
                 f"modules_to_save: {name} is a {type(module).__name__}; only linear layers can be curve points"
             )
@@ -69,11 +72,6 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _belongs(name: str, key: str) -> bool:
-    """Whether module `name` is the module that `key` names, or lies inside it."""
-    return f".{key}." in f".{name}."
 
 
 def _curve_linear(name: str, module: LoraLayer, route: Route) -> CurveLinear:

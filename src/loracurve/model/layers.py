@@ -39,6 +39,10 @@ class CurveLayer(nn.Module):
         self.base_layer = base_layer
         self.route = route
 
+    def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
+        """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
+        raise NotImplementedError
+
     def factors(self) -> dict[str, nn.Parameter]:
         """The layer's control points by PEFT's parameter suffix (`lora_A.weight`, ...), each [K, ...]."""
         raise NotImplementedError
@@ -97,6 +101,16 @@ class CurveLinear(CurveLayer):
         """layers expected to see the same input, this one among them; they share one product with their stacked A"""
         self.place = 0
         """place among the siblings"""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for models that look at it (T5 at its dtype), as PEFT's layers have it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, likewise (Jamba sets its data)."""
+        return self.base_layer.bias
 
     def shapes(self) -> dict[str, list[int]]:
         return {"lora_A.weight": [self.rank, self.in_features], "lora_B.weight": [self.out_features, self.rank]}
@@ -173,7 +187,6 @@ class CurveLinear(CurveLayer):
         return self._add(y, hidden, x).view(*x.shape[:-1], -1)
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
-        """The layer at chosen inputs x [P, n_in] that come from the batch's `rows` [P], for chosen outputs only."""
         ids = slice(None) if token_ids is None else token_ids
         weight = self.base_layer.weight if self._merged is None else self._merged
         y = read_out(x, weight.mT if self.transposed else weight, self.base_layer.bias, token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from loracurve.curve import bezier
 from loracurve.curve.spec import CurveSpec
+from loracurve.model.base_model import model_window
 from loracurve.model.causal_mask import PlainCausal
-from loracurve.model.compiling import compile_layers, run_as_they_are
-from loracurve.model.cuda_graphs import Captured, map_tensors
+from loracurve.model.compiling import as_written, compile_layers, run_as_they_are
+from loracurve.model.cuda_graphs import Captured, capturing, map_tensors
 from loracurve.model.functional import cast_together
 from loracurve.model.fused_norms import fuse_norms
 from loracurve.model.heads import OutputHead
 from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
 from loracurve.model.routes import Layout, Route, within_segments
-from loracurve.model.scoring import class_scores, takes_tree_masks
-from loracurve.tasks.batching import Batch, tree_mask
+from loracurve.model.scoring import class_scores
+from loracurve.model.trials import PaddingSide, check_causal, pad_token, padding_side, takes_tree_masks
+from loracurve.tasks.batching import ROW_TOKENS, Batch, tree_mask
+from loracurve.tasks.encoding import Encoded
 
 __all__ = ["MOST_LOGITS", "Request", "Runner", "evaluation_mode", "without_gradients"]
 
@@ -95,7 +98,10 @@ class Runner:
         self.plain_causal = PlainCausal(base, self.replication.stack, self.route)
         self._maps = [layer for layer in self.layers.values() if isinstance(layer, CurveLinear)]
         self._cast = False
-        self._trees: bool | None = None
+        self._padding: PaddingSide | None = None
+        self._tried = False
+        self._window: tuple[int | None] | None = None
+        self._trees: dict[tuple[int, int], bool] = {}
         self._graphs: Captured | None = None
 
     def set_shape(self, spec: CurveSpec) -> None:
@@ -120,16 +126,55 @@ class Runner:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""
         return bezier.coefficients(t, self.spec.segments, self.spec.degree)
 
-    @property
-    def supports_trees(self) -> bool:
-        """Whether several examples may share a row behind a 4-D mask; found out by a small trial, once."""
-        if self._trees is None:
+    def takes_trees(self, encoded: Encoded, row_tokens: int = ROW_TOKENS) -> bool:
+        """Whether several examples of a split, or several choices, may share rows of about so many tokens behind a 4-D
+        mask; found out by a trial of their size, once (`trials.takes_tree_masks`)."""
+        self.try_out()
+        if self.is_classifier or not len(encoded):
+            return False
+        # Rows of one shape serve many splits; balanced rows are longer than the budget by an example at most.
+        path, row = (1 << (n - 1).bit_length() for n in (encoded.longest_path, row_tokens + encoded.sorted_sizes[-1]))
+        if (path, row) not in self._trees:
+            limit = self.window
+            with self.bare():
+                self._trees[path, row] = takes_tree_masks(
+                    self.model, self.dtype, self.device, min(path, limit or path), row
+                )
+        return self._trees[path, row]
+
+    def try_out(self) -> None:
+        """Find out, once, on which side a classifier is padded, and whether a language model is causal.
+
+        Raises:
+            UserError: it is not, or no side will do.
+        """
+        if self._tried or capturing():
+            return
+        with self.bare():
             if self.is_classifier:
-                return False
-            self.set_route(Route("base"))
-            with evaluation_mode(self.model):
-                self._trees = takes_tree_masks(self.model, self.dtype, self.device)
-        return self._trees
+                self._padding = padding_side(self.model, self.dtype, self.device)
+            else:
+                check_causal(self.model, self.dtype, self.device)
+        self._tried = True
+
+    @property
+    def window(self) -> int | None:
+        """Longest input that the model takes, in tokens (`base_model.model_window`)."""
+        if self._window is None:
+            with self.bare():
+                self._window = (model_window(self.model),)
+        return self._window[0]
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside the block the model is the base, in evaluation mode and as it is written."""
+        before = replace(self.route)
+        self.set_route(Route("base"))
+        try:
+            with evaluation_mode(self.model), as_written(self.model):
+                yield
+        finally:
+            self.set_route(before)
 
     def forward(self, t: Tensor | float | None, inputs: dict[str, Any]) -> Any:
         """`CurveModel.forward`: the base model's own forward, `inputs` as it takes them."""
@@ -186,6 +231,7 @@ class Runner:
             [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
             such choice.
         """
+        self.try_out()
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]
@@ -214,14 +260,24 @@ class Runner:
             }
         elif batch.visible is not None:
             inputs["attention_mask"] = batch.visible.long()
-        for key in ("attention_mask", "token_type_ids"):
-            if getattr(batch, key) is not None:
-                inputs[key] = getattr(batch, key)
+        if batch.attention_mask is not None:
+            inputs |= self._padded(batch, batch.attention_mask)
         if not self.is_classifier:
             inputs["use_cache"] = False
         logits = self.model(**self.replication.inputs(inputs)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+
+    def _padded(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
+        """Rows of a classifier, filled on its side by what it takes for padding, whatever the tokenizer does."""
+        values = {"input_ids": batch.input_ids.masked_fill(mask == 0, pad_token(self.model)), "attention_mask": mask}
+        if batch.token_type_ids is not None:
+            values["token_type_ids"] = batch.token_type_ids
+        if self._padding == "left":
+            place = torch.arange(mask.shape[1], device=mask.device)
+            turned = (place + mask.sum(1, keepdim=True)) % mask.shape[1]
+            values = {name: value.gather(1, turned) for name, value in values.items()}
+        return values
 
     def point_log_probs(self, batch: Batch, t: Tensor, tokens_per_pass: int | None = None) -> Tensor:
         """log p(y | x, theta(t_i)): [n, E, C] for t [n], or for coefficients [n, K] of points off the curve; points
@@ -232,6 +288,7 @@ class Runner:
         """
         t = t.to("cpu", torch.float64)
         c = t if t.dim() == 2 else self.coefficients(t)
+        self.try_out()
         if self._graphs is None:
             self._graphs = Captured(self.log_probs, self.device, not self.sharded)
         run = self.log_probs if torch.is_grad_enabled() else self._graphs
@@ -266,7 +323,6 @@ class Runner:
         if self.replication.stack is None:
             logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
             return
-        _ = self.supports_trees  # found out before: its odd shapes shall not be compiled for
         self.compiled = True
         layers = self.model.get_submodule(self.replication.stack).children()
         compile_layers(layers, self.plain_causal, **options)

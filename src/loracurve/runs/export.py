@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loracurve.curve.files import export_adapter
 from loracurve.runs.run import best_point, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
@@ -14,7 +13,14 @@ from loracurve.system.folders import new_folder
 __all__ = ["export_run"]
 
 
-def export_run(run: str, out: Path, points: int | None = None, best: bool = False, t: float | None = None) -> int:
+def export_run(
+    run: str,
+    out: Path,
+    points: int | None = None,
+    best: bool = False,
+    t: float | None = None,
+    base: str | None = None,
+) -> int:
     """Write points of a curve into folders below `out`, with index.json of their t and weights; returns how many.
 
     Args:
@@ -23,11 +29,12 @@ def export_run(run: str, out: Path, points: int | None = None, best: bool = Fals
         points: this many points, as they are averaged; None: the run's own number.
         best: only the point of lowest validation NLL.
         t: only this point, in [0, 1].
+        base: where the base model is now, which the adapters then name; None: where it was.
 
     Raises:
         UserError: no run there, a folder with something in it, or a run whose average lies off the curve.
     """
-    opened = open_run(run)
+    opened = open_run(run, base=base)
     folder = new_folder(out)
     if best:
         times, weights = [best_point(opened)], [1.0]
@@ -44,7 +51,7 @@ def export_run(run: str, out: Path, points: int | None = None, best: bool = Fals
     index = []
     for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
         name = f"point-{i:02d}"
-        export_adapter(opened.model.config, opened.model.adapter(time), folder / name)
+        opened.model.export(folder / name, time)
         index.append({"folder": name, "t": time, "weight": weight})
     write_json(folder / "index.json", index)
     return len(index)

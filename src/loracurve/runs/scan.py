@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from loracurve.curve.files import load_adapter
-from loracurve.curve.lora_space import stack_adapters
 from loracurve.landscape.paths import joints
 from loracurve.landscape.subject import Subject
 from loracurve.model.config import Dtype
@@ -19,8 +17,8 @@ from loracurve.system.errors import UserError
 __all__ = ["run_to_scan"]
 
 
-def run_to_scan(folder: str | Path, dtype: Dtype) -> Subject:
-    """Open a finished run; a free curve lends its joints as anchors.
+def run_to_scan(folder: str | Path, dtype: Dtype, base: str | None = None) -> Subject:
+    """Open a finished run; a free curve lends its joints as anchors. `base`: as `open_run` takes it.
 
     Raises:
         UserError: no fitted curve there.
@@ -30,21 +28,18 @@ def run_to_scan(folder: str | Path, dtype: Dtype) -> Subject:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: expected a run directory, found no config.yaml in it; make one with loracurve fit")
     known = load_config(folder / "config.yaml")
-    run = open_run(folder)
+    run = open_run(folder, base=base)
     if dtype != "auto" and dtype != known.model.dtype:
         run.model.model.to(getattr(torch, dtype))
         run.model.set_curve(run.model.spec, run.model.control_points())  # in the dtype that goes with the base's
     folders = sorted((p for p in (folder / "anchors").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
     spec = run.model.spec
     from_anchors = len(folders) == spec.segments + 1  # fewer where several pieces lie between two of them
-    if from_anchors:
-        anchors = stack_adapters([load_adapter(p)[1] for p in folders])
-    else:
-        anchors = joints(run.model.control_points(), spec.degree)
+    anchors = run.model.read_adapters(folders) if from_anchors else joints(run.model.control_points(), spec.degree)
     record = {
         "curve": asdict(spec),
         "anchors_from": "anchors" if from_anchors else "joints of the curve",
-        "base": known.model.name,
+        "base": run.config.model.name,
         "task": known.task.data,
         "scoring": known.task.scoring,
     }

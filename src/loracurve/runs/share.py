@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loracurve.curve.files import load_curve
+from loracurve.curve.files import load_base_weights, load_curve
 from loracurve.curve.hub import hub_base, write_shared
 from loracurve.curve.model_card import model_card
 from loracurve.report.run_data import RunData, read_run
@@ -78,4 +78,5 @@ def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: s
     config, spec, points = load_curve(Path(run) / "curve")
     name = hub_base(config, base)
     card = model_card(config, spec, name, repo, _described(read_run(Path(run), Path(run).resolve().name)))
-    return write_shared(config, spec, points, name, card, new_folder(Path(out)))
+    weights = load_base_weights(Path(run) / "curve")
+    return write_shared(config, spec, points, name, card, new_folder(Path(out)), weights)

@@ -70,14 +70,15 @@ def training_batch(
     captured = config.capture and model.device.type == "cuda"
     own_points = isinstance(config, FitConfig) and not config.share_points
     if not (captured or even_rows):
-        return collate(encoded, numbers, config.row_tokens, model.runner.supports_trees, slots, own_points=own_points)
+        packing = model.runner.takes_trees(encoded, config.row_tokens)
+        return collate(encoded, numbers, config.row_tokens, packing, slots, own_points=own_points)
     # Captured, an example with a point of its own has a row of its own; so has a text, with any number of read-outs.
     apart = captured and (encoded.scoring == "lm" or own_points)
     row_tokens = 1 if apart else config.row_tokens
     examples = -(-config.batch_size // (config.accumulation * world()[1]))
     rows = packed_rows(encoded, examples, row_tokens)
     pad_to = CAPTURED_LENGTHS if captured else 1
-    return collate(encoded, numbers, row_tokens, model.runner.supports_trees, slots, pad_to, rows)
+    return collate(encoded, numbers, row_tokens, model.runner.takes_trees(encoded, row_tokens), slots, pad_to, rows)
 
 
 def micro_batch_of(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> MicroBatch:

@@ -1,0 +1,209 @@
+"""What a base model and its tokenizer are, in a few numbers: written down with what is trained, compared when opened.
+
+A name says little: folders move, and another model may lie under an old name. The configuration and some elements of
+the weights themselves tell two models apart, whatever the dtype they are loaded in and whether they are quantised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from loracurve.model.base_model import DRAWN_ANEW
+from loracurve.model.layers import CurveLayer
+
+__all__ = ["base_fingerprint", "compare_fingerprint", "compare_tokenizers", "tokenizer_fingerprint"]
+
+
+MOST_TENSORS, ELEMENTS = 64, 4
+
+# Of a config, what does not shape the computation: where it came from, how it is loaded, what is given back, class
+# names, and tokens that tell a tokenizer's business.
+_ASIDE = (PretrainedConfig().to_dict().keys() - {"model_type", "is_encoder_decoder"}) | {
+    *("torch_dtype", "quantization_config", "use_cache", "num_labels", "initializer_range", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"),
+}
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What `compare_fingerprint` needs to know a base model again; JSON-able, some 10 kB.
+
+    Args:
+        model: a Hugging Face model as it was loaded, or with a curve in it (which is left out).
+
+    Returns:
+        `name` and `revision` (None where transformers knows none), which are not compared; `config`, what shapes the
+        computation by dotted key; `weights`: shape, dtype and `ELEMENTS` elements (None: not finite) of up to
+        `MOST_TENSORS` floating-point tensors, evenly spread over all by name. Weights that no checkpoint holds
+        (`DRAWN_ANEW`) and packed ones of quantised models are left out.
+    """
+    drawn = set(getattr(model, DRAWN_ANEW, ()))
+    tensors = {n: p for n, p in _parameters(model).items() if n not in drawn and _is_readable(p)}
+    names = sorted(tensors)
+    step = max(len(names) / MOST_TENSORS, 1.0)
+    chosen = [names[int(i * step)] for i in range(min(len(names), MOST_TENSORS))]
+    return {
+        "name": getattr(model, "name_or_path", "") or "",
+        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "config": _config_of(model),
+        "weights": {
+            name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "values": _elements(p)}
+            for name in chosen
+            for p in [tensors[name]]
+        },
+    }
+
+
+def compare_fingerprint(stored: Mapping[str, Any], model: nn.Module) -> str | None:
+    """In what a model differs from the base of a fingerprint, in a few words that follow "another base: "; None where
+    it does not.
+
+    Compared are keys that both configs have, and all tensors of the fingerprint: to the bit once both are in the
+    coarser dtype of the two (between float16 and bfloat16: to two roundings). Tensors that are packed or drawn anew in
+    one of the two are passed over.
+    """
+    config = _config_of(model)
+    for key, known in stored["config"].items():
+        if key in config and config[key] != known:
+            return f"{key} is {_short(config[key])} in its config, expected {_short(known)}"
+    parameters, drawn = _parameters(model), set(getattr(model, DRAWN_ANEW, ()))
+    for name, known in stored["weights"].items():
+        if name in drawn:
+            continue
+        if (weight := parameters.get(name)) is None:
+            return f"it has no tensor {name}"
+        if not _is_readable(weight):
+            continue
+        if list(weight.shape) != known["shape"]:
+            return f"{name} has shape {list(weight.shape)}, expected {known['shape']}"
+        if not _agree(known["values"], getattr(torch, known["dtype"]), _elements(weight), weight.dtype):
+            return f"{name} has other numbers"
+    return None
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters by the names that they have without curve layers; tied ones by each of their names."""
+    own = {id(p) for layer in model.modules() if isinstance(layer, CurveLayer) for p in layer.factors().values()}
+    return {
+        name.replace(".inner.", ".").replace(".base_layer.", "."): p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if id(p) not in own
+    }
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel() > 0
+
+
+@torch.no_grad()
+def _elements(tensor: Tensor) -> list[float | None]:
+    """Elements at fixed places, which depend on the shape alone."""
+    whole: Any = tensor
+    if hasattr(whole, "full_tensor"):  # spread over processes
+        whole = whole.full_tensor()
+    count = whole.numel()
+    places = torch.tensor([(2 * i + 1) * count // (2 * ELEMENTS) for i in range(ELEMENTS)], device=whole.device)
+    values = whole.detach().reshape(-1)[places].double().tolist()
+    return [v if math.isfinite(v) else None for v in values]
+
+
+def _agree(stored: list[float | None], before: torch.dtype, found: list[float | None], now: torch.dtype) -> bool:
+    """Whether two lists of elements can be of one checkpoint, held in the dtypes `before` and `now`."""
+    coarser = max((before, now), key=lambda dtype: torch.finfo(dtype).eps)
+    first, second = (
+        torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64).to(coarser).double()
+        for values in (stored, found)
+    )
+    tolerance = 0.0
+    if {before, now} == {torch.float16, torch.bfloat16}:  # one rounded after the other, small ones to steps of 6e-8
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps
+    return bool(torch.isclose(first, second, rtol=tolerance, atol=1e-7 if tolerance else 0.0, equal_nan=True).all())
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    return {} if config is None else dict(_flat(config.to_dict()))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a config that shape the computation, nested ones dotted, as JSON has their values."""
+    for key, value in sorted(config.items(), key=lambda item: str(item[0])):
+        if key in _ASIDE or str(key).startswith("_"):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Text that tokenizers split differently: case, accents, numbers, white space, code, scripts, special signs.
+_TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "  Café, naïve; ＦＵＬＬ width\tand\n\nnew lines 1234567890",
+    "def f(x):\n    return x_1 + 3.14e-5  # don't",
+    "Ünïcödé Ελλάδα Москва 東京 한국 العربية हिन्दी 🙂👍🏽",
+    "Question: (A) yes (B) no\nAnswer: A",
+)
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+_TOLD = {
+    "vocabulary": "its vocabulary differs",
+    "merges": "its merges or scores differ",
+    "special": "its special tokens differ",
+    "texts": "it splits texts in another way",
+}
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `compare_tokenizers` needs: hashes of the vocabulary, of merges (or scores), of how texts are split, and the
+    special tokens but for padding, which is masked. Chat templates are left out. JSON-able."""
+    special = {name: None if (token := getattr(tokenizer, name)) is None else str(token) for name in _SPECIAL}
+    return {
+        "vocabulary": _hash(sorted(tokenizer.get_vocab().items())),
+        "merges": _hash(_merges(tokenizer)),
+        "special": special,
+        "texts": _hash([tokenizer(text, verbose=False)["input_ids"] for text in _TEXTS]),
+    }
+
+
+def compare_tokenizers(stored: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """In what a tokenizer differs from the one of a fingerprint, in a few words; None where it does not."""
+    found = tokenizer_fingerprint(tokenizer)
+    return next((told for key, told in _TOLD.items() if stored[key] != found[key]), None)
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    model = json.loads(backend.to_str())["model"]
+    if "merges" in model:  # written as pairs or as texts, by version
+        return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    return model["vocab"] if model.get("type") == "Unigram" else None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""What a model can take, found out by small trials: outputs are compared, names and configurations are not trusted.
+
+A model that gives something else in the way that the library wants to run it than it gives for a row alone is run in
+another way, or refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from loracurve.system.errors import UserError, one_line
+from loracurve.tasks.batching import tree_mask
+
+__all__ = [
+    "PaddingSide",
+    "check_causal",
+    "pad_token",
+    "padding_side",
+    "position_limit",
+    "takes_tree_masks",
+    "window_of",
+]
+
+PaddingSide = Literal["right", "left"]
+
+# Half precision rounds logits to some thousandths of their spread, and more behind many layers.
+_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-3}
+_EQUAL_IN_HALF = 0.05
+
+# What models raise for arguments that they do not take.
+_FAILURES = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
+    """[rows, length] pseudo-random tokens without the special ones of the config."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+    for name in ("image", "boi", "eoi", "audio", "video"):  # of models that take more than text
+        special |= {getattr(config, f"{name}_token_id", None), getattr(config, f"{name}_token_index", None)}
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    ordinary = [i for i in range(min(table.weight.shape[0], 4096)) if i not in special] or [0]
+    draw = torch.Generator().manual_seed(0)
+    return torch.tensor(ordinary)[torch.randint(len(ordinary), (rows, length), generator=draw)].to(device)
+
+
+def _equal(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    spread = wanted.double().square().mean().sqrt()
+    return bool((found.double() - wanted.double()).abs().max() <= _EQUAL.get(dtype, _EQUAL_IN_HALF) * spread)
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a language model whose earlier predictions change with a later token: encoders that were opened as causal
+    models, and what needs more than tokens.
+
+    Args:
+        model: in evaluation mode; it is called as it stands.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"expected a causal language model, found {name}, an encoder and a decoder; use a decoder")
+    rows = _trial_tokens(model, 1, 9, device).repeat(2, 1)
+    rows[1, -1] = rows[1, 0]
+    if int(rows[0, -1]) == int(rows[1, -1]):
+        rows[1, -1] = rows[1, 1]
+    try:
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    except _FAILURES as error:
+        raise UserError(f"{name} cannot be run as a causal language model: {one_line(error, 200)}") from error
+    if logits.isfinite().all() and not _equal(logits[1], logits[0], dtype):
+        raise UserError(
+            f"expected a causal language model, found {name}, whose predictions look at later tokens; give a decoder, "
+            "or score by head"
+        )
+
+
+@torch.no_grad()
+def takes_tree_masks(model: nn.Module, dtype: torch.dtype, device: torch.device, path: int = 8, row: int = 16) -> bool:
+    """Whether branches behind one prefix, in a row with a 4-D mask, score as they do alone.
+
+    Tried at the sizes that will be used: models with sliding windows lose them behind a given mask, or count them along
+    the row, which shows only in rows that are longer than the window.
+
+    In half precision deep models differ from themselves by more than any fixed bound, so there the difference is held
+    against the one that a row without the mask makes, and a window that the config declares counts as well.
+
+    Args:
+        model: a causal language model in evaluation mode; it is called as it stands.
+        path: tokens of the prefix with one branch.
+        row: tokens of the whole row, at least.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and (window := window_of(model.config)) is not None and path > window:
+        return False
+    own = 3  # shorter than any window, or a window that covers a whole branch would hide what it cuts off
+    path = max(path, own + 1)
+    prefix = path - own
+    branches = max(2, -(-(row - prefix) // own))
+    tokens = _trial_tokens(model, 1, prefix + branches * own, device)
+    size = tokens.shape[1]
+    starts = [prefix + b * own for b in range(branches)]
+    depths = [*range(prefix), *[d for _ in starts for d in range(prefix, path)]]
+    places = torch.tensor([depths], device=device)
+    ends = [[size] * prefix + [start + own for start in starts for _ in range(own)]]
+    asked = [start + own - 1 for start in (starts[0], starts[-1])]
+
+    def scored(ends: list[list[int]]) -> Tensor:
+        mask = tree_mask(torch.tensor(ends, device=device), dtype)
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=False).logits
+        return logits[0, asked].float()
+
+    try:
+        tree = scored(ends)
+        rows = torch.cat([torch.cat([tokens[:, :prefix], tokens[:, s : s + own]], 1) for s in (starts[0], starts[-1])])
+        apart = model(input_ids=rows, use_cache=False).logits[:, -1].float()
+        if not half:
+            return _equal(tree, apart, dtype)
+        chain = scored([[size] * size])
+    except _FAILURES:
+        return False
+    return bool((tree - apart)[1].norm() < 0.25 * (chain - apart)[1].norm())  # the last branch sees the first
+
+
+@torch.no_grad()
+def padding_side(model: nn.Module, dtype: torch.dtype, device: torch.device) -> PaddingSide:
+    """The side on which a sequence classifier's rows can be padded behind a mask without changing their logits.
+
+    Raises:
+        UserError: neither side; nothing says what it pads with.
+    """
+    name = type(model).__name__
+    pad = pad_token(model)
+    row = _trial_tokens(model, 1, 7, device)
+    filled, seen = torch.full((1, 4), pad, device=device), torch.ones_like(row)
+    hidden = torch.zeros_like(filled)
+    try:
+        alone = model(input_ids=row, attention_mask=seen).logits
+        for side in ("right", "left"):
+            order = slice(None) if side == "right" else slice(None, None, -1)
+            ids, mask = (torch.cat(pair[order], 1) for pair in ([row, filled], [seen, hidden]))
+            if _equal(model(input_ids=ids, attention_mask=mask).logits, alone, dtype):
+                return "right" if side == "right" else "left"
+    except _FAILURES as error:
+        raise UserError(f"{name} cannot be run as a sequence classifier: {one_line(error, 200)}") from error
+    if not alone.isfinite().all():
+        return "right"  # said with the name of a row when one is predicted
+    raise UserError(f"expected a classifier that takes padded rows, found {name}, whose logits change with the padding")
+
+
+def pad_token(model: nn.Module) -> int:
+    """The token by which a classifier tells padding from text.
+
+    Raises:
+        UserError: its config has none.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    pad = getattr(text, "pad_token_id", None)
+    pad = getattr(config, "pad_token_id", None) if pad is None else pad
+    if pad is None:
+        raise UserError(
+            f"{type(model).__name__}: expected a padding token in its config, found none; set base.config.pad_token_id "
+            "to the tokenizer's"
+        )
+    return int(pad)
+
+
+def window_of(config: Any) -> int | None:
+    """The shortest attention window that a config or one nested in it declares, by any attribute called so."""
+    found: list[int] = []
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            nested = window_of(value)
+            found += [] if nested is None else [nested]
+        elif ("window" in key or "chunk_size" in key) and "pattern" not in key and "layers" not in key:
+            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int and v > 0]
+    return min(found, default=None)
+
+
+class _Lookups(TorchFunctionMode):
+    """Notes the first place and the size of every table of which consecutive rows are looked up."""
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        self.words = words
+        self.limits: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding and args[1] is not self.words:
+            places = args[0].reshape(-1).tolist()
+            if len(places) == _SHORT and places == [*range(places[0], places[0] + _SHORT)]:
+                self.limits.append(args[1].shape[0] - places[0])
+        return func(*args, **(kwargs or {}))
+
+
+_SHORT = 5
+
+
+@torch.no_grad()
+def position_limit(model: nn.Module) -> int | None:
+    """How many tokens the model's learned position embeddings can tell apart, None without any.
+
+    RoBERTa's configs say 514 of which 512 can be used, OPT's say two fewer than the table has. What counts is which
+    rows of which table a short text takes: as many as it has tokens, one after the other.
+
+    Args:
+        model: in evaluation mode; it is called as it stands.
+    """
+    words: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not any(isinstance(m, nn.Embedding) and m is not words for m in model.modules()):
+        return None
+    device = next(model.parameters()).device
+    try:
+        with _Lookups(words.weight) as lookups:
+            model(input_ids=_trial_tokens(model, 1, _SHORT, device))
+    except _FAILURES:
+        return None
+    return min(lookups.limits, default=None)
