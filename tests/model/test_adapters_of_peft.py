@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loracurve.curve.anchored import same_base
 from loracurve.curve.config import LoraOptions
-from loracurve.curve.files import load_base_weights, load_curve
+from loracurve.curve.files import load_base_record, load_curve
 from loracurve.model.base_model import DRAWN_ANEW, load_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
@@ -201,7 +201,7 @@ def test_a_pooler_that_no_checkpoint_has_is_kept(tmp_path: Path) -> None:
         wanted = model(0.5, input_ids=IDS).logits
     model.save_pretrained(tmp_path / "curve")
     assert read_json(tmp_path / "curve" / "curve_config.json")["format"] == 2
-    assert set(load_base_weights(tmp_path / "curve")) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} | {
+    assert set(load_base_record(tmp_path / "curve").weights) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} | {
         f"bert.embeddings.LayerNorm.{x}" for x in ("weight", "bias")
     }
     model.export(tmp_path / "adapter", 0.5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from loracurve.system.tensors import UNREADABLE, read_tensors, write_tensors
 
 __all__ = [
     "FILES",
+    "BaseRecord",
     "check_finite",
     "export_adapter",
     "load_adapter",
-    "load_base_weights",
+    "load_base_record",
     "load_curve",
     "write_curve",
 ]
@@ -93,6 +95,16 @@ _BASE_WEIGHTS = "base_weights.safetensors"
 FILES = ("curve_config.json", "control_points.safetensors", _BASE_WEIGHTS)
 
 
+@dataclass(frozen=True)
+class BaseRecord:
+    """What a curve folder holds of its base."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """by the base's own parameter names: what the curve was trained with and no checkpoint of the base has"""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """by which the base is known again (`model.fingerprint`); empty: nothing is known"""
+
+
 def _config_dict(config: peft.LoraConfig) -> dict[str, Any]:
     values = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
@@ -104,18 +116,22 @@ def write_curve(
     points: ControlPoints,
     folder: Path,
     base: str | None = None,
-    base_weights: Mapping[str, Tensor] | None = None,
+    record: BaseRecord | None = None,
 ) -> None:
-    """Write a curve folder; `base` replaces the name of the base model, `base_weights` are what the curve brings of its
-    weights, by name."""
+    """Write a curve folder with what it knows of its base; `base` replaces the name of the base model."""
+    record = record or BaseRecord()
     write_tensors(folder / "control_points.safetensors", points)
-    if base_weights:
-        write_tensors(folder / _BASE_WEIGHTS, base_weights)
+    if record.weights:
+        write_tensors(folder / _BASE_WEIGHTS, record.weights)
     lora = _config_dict(config)
     if base is not None:
         lora["base_model_name_or_path"] = base
-    version = WITH_BASE_WEIGHTS if base_weights else PLAIN
-    write_json(folder / "curve_config.json", {"format": version, "curve": dataclasses.asdict(spec), "lora": lora})
+    known = dict(record.fingerprint)
+    if known and base is not None:
+        known["name"] = base
+    version = WITH_BASE_WEIGHTS if record.weights else PLAIN
+    values = {"format": version, "curve": dataclasses.asdict(spec), "lora": lora, "base": known}
+    write_json(folder / "curve_config.json", values)
 
 
 def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlPoints]:
@@ -146,14 +162,18 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
     return config, spec, points
 
 
-def load_base_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of its base that a curve folder brings along, by the base's parameter names; mostly none."""
+def load_base_record(folder: str | Path) -> BaseRecord:
+    """What a curve folder holds of its base; raises UserError for broken parts."""
     folder = Path(folder)
-    if read_json(folder / "curve_config.json").get("format") != WITH_BASE_WEIGHTS:
-        return {}
+    values = read_json(folder / "curve_config.json")
+    known = values.get("base") or {}
+    if not isinstance(known, Mapping):
+        raise UserError(f"{folder}/curve_config.json: expected what is known of the base, found {known!r:.80}")
+    if values.get("format") != WITH_BASE_WEIGHTS:
+        return BaseRecord(fingerprint=known)
     tensors = read_tensors(folder / _BASE_WEIGHTS)
     check_finite(tensors, folder / _BASE_WEIGHTS)
-    return tensors
+    return BaseRecord(tensors, known)
 
 
 def export_adapter(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import peft
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
-from torch import Tensor
 
-from loracurve.curve.files import FILES, write_curve
+from loracurve.curve.files import FILES, BaseRecord, write_curve
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.model_card import model_card
 from loracurve.curve.spec import CurveSpec
@@ -97,12 +95,12 @@ def push_model(
     base: str | None = None,
     private: bool | None = None,
     token: str | None = None,
-    base_weights: Mapping[str, Tensor] | None = None,
+    record: BaseRecord | None = None,
 ) -> str:
     """`push_curve` of a curve in memory, with a card that knows no run and replaces none on the hub."""
     name = hub_base(config, base)
     with TemporaryDirectory() as folder:
-        write_shared(config, spec, points, name, model_card(config, spec, name, repo), Path(folder), base_weights)
+        write_shared(config, spec, points, name, model_card(config, spec, name, repo), Path(folder), record)
         return push_curve(folder, repo, private, token, keep_card=True)
 
 
@@ -113,9 +111,9 @@ def write_shared(
     base: str,
     card: str,
     folder: Path,
-    base_weights: Mapping[str, Tensor] | None = None,
+    record: BaseRecord | None = None,
 ) -> Path:
     """Write a curve and its card into a folder, which is returned; `base` is the base model's name on the hub."""
-    write_curve(config, spec, points, folder, base, base_weights)
+    write_curve(config, spec, points, folder, base, record)
     atomic_write(folder / CARD, lambda p: p.write_text(card, encoding="utf-8"))
     return folder

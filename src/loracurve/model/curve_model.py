@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from loracurve.curve.anchored import load_anchors, through
 from loracurve.curve.config import Alignment
-from loracurve.curve.files import export_adapter, load_base_weights, load_curve, write_curve
+from loracurve.curve.files import BaseRecord, export_adapter, load_base_record, load_curve, write_curve
 from loracurve.curve.hub import curve_folder, push_model
 from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at, head_labels
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.model.base_model import DRAWN_ANEW, load_base
-from loracurve.model.heads import OutputHead
-from loracurve.model.injection import initial_control_points, inject
+from loracurve.model.fingerprint import base_fingerprint, compare_fingerprint
+from loracurve.model.injection import base_parameters, initial_control_points, inject
 from loracurve.model.layers import CurveLayer
 from loracurve.model.merging import Merger
 from loracurve.model.routes import Route
@@ -93,6 +93,7 @@ class CurveModel(nn.Module):
                 "%s: its checkpoint lacks %s, drawn at random now and not trained; lora.modules_to_save trains them",
                 *(getattr(base, "name_or_path", None) or type(base).__name__, ", ".join(drawn)),
             )
+        self._fingerprint = base_fingerprint(base)
         spec = spec or CurveSpec()
         self.set_curve(spec, self.fresh_points(spec, seed) if points is None else points)
 
@@ -194,7 +195,7 @@ class CurveModel(nn.Module):
         Raises:
             UserError: the base has no such weight, or one of another shape.
         """
-        known = _base_parameters(self.model)
+        known = base_parameters(self.model)
         for name, tensor in sorted(weights.items()):
             weight = known.get(name)
             if weight is None or not weight.is_floating_point():
@@ -211,6 +212,8 @@ class CurveModel(nn.Module):
                 logger.log(level, "%s replaces the base's %s, as it does in PEFT", source, name)
                 weight.copy_(tensor)
                 self.base_weights[name] = tensor.detach().cpu().clone()
+        if weights:
+            self._fingerprint = base_fingerprint(self.model)
         for name, tensor in weights.items():  # tied weights are one
             if not torch.equal(tensor.to(known[name]), known[name]):
                 raise UserError(f"{source}: expected {name} as the weight that it is tied to, found another")
@@ -359,7 +362,7 @@ class CurveModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a curve folder; see `loracurve.curve.files`."""
-        write_curve(self.config, self.spec, self.control_points(), Path(folder), base_weights=self.base_weights)
+        write_curve(self.config, self.spec, self.control_points(), Path(folder), record=self._record())
 
     def export(self, folder: str | Path, t: float) -> None:
         """Write the adapter at t as an ordinary PEFT folder."""
@@ -377,8 +380,14 @@ class CurveModel(nn.Module):
         if base is None:
             raise UserError(f"{folder} does not name its base model; pass base=")
         model = cls(_load_base(base, config, points), config, spec, points)
-        model.bring(load_base_weights(place), str(folder))
+        record = load_base_record(place)
+        model.bring(record.weights, str(folder))
+        if record.fingerprint and (differs := compare_fingerprint(record.fingerprint, model.model)) is not None:
+            raise UserError(f"{folder}: expected the base that the curve was trained on, found another: {differs}")
         return model
+
+    def _record(self) -> BaseRecord:
+        return BaseRecord(self.base_weights, self._fingerprint)
 
     def push_to_hub(
         self, repo: str, base: str | None = None, private: bool | None = None, token: str | None = None
@@ -386,7 +395,7 @@ class CurveModel(nn.Module):
         """Upload the curve to OWNER/NAME on the hub, with a short model card if there is none; returns the commit's
         address. `base`: the base model's name on the hub, where it was loaded from a folder. `loracurve share` writes
         the card of a whole run. Raises UserError as `loracurve.curve.hub.push_curve`."""
-        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token, self.base_weights)
+        return push_model(self.config, self.spec, self.control_points(), repo, base, private, token, self._record())
 
 
 def _load_base(base: nn.Module | str, config: peft.LoraConfig, adapters: ControlPoints | None = None) -> nn.Module:
@@ -398,17 +407,6 @@ def _load_base(base: nn.Module | str, config: peft.LoraConfig, adapters: Control
     return load_base(base, classifier, num_labels=labels, revision=config.revision)[0]
 
 
-def _base_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The base's own parameters by the names that they have without curve layers; tied ones by each of their names."""
-    if isinstance(module, CurveLayer | OutputHead):
-        return _base_parameters(module.inner if isinstance(module, OutputHead) else module.base_layer, prefix)
-    found: dict[str, Tensor] = {prefix + name: p for name, p in module._parameters.items() if p is not None}
-    for name, child in module._modules.items():
-        if child is not None:
-            found |= _base_parameters(child, f"{prefix}{name}.")
-    return found
-
-
 def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str, Tensor]:
     """Weights of a base that may be in no checkpoint and are no part of the curve, copied to the CPU.
 
@@ -417,7 +415,7 @@ def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str,
     noted what else was drawn anew.
     """
     names = set(getattr(base, DRAWN_ANEW, ()))
-    known = _base_parameters(base)
+    known = base_parameters(base)
     if "SequenceClassification" in type(base).__name__:
         tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         names |= {n for n, p in known.items() if not re.search(r"\.\d+\.", n) and id(p) not in tables}

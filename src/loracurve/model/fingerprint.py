@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from loracurve.model.base_model import DRAWN_ANEW
-from loracurve.model.layers import CurveLayer
+from loracurve.model.injection import base_parameters
 
 __all__ = ["base_fingerprint", "compare_fingerprint", "compare_tokenizers", "tokenizer_fingerprint"]
 
@@ -45,7 +45,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
         (`DRAWN_ANEW`) and packed ones of quantised models are left out.
     """
     drawn = set(getattr(model, DRAWN_ANEW, ()))
-    tensors = {n: p for n, p in _parameters(model).items() if n not in drawn and _is_readable(p)}
+    tensors = {n: p for n, p in base_parameters(model).items() if n not in drawn and _is_readable(p)}
     names = sorted(tensors)
     step = max(len(names) / MOST_TENSORS, 1.0)
     chosen = [names[int(i * step)] for i in range(min(len(names), MOST_TENSORS))]
@@ -73,7 +73,7 @@ def compare_fingerprint(stored: Mapping[str, Any], model: nn.Module) -> str | No
     for key, known in stored["config"].items():
         if key in config and config[key] != known:
             return f"{key} is {_short(config[key])} in its config, expected {_short(known)}"
-    parameters, drawn = _parameters(model), set(getattr(model, DRAWN_ANEW, ()))
+    parameters, drawn = base_parameters(model), set(getattr(model, DRAWN_ANEW, ()))
     for name, known in stored["weights"].items():
         if name in drawn:
             continue
@@ -86,16 +86,6 @@ def compare_fingerprint(stored: Mapping[str, Any], model: nn.Module) -> str | No
         if not _agree(known["values"], getattr(torch, known["dtype"]), _elements(weight), weight.dtype):
             return f"{name} has other numbers"
     return None
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own parameters by the names that they have without curve layers; tied ones by each of their names."""
-    own = {id(p) for layer in model.modules() if isinstance(layer, CurveLayer) for p in layer.factors().values()}
-    return {
-        name.replace(".inner.", ".").replace(".base_layer.", "."): p
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) not in own
-    }
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -11,17 +11,17 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from loracurve.curve.lora_config import check_config
 from loracurve.curve.lora_space import PREFIX, ControlPoints
-from loracurve.model.heads import CurveDense
+from loracurve.model.heads import CurveDense, OutputHead
 from loracurve.model.layers import CurveLayer, CurveLinear, join_siblings
 from loracurve.model.routes import Route
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.randomness import generator
 
-__all__ = ["initial_control_points", "inject"]
+__all__ = ["base_parameters", "initial_control_points", "inject"]
 
 
 def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str, CurveLayer]:
@@ -115,3 +115,14 @@ def initial_control_points(
         points[f"{PREFIX}{name}.lora_A.weight"] = torch.stack(a)
         points[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(len(seeds), layer.out_features, layer.rank)
     return points
+
+
+def base_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The base's own parameters by the names that they have without curve layers; tied ones by each of their names."""
+    if isinstance(module, CurveLayer | OutputHead):
+        return base_parameters(module.inner if isinstance(module, OutputHead) else module.base_layer, prefix)
+    found: dict[str, Tensor] = {prefix + name: p for name, p in module._parameters.items() if p is not None}
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= base_parameters(child, f"{prefix}{name}.")
+    return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loracurve.curve.files import load_base_weights, load_curve
+from loracurve.curve.files import load_base_record, load_curve
 from loracurve.curve.hub import hub_base, write_shared
 from loracurve.curve.model_card import model_card
 from loracurve.report.run_data import RunData, read_run
 from loracurve.report.sections import summary
+from loracurve.runs.identity import read_identity
 from loracurve.system.errors import UserError
 from loracurve.system.folders import new_folder
 
@@ -75,8 +76,9 @@ def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: s
     """
     if not (Path(run) / "metrics.json").is_file():
         raise UserError(f"{run}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
+    read_identity(Path(run))  # of a newer version: refused
     config, spec, points = load_curve(Path(run) / "curve")
     name = hub_base(config, base)
     card = model_card(config, spec, name, repo, _described(read_run(Path(run), Path(run).resolve().name)))
-    weights = load_base_weights(Path(run) / "curve")
-    return write_shared(config, spec, points, name, card, new_folder(Path(out)), weights)
+    record = load_base_record(Path(run) / "curve")
+    return write_shared(config, spec, points, name, card, new_folder(Path(out)), record)
