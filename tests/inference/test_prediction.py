@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from helpers import matrix
 from helpers.log_probs import drawn_log_probs
+from helpers.made import made_task, vocabulary
 from helpers.matrix import build
-from helpers.tiny import random_points
+from helpers.tiny import lora_config, random_points, tiny
 from torch import nn
 
 from loracurve.curve.spec import CurveSpec
-from loracurve.inference.prediction import predict, predict_split
+from loracurve.inference.prediction import Way, predict, predict_split
+from loracurve.model.curve_model import CurveModel
 from loracurve.model.runner import evaluation_mode
+from loracurve.system.errors import UserError
 from loracurve.tasks.batching import evaluation_batches
 
 SHAPES = [
@@ -121,3 +125,20 @@ def test_training_mode_is_restored():
     model.eval()
     predict(model, batches([0]), T)
     assert not model.training
+
+
+@pytest.mark.parametrize("way", ["points", "merged"])
+@pytest.mark.parametrize("scoring", ["letter", "lm"])
+def test_outputs_that_are_no_numbers_are_told_by_the_row(way: Way, scoring: str, tmp_path: Path) -> None:
+    task = made_task(tmp_path / "data", "qwen2", scoring)
+    base = tiny("qwen2", torch.float32, vocabulary(task))
+    encoded = task.encode("test")
+    odd = encoded.examples[3]
+    prompt, kept = odd.prompt, {token for e in encoded.examples if e is not odd for token in e.prompt}
+    own = next(i for i in range(len(base.model.embed_tokens.weight)) if i not in kept and i not in prompt)
+    examples = [replace(e, prompt=(own, *prompt)) if e is odd else e for e in encoded.examples]
+    model = CurveModel.from_config(base, lora_config("qwen2"))
+    with torch.no_grad():
+        base.model.embed_tokens.weight[own] = torch.nan
+    with pytest.raises(UserError, match=f"row {odd.id!r}: the model's outputs are no numbers"):
+        predict_split(model, replace(encoded, examples=examples), torch.tensor([0.2, 0.7]), way=way)

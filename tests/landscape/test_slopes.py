@@ -34,7 +34,8 @@ def test_slope_bounds_hold_and_slopes_are_measured(name: str, architecture: str,
 
 def test_weight_gradients_of_split_batches_add_up(tmp_path: FilePath) -> None:
     model, split = setting(tmp_path)
-    halves = [collate(split.encoded, list(range(i, i + 6)), packing=model.runner.takes_trees(split.encoded)) for i in (0, 6)]
+    packing = model.runner.takes_trees(split.encoded)
+    halves = [collate(split.encoded, list(range(i, i + 6)), packing=packing) for i in (0, 6)]
     adapter = model.adapter(0.4)
     loss, whole = weight_gradients(model, adapter, split)
     apart, parts = weight_gradients(model, adapter, LaidOut("train", split.encoded, halves, split.labels))

@@ -22,6 +22,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
 from loracurve.model.runner import evaluation_mode, without_gradients
 from loracurve.system.distributed import gathered
+from loracurve.system.errors import UserError
 from loracurve.tasks.batching import ROW_TOKENS, Batch, evaluation_batches
 from loracurve.tasks.encoding import Encoded
 
@@ -106,9 +107,11 @@ def predict_splits(
     for name, encoded in splits.items():
         lm, count = encoded.scoring == "lm", encoded.predictions
         if name in done:
-            out[name] = _collect(model, _in_turn(done[name]), laid_out[name], len(t), weights, count, shared=True)
+            at_points = _in_turn(done[name])
+            out[name] = _collect(model, at_points, laid_out[name], len(t), weights, count, True, names=encoded.name_of)
         else:
-            out[name] = predict(model, laid_out[name], t, weights, summarise=lm, examples=count, shared=True)
+            batches, names = laid_out[name], encoded.name_of
+            out[name] = predict(model, batches, t, weights, None, lm, examples=count, shared=True, names=names)
     return out
 
 
@@ -121,6 +124,7 @@ def predict(
     summarise: bool = False,
     examples: int | None = None,
     shared: bool = False,
+    names: Callable[[int], str] = str,
 ) -> Predictive:
     """Predict every example of batches at every curve point, in evaluation mode and without gradients.
 
@@ -136,11 +140,13 @@ def predict(
         examples: N where it is known; without it examples missing at the very end go unnoticed.
         shared: the batches hold this process's share of the examples (`evaluation_batches`); every process calls this
             and returns the whole.
+        names: what an example is called in messages, by its number.
 
     Returns:
         The predictions of examples 0..N-1 in this order, on the CPU.
 
     Raises:
+        UserError: the model's outputs for an example are no numbers.
         RuntimeError: an example is missing or there twice, or the model returned another shape.
     """
     idle = 0
@@ -149,7 +155,7 @@ def predict(
         passes = sum(model.runner.passes(batch, len(t)) for batch in batches)
         idle = max(gathered(lambda: passes)) - passes
     at_points = lambda batch: model.point_log_probs(batch, t)  # noqa: E731
-    return _collect(model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle)
+    return _collect(model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle, names)
 
 
 def predict_folded(model: CurveModel, batches: Iterable[Batch], examples: int, summarise: bool = False) -> Predictive:
@@ -169,6 +175,7 @@ def _collect(
     summarise: bool = False,
     progress: Callable[[int], None] | None = None,
     idle: int = 0,
+    names: Callable[[int], str] = str,
 ) -> Predictive:
     """What `predict` returns, of log-probabilities [n, E, C] that `at_points` finds for each batch; `idle` forward
     passes follow for other processes."""
@@ -179,6 +186,7 @@ def _collect(
             if log_probs.shape[:-1] != (points, len(batch.index)):
                 raise RuntimeError(f"expected [{points}, {len(batch.index)}, C], found {list(log_probs.shape)}")
             if summarise:
+                _check_numbers(log_probs, batch.index, names)
                 parts.append(Predictive.from_log_probs(log_probs, weights).summarise(batch.labels).to("cpu"))
             else:
                 outputs.append(log_probs)
@@ -191,7 +199,10 @@ def _collect(
 
     def own() -> tuple[Tensor, list[Predictive]]:
         # Outside inference mode: its tensors could not take part in later gradients (temperature fits).
-        summaries = parts if summarise else [Predictive.from_log_probs(part.cpu(), weights) for part in outputs]
+        summaries = parts
+        for part, index in zip(outputs, indices[1:], strict=False):
+            _check_numbers(part.cpu(), index, names)
+            summaries.append(Predictive.from_log_probs(part.cpu(), weights))
         return torch.cat([index.cpu() for index in indices]), summaries
 
     found = gathered(own) if shared else [own()]
@@ -204,6 +215,17 @@ def _collect(
             "the batches dropped or repeated some"
         )
     return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())
+
+
+def _check_numbers(log_probs: Tensor, index: Tensor, names: Callable[[int], str]) -> None:
+    """Raise UserError for the first example whose log-probabilities [n, E, C] are NaN, by its number in `index` [E]."""
+    bad = log_probs.isnan().any(-1)
+    if bool(bad.any()):
+        everywhere = "at every point" if bool(bad.all(0).any()) else "at some points of the curve"
+        raise UserError(
+            f"{names(int(index.cpu()[bad.cpu().any(0)][0]))}: the model's outputs are no numbers (NaN or infinite) "
+            f"{everywhere}; do the base and its dtype work without adapters?"
+        )
 
 
 def _is_sharded(model: CurveModel) -> bool:

@@ -43,11 +43,12 @@ class Validation:
         self.model, self.count = model, encoded.predictions
         self.summarise = encoded.scoring == "lm"
         self.batches = laid_out_for(model, encoded, config.row_tokens)
-        self.labels = encoded.labels
+        self.labels, self.names = encoded.labels, encoded.name_of
 
     def predictive(self, t: Tensor, weights: Tensor | None = None) -> Predictive:
-        summarise, count = self.summarise, self.count
-        return predict(self.model, self.batches, t, weights, summarise=summarise, examples=count, shared=True)
+        return predict(
+            *(self.model, self.batches, t, weights, None, self.summarise, self.count), shared=True, names=self.names
+        )
 
 
 def label_count(encoded: Encoded, numbers: Sequence[int]) -> int:
