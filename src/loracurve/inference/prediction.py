@@ -23,7 +23,7 @@ from loracurve.model.layers import CurveLinear
 from loracurve.model.runner import evaluation_mode, without_gradients
 from loracurve.system.distributed import gathered
 from loracurve.system.errors import UserError
-from loracurve.tasks.batching import ROW_TOKENS, Batch, evaluation_batches
+from loracurve.tasks.batching import ROW_TOKENS, Batch, collate, evaluation_batches
 from loracurve.tasks.encoding import Encoded
 
 __all__ = [
@@ -106,12 +106,15 @@ def predict_splits(
     out = {}
     for name, encoded in splits.items():
         lm, count = encoded.scoring == "lm", encoded.predictions
-        if name in done:
-            at_points = _in_turn(done[name])
-            out[name] = _collect(model, at_points, laid_out[name], len(t), weights, count, True, names=encoded.name_of)
-        else:
-            batches, names = laid_out[name], encoded.name_of
-            out[name] = predict(model, batches, t, weights, None, lm, examples=count, shared=True, names=names)
+        batches, names = laid_out[name], encoded.name_of
+        try:
+            if name in done:
+                at_points = _in_turn(done[name])
+                out[name] = _collect(model, at_points, batches, len(t), weights, count, True, names=names)
+            else:
+                out[name] = predict(model, batches, t, weights, None, lm, examples=count, shared=True, names=names)
+        except _NoNumbersError as error:
+            raise _named_alone(model, encoded, t, error) from None
     return out
 
 
@@ -217,15 +220,34 @@ def _collect(
     return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())
 
 
-def _check_numbers(log_probs: Tensor, index: Tensor, names: Callable[[int], str]) -> None:
-    """Raise UserError for the first example whose log-probabilities [n, E, C] are NaN, by its number in `index` [E]."""
-    bad = log_probs.isnan().any(-1)
-    if bool(bad.any()):
-        everywhere = "at every point" if bool(bad.all(0).any()) else "at some points of the curve"
-        raise UserError(
-            f"{names(int(index.cpu()[bad.cpu().any(0)][0]))}: the model's outputs are no numbers (NaN or infinite) "
-            f"{everywhere}; do the base and its dtype work without adapters?"
+class _NoNumbersError(UserError):
+    """Outputs that are NaN, with the numbers of the examples that have them."""
+
+    def __init__(self, name: str, numbers: Sequence[int]) -> None:
+        super().__init__(
+            f"{name}: the model's outputs are no numbers (NaN or infinite); does the base work in this dtype without "
+            "adapters?"
         )
+        self.numbers = numbers
+
+
+def _check_numbers(log_probs: Tensor, index: Tensor, names: Callable[[int], str]) -> None:
+    """Raise UserError where log-probabilities [n, E, C] of the examples numbered `index` [E] are NaN."""
+    bad = log_probs.isnan().any(-1).any(0)
+    if bool(bad.any()):
+        numbers = index.cpu()[bad.cpu()].tolist()
+        raise _NoNumbersError(names(numbers[0]), numbers)
+
+
+def _named_alone(model: CurveModel, encoded: Encoded, t: Tensor, error: _NoNumbersError) -> _NoNumbersError:
+    """The same error, of the example that is to blame: in a row that several share, all of them have its outputs."""
+    if encoded.scoring == "lm" or _is_sharded(model):
+        return error
+    with torch.inference_mode(), evaluation_mode(model):
+        for number in error.numbers:
+            if bool(model.point_log_probs(collate(encoded, [number], packing=False), t).isnan().any()):
+                return _NoNumbersError(encoded.name_of(number), [number])
+    return error
 
 
 def _is_sharded(model: CurveModel) -> bool:
