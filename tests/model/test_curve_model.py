@@ -78,6 +78,7 @@ def test_peft_options(options: dict[str, object]) -> None:
 
 def test_lower_layers_run_once_for_all_points() -> None:
     model, _ = curve_model("qwen2", 1, torch.float32, layers_to_transform=[2], target_modules=["k_proj", "up_proj"])
+    model.runner.try_out()  # which runs the model, too
     seen: list[int] = []
     for layer in model.model.model.layers:
         layer.mlp.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[0]))

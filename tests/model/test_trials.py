@@ -17,6 +17,7 @@ from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.trials import check_causal, padding_side, position_limit, takes_tree_masks, window_of
 from loracurve.system.errors import UserError
+from loracurve.tasks.batching import collate
 from loracurve.tasks.encoding import Encoded, Example
 
 CPU = torch.device("cpu")
@@ -207,6 +208,49 @@ def test_classifiers_pool_as_for_a_row_alone(kind: str, side: str) -> None:
     with torch.no_grad():
         wanted = torch.cat([twin(input_ids=torch.tensor([row])).logits for row in rows]).log_softmax(-1)
     assert (found - wanted).abs().max() < 1e-5
+
+
+def mixing(kind: str) -> nn.Module:
+    if kind == "xlnet":
+        return classifier("xlnet")
+    torch.manual_seed(0)
+    own = {
+        "share_att_key": True,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "max_position_embeddings": 64,
+    }
+    config = tf.DebertaV2Config(**BERT | {"num_hidden_layers": 2}, **own, num_labels=3, position_buckets=8)
+    return widened(tf.DebertaV2ForSequenceClassification(config))
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("deberta", ["query_proj", "key_proj"]), ("xlnet", ["layer_1"])])
+def test_rows_that_a_model_mixes_lie_at_their_points_all_the_same(kind: str, targets: list[str]) -> None:
+    """DeBERTa's key map sees positions once for all rows; XLNet's layers see [T, N, d]."""
+    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS")
+    model = CurveModel.from_config(mixing(kind), lora, segments=1).eval()
+    for p in model.factors:
+        p.data.add_(0.5 * torch.randn_like(p))
+    rows = [tuple(6 + (5 * i + j) % 50 for j in range(3 + i)) for i in range(4)]
+    encoded = Encoded(
+        [Example(str(i), r, (), 0, 3) for i, r in enumerate(rows)], "head", None, ("a", "b", "c"), "sum", 0
+    )
+    t = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    batch = collate(encoded, range(4))
+
+    def alone(i: int, t: float) -> torch.Tensor:
+        with model.merged(t):
+            return model(input_ids=torch.tensor([rows[i]])).logits[0].log_softmax(-1)
+
+    with torch.no_grad():
+        wanted = torch.stack([torch.stack([alone(i, float(x)) for i in range(4)]) for x in t])
+        found = model.point_log_probs(batch, t)
+        assert (found - wanted).abs().max() < 1e-5
+        own = torch.tensor([[0.0, 0.3, 0.6, 1.0]], dtype=torch.float64)
+        each = model.runner.scores(batch, model.coefficients(own)).log_softmax(-1)[0]
+        assert (each - torch.stack([alone(i, float(own[0, i])) for i in range(4)])).abs().max() < 1e-5
+        with pytest.raises(UserError, match="mixes the rows"):
+            model(t, input_ids=batch.input_ids)
 
 
 def test_a_classifier_that_pads_nowhere_is_refused() -> None:

@@ -18,11 +18,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from loracurve.model.base_model import DRAWN_ANEW
 from loracurve.model.injection import base_parameters
+from loracurve.system.errors import UserError, one_line
 
-__all__ = ["base_fingerprint", "compare_fingerprint", "compare_tokenizers", "tokenizer_fingerprint"]
+__all__ = [
+    "base_fingerprint",
+    "check_fingerprint",
+    "compare_fingerprint",
+    "compare_tokenizers",
+    "tokenizer_fingerprint",
+]
 
 
 MOST_TENSORS, ELEMENTS = 64, 4
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 # Of a config, what does not shape the computation: where it came from, how it is loaded, what is given back, class
 # names, and tokens that tell a tokenizer's business.
@@ -68,28 +77,50 @@ def compare_fingerprint(stored: Mapping[str, Any], model: nn.Module) -> str | No
     Compared are keys that both configs have, and all tensors of the fingerprint: to the bit once both are in the
     coarser dtype of the two (between float16 and bfloat16: to two roundings). Tensors that are packed or drawn anew in
     one of the two are passed over.
+
+    Raises:
+        UserError: something else than a fingerprint.
     """
+    known_config, known_weights = check_fingerprint(stored)
     config = _config_of(model)
-    for key, known in stored["config"].items():
+    for key, known in known_config.items():
         if key in config and config[key] != known:
             return f"{key} is {_short(config[key])} in its config, expected {_short(known)}"
     parameters, drawn = base_parameters(model), set(getattr(model, DRAWN_ANEW, ()))
-    for name, known in stored["weights"].items():
+    for name, (shape, dtype, values) in known_weights.items():
         if name in drawn:
             continue
         if (weight := parameters.get(name)) is None:
             return f"it has no tensor {name}"
         if not _is_readable(weight):
             continue
-        if list(weight.shape) != known["shape"]:
-            return f"{name} has shape {list(weight.shape)}, expected {known['shape']}"
-        if not _agree(known["values"], getattr(torch, known["dtype"]), _elements(weight), weight.dtype):
+        if list(weight.shape) != shape:
+            return f"{name} has shape {list(weight.shape)}, expected {shape}"
+        if not _agree(values, dtype, _elements(weight), weight.dtype):
             return f"{name} has other numbers"
     return None
 
 
+Weights = dict[str, tuple[list[int], torch.dtype, "list[float | None]"]]
+
+
+def check_fingerprint(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
+    """The config and the weights of a fingerprint that was read from a file. Raises UserError for something else."""
+    weights: Weights = {}
+    try:
+        for name, known in stored["weights"].items():
+            values = [None if v is None else float(v) for v in known["values"]]
+            if len(values) != ELEMENTS:
+                raise ValueError(f"{len(values)} values")
+            weights[name] = [*map(int, known["shape"])], _DTYPES[known["dtype"]], values
+        return dict(stored["config"].items()), weights
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        reason = one_line(error, 80)
+        raise UserError(f"expected numbers by which a base is known again, found others ({reason})") from error
+
+
 def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel() > 0
+    return tensor.dtype in _DTYPES.values() and tensor.device.type != "meta" and tensor.numel() > 0
 
 
 @torch.no_grad()
@@ -182,7 +213,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def compare_tokenizers(stored: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """In what a tokenizer differs from the one of a fingerprint, in a few words; None where it does not."""
     found = tokenizer_fingerprint(tokenizer)
-    return next((told for key, told in _TOLD.items() if stored[key] != found[key]), None)
+    return next((told for key, told in _TOLD.items() if stored.get(key) != found[key]), None)
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,16 @@ from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
 from loracurve.model.routes import Layout, Route, within_segments
 from loracurve.model.scoring import class_scores
-from loracurve.model.trials import PaddingSide, check_causal, pad_token, padding_side, takes_tree_masks
+from loracurve.model.trials import (
+    PaddingSide,
+    check_causal,
+    full_precision,
+    mixing_layer,
+    pad_token,
+    padding_side,
+    takes_tree_masks,
+)
+from loracurve.system.errors import UserError
 from loracurve.tasks.batching import ROW_TOKENS, Batch, tree_mask
 from loracurve.tasks.encoding import Encoded
 
@@ -99,7 +108,8 @@ class Runner:
         self._maps = [layer for layer in self.layers.values() if isinstance(layer, CurveLinear)]
         self._cast = False
         self._padding: PaddingSide | None = None
-        self._tried = False
+        self._tried = self._shaped = False
+        self._mixing: str | None = None
         self._window: tuple[int | None] | None = None
         self._trees: dict[tuple[int, int], bool] = {}
         self._graphs: Captured | None = None
@@ -107,6 +117,7 @@ class Runner:
     def set_shape(self, spec: CurveSpec) -> None:
         """Take the shape of a new curve in the layers; graphs hold the places of the control points before."""
         self.spec = spec
+        self._shaped = True
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -120,7 +131,8 @@ class Runner:
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: the base model's."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        own = {id(p) for layer in self.layers.values() for p in layer.factors().values()} if self._shaped else set()
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point() and id(p) not in own)
 
     def coefficients(self, t: Tensor) -> Tensor:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""
@@ -143,7 +155,8 @@ class Runner:
         return self._trees[path, row]
 
     def try_out(self) -> None:
-        """Find out, once, on which side a classifier is padded, and whether a language model is causal.
+        """Find out, once, on which side a classifier is padded, whether a language model is causal, and whether rows
+        can lie at points of their own.
 
         Raises:
             UserError: it is not, or no side will do.
@@ -155,6 +168,7 @@ class Runner:
                 self._padding = padding_side(self.model, self.dtype, self.device)
             else:
                 check_causal(self.model, self.dtype, self.device)
+            self._mixing = mixing_layer(self.model, self.layers, self.is_classifier, self.device)
         self._tried = True
 
     @property
@@ -167,11 +181,11 @@ class Runner:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside the block the model is the base, in evaluation mode and as it is written."""
+        """Inside the block the model is the base, in evaluation mode, as written, in float32 where that can be."""
         before = replace(self.route)
         self.set_route(Route("base"))
         try:
-            with evaluation_mode(self.model), as_written(self.model):
+            with evaluation_mode(self.model), as_written(self.model), full_precision(self.model):
                 yield
         finally:
             self.set_route(before)
@@ -184,6 +198,9 @@ class Runner:
             return self.model(**inputs)
         points = torch.as_tensor(t, dtype=torch.float64)
         c = points if points.dim() == 2 else self.coefficients(points.reshape(-1))
+        self.try_out()
+        if self._mixing is not None and len(c) > 1:
+            raise self._no_rows()
         rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
         self.set_route(self._route_for(c, Layout("points", len(c)), rows))
         return self.model(**self.replication.inputs(inputs))
@@ -235,6 +252,8 @@ class Runner:
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]
+        if self._mixing is not None and coefficients is not None and coefficients.shape[-2] > 1:
+            return self._one_after_the_other(batch, coefficients, layout)
         if coefficients is not None and coefficients.dim() == 3:
             self.set_route(self._route_for(coefficients[0], layout, rows))
             for layer, own in zip(self.layers.values(), coefficients, strict=True):
@@ -267,6 +286,30 @@ class Runner:
         logits = self.model(**self.replication.inputs(inputs)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+
+    def _one_after_the_other(self, batch: Batch, coefficients: Tensor, layout: Layout) -> Tensor:
+        """`scores` of a classifier that mixes rows: those of each point by themselves."""
+        if not self.is_classifier:
+            raise self._no_rows()
+        rows = batch.input_ids.shape[0]
+        size = rows * layout.replicas // coefficients.shape[-2] if layout.kind == "points" else 1
+        found = []
+        for place in range(0, rows * layout.replicas, size):
+            first = place % rows
+            own: dict[str, Any] = {
+                field.name: value[first : first + size]
+                for field in fields(batch)
+                if isinstance(value := getattr(batch, field.name), Tensor) and value.shape[0] == rows
+            }
+            point = coefficients[..., place // size : place // size + 1, :]
+            found.append(self.scores(replace(batch, **own), point, Layout("points")))
+        return torch.cat(found, 1).view(layout.replicas, rows, -1)
+
+    def _no_rows(self) -> UserError:
+        return UserError(
+            f"{type(self.model).__name__} mixes the rows of a batch in {self._mixing}, so they cannot lie at different "
+            "points; one point at a time can (curve_training.share_points: true, points: 1)"
+        )
 
     def _padded(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
         """Rows of a classifier, filled on its side by what it takes for padding, whatever the tokenizer does."""
@@ -304,6 +347,8 @@ class Runner:
         return self.scores(request.batch, request.coefficients, request.layout).log_softmax(-1)
 
     def _points_in_pass(self, batch: Batch, tokens_per_pass: int | None = None) -> int:
+        if self._mixing is not None and not self.is_classifier:
+            return 1
         budget = tokens_per_pass or (16_384 if self.device.type == "cpu" else 65_536)
         classes = self.vocabulary if batch.answer_ids is None else len(batch.answer_ids)
         logits = 0 if batch.positions is None else len(batch.positions) * classes

@@ -6,6 +6,9 @@ another way, or refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -19,6 +22,8 @@ from loracurve.tasks.batching import tree_mask
 __all__ = [
     "PaddingSide",
     "check_causal",
+    "full_precision",
+    "mixing_layer",
     "pad_token",
     "padding_side",
     "position_limit",
@@ -32,6 +37,10 @@ PaddingSide = Literal["right", "left"]
 _EQUAL = {torch.float64: 1e-6, torch.float32: 1e-3}
 _EQUAL_IN_HALF = 0.05
 
+_HALF = (torch.bfloat16, torch.float16)
+
+_MOST_COPIED = 1_000_000_000
+
 # What models raise for arguments that they do not take.
 _FAILURES = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -43,10 +52,20 @@ def _trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device
     special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
     for name in ("image", "boi", "eoi", "audio", "video"):  # of models that take more than text
         special |= {getattr(config, f"{name}_token_id", None), getattr(config, f"{name}_token_index", None)}
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    ordinary = [i for i in range(min(table.weight.shape[0], 4096)) if i not in special] or [0]
+    words = _word_embeddings(model)
+    size = int(getattr(text, "vocab_size", 256)) if words is None else words.shape[0]
+    ordinary = [i for i in range(min(size, 4096)) if i not in special] or [0]
     draw = torch.Generator().manual_seed(0)
     return torch.tensor(ordinary)[torch.randint(len(ordinary), (rows, length), generator=draw)].to(device)
+
+
+def _word_embeddings(model: nn.Module) -> Tensor | None:
+    find: Any = model.get_input_embeddings
+    try:
+        table = find()
+    except NotImplementedError:  # Canine hashes characters
+        return None
+    return getattr(table, "weight", None)
 
 
 def _equal(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
@@ -95,7 +114,7 @@ def takes_tree_masks(model: nn.Module, dtype: torch.dtype, device: torch.device,
         path: tokens of the prefix with one branch.
         row: tokens of the whole row, at least.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = dtype in _HALF
     if half and (window := window_of(model.config)) is not None and path > window:
         return False
     own = 3  # shorter than any window, or a window that covers a whole branch would hide what it cuts off
@@ -153,6 +172,66 @@ def padding_side(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     raise UserError(f"expected a classifier that takes padded rows, found {name}, whose logits change with the padding")
 
 
+@torch.no_grad()
+def mixing_layer(model: nn.Module, layers: Mapping[str, nn.Module], masked: bool, device: torch.device) -> str | None:
+    """The first of some layers to which the rows of a batch do not come one after the other, or None.
+
+    Rows at points of their own are told apart by their order. DeBERTa sends its relative positions through layers once
+    for all rows, XLNet's rows lie across, experts see a choice of tokens. Compared is what each layer gets of a row in
+    company and alone.
+
+    Args:
+        layers: by name.
+        masked: whether the model wants a mask (classifiers).
+    """
+    rows = _trial_tokens(model, 2, 7, device)
+    seen: dict[str, list[Tensor]] = {}
+    note = lambda name: lambda _, args: seen.setdefault(name, []).append(args[0].detach())  # noqa: E731
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+
+    def run(ids: Tensor) -> dict[str, list[Tensor]]:
+        seen.clear()
+        extra: dict[str, Any] = {"attention_mask": torch.ones_like(ids)} if masked else {"use_cache": False}
+        model(input_ids=ids, **extra)
+        return dict(seen)
+
+    try:
+        both, alone = run(rows), run(rows[1:])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        for x, own in zip_longest(both.get(name, ()), alone.get(name, ())):
+            if x is None or own is None or x.shape[0] % 2 or x.numel() != 2 * own.numel():
+                return name
+            if not _equal(x.reshape(2, -1)[1], own.reshape(-1), x.dtype):
+                return name
+    return None
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model in half precision computes in float32, where its weights are few enough for a copy.
+
+    A trial then sees what the model does and not how it rounds. Weights are the same afterwards, in their places.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    half = [t for t in tensors if t.dtype in _HALF]
+    attention = str(getattr(model.config, "_attn_implementation", "") or "")
+    whole = all(t.is_floating_point() for t in model.parameters()) and not any(hasattr(t, "full_tensor") for t in half)
+    kept: list[tuple[Tensor, Tensor]] = []
+    if whole and "flash" not in attention and sum(t.numel() for t in half) <= _MOST_COPIED:
+        with torch.inference_mode(False):
+            for tensor in half:
+                kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
 def pad_token(model: nn.Module) -> int:
     """The token by which a classifier tells padding from text.
 
@@ -186,7 +265,7 @@ def window_of(config: Any) -> int | None:
 class _Lookups(TorchFunctionMode):
     """Notes the first place and the size of every table of which consecutive rows are looked up."""
 
-    def __init__(self, words: Tensor) -> None:
+    def __init__(self, words: Tensor | None) -> None:
         super().__init__()
         self.words = words
         self.limits: list[int] = []
@@ -194,8 +273,9 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding and args[1] is not self.words:
             places = args[0].reshape(-1).tolist()
-            if len(places) == _SHORT and places == [*range(places[0], places[0] + _SHORT)]:
-                self.limits.append(args[1].shape[0] - places[0])
+            own, filled = places[:_SHORT], places[_SHORT:]  # Longformer fills rows up to its window
+            if len(own) == _SHORT and own == [*range(own[0], own[0] + _SHORT)] and len({*filled}) < 2:
+                self.limits.append(args[1].shape[0] - own[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -212,12 +292,12 @@ def position_limit(model: nn.Module) -> int | None:
     Args:
         model: in evaluation mode; it is called as it stands.
     """
-    words: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if not any(isinstance(m, nn.Embedding) and m is not words for m in model.modules()):
+    words = _word_embeddings(model)
+    if not any(isinstance(m, nn.Embedding) and m.weight is not words for m in model.modules()):
         return None
     device = next(model.parameters()).device
     try:
-        with _Lookups(words.weight) as lookups:
+        with _Lookups(words) as lookups:
             model(input_ids=_trial_tokens(model, 1, _SHORT, device))
     except _FAILURES:
         return None
