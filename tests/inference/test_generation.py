@@ -204,6 +204,30 @@ def test_no_end_of_sequence_stands_behind_the_prompt() -> None:
     assert found.mutual_information == [pytest.approx(0, abs=1e-5)]
 
 
+@pytest.mark.parametrize("make", [llama_style, eos_style])
+def test_a_prompt_that_begins_with_bos_has_it_once(make: Any) -> None:
+    """What a chat template writes is continued as the tokens that the template itself gives."""
+    tokenizer = make()
+    template = "{{ bos_token }}[user] {{ messages[0]['content'] }}"
+    turn = [{"role": "user", "content": "good film"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, chat_template=template)
+    ids = tokenizer.apply_chat_template(turn, tokenize=True, chat_template=template, return_dict=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    base = tiny("llama", vocabulary=len(tokenizer))
+    untouched = copy.deepcopy(base)
+    model = CurveModel(base, lora_config("llama"), CurveSpec(1, 2))
+    model.set_curve(model.spec, random_points(model))
+    twin = peft_twin(untouched, model.config, adapters_on(model, T))
+    config = GenerateConfig(max_new_tokens=4)
+    (found,) = generate(model, tokenizer, text, config, T, WEIGHTS)
+    expected = slow(twin, ids, WEIGHTS, config, 0, {tokenizer.eos_token_id})
+    assert found.token_ids == expected["token_ids"]
+    assert found.log_probs == pytest.approx(expected["log_probs"], abs=2e-4)
+    (without,) = generate(model, tokenizer, text.removeprefix("<s>"), config, T, WEIGHTS)
+    if make is eos_style:  # the other one puts a space in front of a text that begins without a token
+        assert without.log_probs == found.log_probs
+
+
 def test_coefficients_beside_the_curve_and_no_trace_in_the_model() -> None:
     model, _, tokenizer = build("llama")
     model.train()
@@ -229,6 +253,8 @@ def test_what_cannot_be_decoded_is_said_in_one_line() -> None:
         generate(model, tokenizer, ["a", "good film " * 20], GenerateConfig(max_new_tokens=500))
     with pytest.raises(UserError, match="the prompt: expected some text"):
         generate(model, tokenizer, "")
+    with pytest.raises(UserError, match="prompt 2: expected text, found half of a surrogate pair"):
+        generate(model, tokenizer, ["a", "b\ud800"])
     with pytest.raises(UserError, match="at least one prompt"):
         generate(model, tokenizer, [])
     encoder = CurveModel(tiny("encoder"), lora_config("encoder"), CurveSpec(1, 1))

@@ -45,8 +45,8 @@ def test_tree_mask_lets_tokens_see_their_ancestors_only() -> None:
 @matrix.decoders
 def test_packed_rows_score_like_single_examples(architecture: str, scoring: str, tmp_path: Path) -> None:
     model, task = build(architecture, scoring, tmp_path)
-    assert model.runner.supports_trees
     encoded = task.encode("test")
+    assert model.runner.takes_trees(encoded)
     if scoring == "text":
         encoded = replace(encoded, normalise="mean")
     alone = predict(model, (collate(encoded, [i], packing=False) for i in range(len(encoded))), T)

@@ -17,6 +17,9 @@ def test_config_errors() -> None:
         ({"scoring": "letter", "validation_fraction": 1.5}, "between 0 and 1"),
         ({"scoring": "letter", "prompt": "{text}", "template": "x"}, "found both"),
         ({"scoring": "letter", "answers": ["A"]}, "give prompt too"),
+        ({"scoring": "label", "prompt": "{text}", "answers": "no"}, "answers: expected a list with one text"),
+        ({"scoring": "label", "prompt": "{text}\udce9"}, "prompt: expected text, found half of a surrogate pair"),
+        ({"scoring": "label", "prompt": "{text}", "answers": ["a", "\ud800"]}, "answers: expected text, found half"),
     ):
         with pytest.raises(UserError, match=said):
             TaskConfig("d", **options)

@@ -33,6 +33,10 @@ GOOD = {"id": "a", "text": "fine", "label": 1}
         ({"id": "b", "text": "x", "label": "1"}, "whole number"),
         ({"id": "b", "text": "x"}, "found none"),
         ({"id": "a", "text": "x", "label": 0}, "used on line 1"),
+        ('{"id": "b", "text": "x", "label": 0, "label": 1}', "the field 'label' stands twice"),
+        ({"id": "b\ud800", "text": "x", "label": 0}, "'id': expected text, found half of a surrogate pair ('\\ud800')"),
+        ({"id": "b", "text": "x\udc00", "label": 0}, "'text': expected text, found half of a surrogate pair"),
+        ({"id": "b", "text": "x", "text2": "\ud800y", "label": 0}, "'text2': expected text, found half"),
     ],
 )
 def test_row_errors_name_file_and_line(tmp_path: Path, record: Any, said: str) -> None:
@@ -51,6 +55,8 @@ def test_row_errors_name_file_and_line(tmp_path: Path, record: Any, said: str) -
         ({"choices": ["a", 2]}, "list of strings"),
         ({"label": 2}, "label from 0 to 1"),
         ({"question": None}, "'question'"),
+        ({"choices": ["a", "b\ud83d"]}, "'choices', 2: expected text, found half of a surrogate pair"),
+        ({"context": "\ude00"}, "'context': expected text, found half"),
     ],
 )
 def test_multiple_choice_errors(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -64,6 +70,40 @@ def test_labels_may_be_absent_only_where_they_are_not_needed(tmp_path: Path) -> 
     path = write_lines(tmp_path / "x.jsonl", [{"id": 7, "text": "x"}, "", {"id": "b", "text": "y", "label": None}])
     assert [row.label for row in read_rows(path, "classification", ("n", "y"), require_labels=False)] == [None, None]
     assert read_rows(path, "classification", ("n", "y"), require_labels=False)[0].id == "7"
+
+
+def test_language_modelling_rows_are_texts_or_prompts_with_completions(tmp_path: Path) -> None:
+    # A table written as JSON has null where a row lacks a column.
+    records = [
+        {"id": "t", "text": "x y", "prompt": None, "completion": None},
+        {"id": "p", "text": None, "prompt": "x", "completion": "y"},
+        {"id": "q", "text": None, "prompt": "x", "completion": None},
+    ]
+    path = write_lines(tmp_path / "x.jsonl", records)
+    rows = read_rows(path, "language_modelling", require_labels=False)
+    assert rows == [Row("t", text="x y"), Row("p", prompt="x", completion="y"), Row("q", prompt="x")]
+    for record, said in (
+        (records[0] | {"prompt": "x"}, "expected 'text', or 'prompt' and 'completion', found 'text' and 'prompt'"),
+        (records[2], "'completion' as text"),
+        ({"id": "s", "prompt": "\ud800", "completion": "y"}, "'prompt': expected text, found half"),
+        ({"id": "s", "prompt": "x", "completion": "\ud800"}, "'completion': expected text, found half"),
+    ):
+        with pytest.raises(UserError, match="line 1") as caught:
+            read_rows(write_lines(path, [record]), "language_modelling")
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\n", b"\r")], ids=["BOM", "CRLF", "CR"]
+)
+def test_lines_end_as_any_editor_writes_them_and_nowhere_else(tmp_path: Path, start: bytes, end: bytes) -> None:
+    texts = ["a\u2028b", "a\u0085b\u000bc", "\U0001f600", "\u00e9", "e\u0301"]
+    records = [{"id": str(i), "text": text, "label": 0} for i, text in enumerate(texts)]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(start + b"".join(json.dumps(r, ensure_ascii=False).encode() + end for r in records))
+    assert [row.text for row in read_rows(path, "classification", ("n", "y"))] == texts
+    path.write_bytes(b"".join(json.dumps(r).encode() + end for r in records))  # escapes: a whole surrogate pair
+    assert [row.text for row in read_rows(path, "classification", ("n", "y"))] == texts
 
 
 def make_folder(folder: Path, **meta: Any) -> Path:
@@ -89,6 +129,9 @@ def test_folder_errors(tmp_path: Path) -> None:
     for meta, said in (
         ({"task": "clasification"}, "did you mean 'classification'"),
         ({"labels": ["n"]}, "two different"),
+        ({"labels": ["n", " "]}, "list of names"),
+        ({"labels": ["n", "\ud800"]}, "meta.json, 'labels': expected text, found half of a surrogate pair"),
+        ({"notes": "\ud800"}, "meta.json, 'notes': expected text"),
     ):
         with pytest.raises(UserError, match=said):
             read_dataset(make_folder(folder, **meta))

@@ -76,6 +76,9 @@ def test_hub_configurations_and_errors(tmp_path: Path, monkeypatch: pytest.Monke
         card += [f"  - {{split: {split}, path: {config}/{split}.jsonl}}" for split in ("train", "validation")]
     (clone / "README.md").write_text("\n".join([*card, "---", ""]))
     assert load_from_hub("cola", clone, tmp_path / "cache").splits["test"][0].text == "c"
+    write_lines(clone / "cola" / "train.jsonl", [{"idx": 3, "sentence": text, "label": 1} for text in ("a", "b")])
+    with pytest.raises(UserError, match=r"split train, row 1: id 'train-3' was used by row 0 already"):
+        load_from_hub("cola", clone, tmp_path / "again")
     with pytest.raises(UserError, match="not in the hub's format, KeyError: 'sentence1'"):
         load_from_hub("mrpc", clone, tmp_path / "cache")
     with pytest.raises(UserError, match="expected a split 'test'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,43 @@ def test_language_modelling(tokenizer: Any, tmp_path: Path) -> None:
         assert len(cut) == 2 and all(e.prompt and len(e.prompt) + len(e.choices[0]) <= window for e in cut.examples)
     with pytest.raises(UserError, match="suits language_modelling"):
         load_task(TaskConfig(data, "letter"), tokenizer)
+
+
+def test_language_modelling_rows_are_cut_on_the_side_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts lose their left end, completions and texts that are longer than the window their right end."""
+    tokenizer = qwen_style()
+    rows = [
+        {"id": "text", "text": "the sun is a star it is red and they grow"},
+        {"id": "prompt", "prompt": "the sun is a star", "completion": " red and blue"},
+        {"id": "both", "prompt": "the sun", "completion": " is a star it is red"},
+        {"id": "short", "prompt": "the sun", "completion": " is"},
+    ]
+    data = folder(tmp_path, rows, "language_modelling", ())
+    whole = {e.id: e for e in load_task(TaskConfig(data, "lm"), tokenizer).encode("train").examples}
+    with caplog.at_level(logging.WARNING, "loracurve"):
+        encoded = load_task(TaskConfig(data, "lm", max_length=5), tokenizer).encode("train")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "train: 2 of 4 prompts were cut on the left and 2 of 4 completions lost tokens at their right end" in said
+    assert said.endswith("to fit 5 tokens")
+    assert (encoded.truncated, encoded.cut_prompts, encoded.cut_completions) == (3, 2, 2)
+    found = {e.id: (e.prompt, e.choices[0]) for e in encoded.examples}
+    for name, (prompt, completion) in found.items():
+        full = whole[name]
+        assert prompt == full.prompt[len(full.prompt) - len(prompt) :], "the left end went"
+        assert completion == full.choices[0][: len(completion)], "the right end went"
+        assert len(prompt) + len(completion) == min(5, len(full.prompt) + len(full.choices[0]))
+    assert found["text"][0] == whole["text"].prompt, "a text has no prompt to lose"
+    assert found["prompt"][1] == whole["prompt"].choices[0], "what is learnt stays whole where it fits"
+    assert len(found["both"][0]) == 1
+    assert found["short"] == (whole["short"].prompt, whole["short"].choices[0])
+    caplog.clear()
+    less = len(whole["text"].prompt) + len(whole["text"].choices[0]) - 1
+    with caplog.at_level(logging.WARNING, "loracurve"):
+        load_task(TaskConfig(data, "lm", max_length=less), tokenizer).encode("train")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith(f"train: 1 of 4 completions lost tokens at their right end to fit {less} tokens")
 
 
 def test_limits_validation_and_description(tmp_path: Path) -> None:

@@ -194,3 +194,32 @@ def test_the_example_runs(tmp_path: Path) -> None:
     said = run_example("trainer.py", tmp_path, "--model", base, "--text", text, "--out", tmp_path / "out", "--steps", 3)
     assert "eval_loss" in said
     assert CurveModel.from_pretrained(tmp_path / "out" / "curve").spec == CurveSpec(2, 2)
+
+
+def test_eval_loss_of_unequal_rows_is_the_mean_of_batches_weighted_by_rows(tmp_path: Path) -> None:
+    """As docs/trainer.md has it: of the averaged probabilities, and not the NLL per token."""
+    model, base = built("llama")
+    examples = rows(5)
+    for row, hidden in zip(examples, (3, 8, 5, 3, 7), strict=True):
+        row["labels"] = [-100] * hidden + row["input_ids"][hidden:]
+    grid = torch.linspace(0, 1, 3, dtype=torch.float64)
+    twin = peft_twin(base, model.config, adapters_on(model, grid))
+
+    def nll(part: list[dict[str, Any]]) -> torch.Tensor:
+        """Of each label token of some rows, by a loop over PEFT adapters."""
+        inputs, probs = batch(part), []
+        for i in range(len(grid)):
+            twin.set_adapter(f"p{i}")
+            with torch.no_grad():
+                probs.append(twin(input_ids=inputs["input_ids"]).logits[:, :-1].double().softmax(-1))
+        labels = inputs["labels"][:, 1:]
+        known = labels != -100
+        return -torch.stack(probs).mean(0)[known].gather(-1, labels[known][:, None]).log()[:, 0]
+
+    for size, batches in ((2, ([0, 1], [2, 3], [4])), (1, ([0], [1], [2], [3], [4]))):
+        args = arguments(tmp_path, per_device_eval_batch_size=size)
+        found = CurveTrainer(model, args, evaluation_points=3, eval_dataset=examples).evaluate()["eval_loss"]
+        parts = [[examples[i] for i in numbers] for numbers in batches]
+        expected = sum(len(part) * float(nll(part).mean()) for part in parts) / len(examples)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found != pytest.approx(float(nll(examples).mean()), rel=1e-3)

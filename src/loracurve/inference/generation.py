@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from loracurve.curve.quadrature import quadrature
 from loracurve.inference.config import GenerateConfig
 from loracurve.inference.information import entropy, mixture_log_probs
-from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.runner import evaluation_mode
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
-from loracurve.tasks.tokens import leading_tokens, tokenise
+from loracurve.tasks.dataset import check_text
+from loracurve.tasks.tokens import leading_tokens, tokenise, with_lead
 
 __all__ = ["Generation", "choose_tokens", "generate"]
 
@@ -77,7 +77,8 @@ def generate(
 
     Args:
         model: a curve on a causal language model.
-        tokenizer: the base model's, a fast one. Its leading special tokens (BOS) are put in front of each prompt.
+        tokenizer: the base model's, a fast one. Its leading special tokens (BOS) are put in front of each prompt
+            that does not begin with them itself.
         prompts: one text or several, continued as they stand; apply a chat template before, if the model wants one.
         config: how to decode. Default: greedy, 64 tokens.
         t: points ``[n]``, or ``[n, K]`` coefficients of points off the curve. Default: 10, equally spaced.
@@ -102,7 +103,7 @@ def generate(
     if t is None:
         t, _ = quadrature("uniform", 10, model.spec.segments, closed=model.spec.closed)
     weights = torch.full((len(t),), 1 / len(t)) if weights is None else weights
-    sequences = _tokenised(tokenizer, texts, config.max_new_tokens, model_window(model.model))
+    sequences = _tokenised(tokenizer, texts, config.max_new_tokens, model.window)
     numbers = range(len(texts)) if numbers is None else numbers
     out: list[Generation] = []
     with torch.inference_mode(), evaluation_mode(model):
@@ -216,10 +217,12 @@ def _tokenised(
     """Token ids of the prompts behind their leading special tokens, checked to leave room."""
     if not texts:
         raise UserError("generate: expected at least one prompt, found none")
+    places = ["the prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
+    for where, text in zip(places, texts, strict=True):
+        check_text(text, where)
     lead = leading_tokens(tokenizer)
-    sequences = [[*lead, *ids] for ids in tokenise(tokenizer, texts)]
-    for number, ids in enumerate(sequences):
-        where = "the prompt" if len(texts) == 1 else f"prompt {number + 1}"
+    sequences = [with_lead(lead, ids) for ids in tokenise(tokenizer, texts)]
+    for where, ids in zip(places, sequences, strict=True):
         if not ids:
             raise UserError(f"{where}: expected some text, found none, and this tokenizer puts no token in front")
         if window is not None and len(ids) + new_tokens > window:

@@ -19,7 +19,10 @@ from loracurve.tasks.encoding import Encoded, labels_of
 from loracurve.tasks.packing import balance, pack
 from loracurve.tasks.tokens import common_prefix
 
-__all__ = ["Batch", "collate", "evaluation_batches", "tree_mask"]
+__all__ = ["ROW_TOKENS", "Batch", "collate", "evaluation_batches", "tree_mask"]
+
+ROW_TOKENS = 256
+"""Packed rows are filled up to so many tokens, where nobody asks for others."""
 
 
 @dataclass
@@ -119,7 +122,7 @@ class _Row:
 def collate(
     encoded: Encoded,
     numbers: Sequence[int],
-    row_tokens: int = 256,
+    row_tokens: int = ROW_TOKENS,
     packing: bool = True,
     slots: Sequence[int] | None = None,
     pad_to: int = 1,
@@ -295,7 +298,7 @@ def _collate_sequences(encoded: Encoded, numbers: Sequence[int], labels: Tensor,
 def evaluation_batches(
     encoded: Encoded,
     tokens_per_batch: int = 4096,
-    row_tokens: int = 256,
+    row_tokens: int = ROW_TOKENS,
     packing: bool = True,
     pad_to: int = 1,
     shared: bool = False,

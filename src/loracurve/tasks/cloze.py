@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["fillings", "given_lengths", "has_gap", "split_gap"]
 
 
-_GAP = re.compile("_+")
+# A blank of three underscores or more, or a shorter one that stands for a word: beside a letter or a digit it is part
+# of a name (get_value, __init__), beside a bracket, ^ or $ of a formula. Scripts without spaces may touch it.
+_LETTERS = "0-9A-Za-z_\u00c0-\u024f\u0370-\u03ff\u0400-\u052f"
+_GAP = re.compile(rf"_{{3,}}|(?<![{_LETTERS}^$)}}\]])_+(?![{_LETTERS}^$({{\[])")
 
 
 def has_gap(text: str | None) -> bool:
-    """Whether a text has exactly one gap, a run of underscores."""
+    """Whether a text has exactly one gap: a run of underscores that stands for a word, or three and more anywhere."""
     return text is not None and len(_GAP.findall(text)) == 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.tasks.dataset import check_text
 
 __all__ = ["Scoring", "TaskConfig"]
 
@@ -58,6 +59,11 @@ class TaskConfig:
                 raise UserError(f"{name}: expected a positive number, found {value}")
         if not 0.0 < self.validation_fraction < 1.0:
             raise UserError(f"validation_fraction: expected a number between 0 and 1, found {self.validation_fraction}")
+        if isinstance(self.answers, str):
+            raise UserError(f"answers: expected a list with one text for each class, found {self.answers!r}")
+        for name, text in (("prompt", self.prompt), *(("answers", answer) for answer in self.answers or ())):
+            if text is not None:
+                check_text(text, name)
         if self.template is not None and self.prompt is not None:
             raise UserError("expected template or prompt, found both; leave one out")
         if self.answers is not None and self.prompt is None:

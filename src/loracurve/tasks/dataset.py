@@ -21,7 +21,19 @@ from typing import Any, Literal, get_args
 
 from loracurve.system.errors import UserError, nearest
 
-__all__ = ["Dataset", "Kind", "Row", "as_text", "parse_row", "read_dataset", "read_rows", "split_validation", "subset"]
+__all__ = [
+    "Dataset",
+    "Kind",
+    "Row",
+    "as_text",
+    "check_rows",
+    "check_text",
+    "parse_row",
+    "read_dataset",
+    "read_rows",
+    "split_validation",
+    "subset",
+]
 
 
 Kind = Literal["classification", "multiple_choice", "language_modelling"]
@@ -65,7 +77,7 @@ class Dataset:
     name: str
     kind: Kind
     labels: tuple[str, ...]
-    splits: dict[str, list[Row]]
+    splits: Mapping[str, list[Row]]
     notes: str = ""
     source: str = ""
 
@@ -86,6 +98,27 @@ def as_text(row: Row) -> str:
     if row.text is not None:
         return f"{row.text} {row.text2}" if row.text2 else row.text
     return f"{row.prompt or ''}{row.completion or ''}"
+
+
+def check_text(value: object, where: str) -> None:
+    """Raise UserError where `value` is no text that can be tokenised and written: half of a surrogate pair is none."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: expected text, found {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise UserError(f"{where}: expected text, found half of a surrogate pair ({half}); write it as UTF-8") from None
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """`check_text` of all that is written in rows, for those that were not read from a file (`parse_row`)."""
+    for row in rows:
+        for field in ("id", "text", "text2", "question", "context", "prompt", "completion"):
+            if getattr(row, field) is not None:
+                check_text(getattr(row, field), f"row {row.id!r}, {field!r}")
+        for number, choice in enumerate(row.choices, start=1):
+            check_text(choice, f"row {row.id!r}, 'choices', {number}")
 
 
 def read_dataset(folder: str | Path) -> Dataset:
@@ -138,7 +171,7 @@ def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_
                 if len(line) > MOST_CHARACTERS:
                     raise UserError(f"{where}: expected at most {MOST_CHARACTERS} characters, found more")
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line, object_pairs_hook=_once)
                 except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
                     reason = getattr(error, "msg", str(error))
                     raise UserError(f"{where}: expected one JSON object, found broken JSON ({reason})") from None
@@ -167,10 +200,14 @@ def parse_row(record: object, kind: Kind, labels: Sequence[str], where: str, req
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
         raise UserError(f"{where}: expected a string 'id', found {identity!r}; give every row its own id")
     identity = str(identity)
+    check_text(identity, f"{where}, 'id'")
     if kind == "language_modelling":
-        if "text" in record:
+        if record.get("text") is not None:
+            both = [field for field in ("prompt", "completion") if record.get(field) is not None]
+            if both:
+                raise UserError(f"{where}: expected 'text', or 'prompt' and 'completion', found 'text' and {both[0]!r}")
             return Row(identity, text=_string(record, "text", where))
-        wanted = require_label or "completion" in record
+        wanted = require_label or record.get("completion") is not None
         completion = _string(record, "completion", where) if wanted else None
         return Row(identity, prompt=_string(record, "prompt", where), completion=completion)
     if kind == "classification":
@@ -183,6 +220,8 @@ def parse_row(record: object, kind: Kind, labels: Sequence[str], where: str, req
     most = len(labels) or MAX_CHOICES
     if not 2 <= len(choices) <= most:
         raise UserError(f"{where}: expected 2 to {most} choices, found {len(choices)}")
+    for number, choice in enumerate(choices, start=1):
+        check_text(choice, f"{where}, 'choices', {number}")
     label = _label(record, len(choices), where, require_label)
     context = _string(record, "context", where) if record.get("context") is not None else None
     return Row(identity, label, question=_string(record, "question", where), choices=tuple(choices), context=context)
@@ -220,6 +259,7 @@ def _string(record: Mapping[str, Any], field: str, where: str) -> str:
         if field == "prompt" and value == "":
             return ""
         raise UserError(f"{where}: expected {field!r} as text that is not blank, found {value!r}")
+    check_text(value, f"{where}, {field!r}")
     return value
 
 
@@ -236,16 +276,27 @@ def _label(record: Mapping[str, Any], classes: int, where: str, required: bool) 
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose fields stands once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"the field {twice!r} stands twice")
+    return found
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     example = '{"task": "classification", "labels": ["negative", "positive"]}'
     if not path.is_file():
         raise UserError(f"expected {path}, found none; write one such as {example}")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: expected a JSON object such as {example}, found broken JSON ({error})") from None
     if not isinstance(meta, dict):
         raise UserError(f"{path}: expected a JSON object such as {example}, found {type(meta).__name__}")
+    for field, value in meta.items():
+        check_text(json.dumps(value, ensure_ascii=False), f"{path}, {field!r}")
     return meta
 
 
@@ -256,7 +307,7 @@ def _kind_and_labels(meta: Mapping[str, Any], path: Path) -> tuple[Kind, tuple[s
             f"{path}: expected 'task' to be one of {', '.join(KINDS)}, found {kind!r}{nearest(str(kind), KINDS)}"
         )
     labels = meta.get("labels") or []
-    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise UserError(f"{path}: expected 'labels' as a list of names, found {labels!r}")
     if len(set(labels)) != len(labels) or (kind == "classification" and len(labels) < 2):
         raise UserError(f"{path}: expected at least two different 'labels', found {labels!r}")

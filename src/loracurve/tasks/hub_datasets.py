@@ -194,6 +194,7 @@ def load_from_hub(name: str, path: str | Path | None = None, cache_dir: str | Pa
         if source not in raw:
             raise UserError(f"{path or entry.repository}: expected a split {source!r}, found {', '.join(raw)}")
         splits[split] = []
+        places: dict[str, int] = {}
         for index, record in enumerate(raw[source]):
             where = f"{path or entry.repository} ({name}), split {source}, row {index}"
             try:
@@ -202,7 +203,10 @@ def load_from_hub(name: str, path: str | Path | None = None, cache_dir: str | Pa
                 raise UserError(f"{where}: not in the hub's format, {type(error).__name__}: {error}") from None
             # idx and row numbers start anew in each split, so the split is part of the id.
             fields["id"] = str(record.get("id") or f"{source}-{record.get('idx', index)}")
-            splits[split].append(parse_row(fields, entry.kind, entry.labels, where))
+            row = parse_row(fields, entry.kind, entry.labels, where)
+            if places.setdefault(row.id, index) != index:
+                raise UserError(f"{where}: id {row.id!r} was used by row {places[row.id]} already")
+            splits[split].append(row)
         if not splits[split]:
             raise UserError(f"{path or entry.repository}: split {source!r} is empty")
     place = f"hub:{entry.repository}" if path is None else f"local copy of hub:{entry.repository}"

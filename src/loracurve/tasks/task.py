@@ -23,7 +23,7 @@ from loracurve.tasks.word_sentiment import word_sentiment
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Task", "load_task", "open_dataset"]
+__all__ = ["Task", "load_task", "open_dataset", "settled_dataset"]
 
 
 logger = logging.getLogger("loracurve")
@@ -46,6 +46,7 @@ class Task:
         template: Template | None,
         window: int | None,
         validation: str = "the data set's own",
+        classes: tuple[str, ...] | None = None,
     ) -> None:
         self.config = config
         self.dataset = dataset
@@ -54,7 +55,7 @@ class Task:
         self.window = window
         self.validation = validation
         self._encoder = Encoder(
-            tokenizer, dataset, config.scoring, template, window, config.normalise, config.append_eos
+            tokenizer, dataset, config.scoring, template, window, config.normalise, config.append_eos, classes
         )
         self._encoded: dict[str, Encoded] = {}
         self._truncated: dict[str, int] = {}
@@ -82,10 +83,12 @@ class Task:
         encoded = self._encoder.encode(rows, labelled)
         self._truncated[name] = encoded.truncated
         if encoded.truncated:
-            logger.warning(
-                "%s, %s: %d of %d prompts were cut on the left to fit %d tokens",
-                *(self.dataset.name, name, encoded.truncated, len(encoded), self.window),
+            cuts = (
+                (encoded.cut_prompts, "prompts were cut on the left"),
+                (encoded.cut_completions, "completions lost tokens at their right end"),
             )
+            said = " and ".join(f"{count} of {len(encoded)} {what}" for count, what in cuts if count)
+            logger.warning("%s, %s: %s to fit %d tokens", self.dataset.name, name, said, self.window)
         return encoded
 
     def encode_foreign(self, rows: Sequence[Row], name: str = "rows") -> Encoded:
@@ -146,7 +149,8 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_wind
     Args:
         config: which data, and how answers are scored.
         tokenizer: the base model's.
-        model_window: longest input of the model in tokens; None: unknown. Longer prompts are cut on the left.
+        model_window: longest input of the model in tokens; None: unknown. Longer prompts are cut on the left, longer
+            completions at their right end.
 
     Raises:
         UserError: no such data, rows that break the rules of docs/how-to/data.md, a prompt or a scoring that does not
@@ -154,6 +158,17 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_wind
     """
     if config.max_length is not None and model_window is not None and config.max_length > model_window:
         raise UserError(f"max_length: expected at most the model's window of {model_window}, found {config.max_length}")
+    dataset, validation = settled_dataset(config)
+    template = _template(config, dataset)
+    return Task(config, dataset, tokenizer, template, config.max_length or model_window, validation)
+
+
+def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:
+    """The data of a task with validation rows and within its limits, and how the validation split came about.
+
+    Raises:
+        UserError: no such data, rows that break the rules of docs/how-to/data.md.
+    """
     dataset = _sized_dataset(config)
     splits, validation = dict(dataset.splits), "the data set's own"
     if "validation" not in splits:
@@ -167,9 +182,7 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_wind
         if limit is not None and split in splits:
             splits[split] = subset(splits[split], limit, config.seed)
     splits = {split: splits[split] for split in _MAIN_SPLITS if split in splits} | splits
-    dataset = replace(dataset, splits=splits)
-    template = _template(config, dataset)
-    return Task(config, dataset, tokenizer, template, config.max_length or model_window, validation)
+    return replace(dataset, splits=splits), validation
 
 
 def _sized_dataset(config: TaskConfig) -> Dataset:

@@ -16,7 +16,16 @@ from loracurve.system.errors import UserError, nearest
 from loracurve.tasks.cloze import split_gap
 from loracurve.tasks.dataset import Kind, Row, as_text
 
-__all__ = ["LETTERS", "TEMPLATES", "Template", "custom_template", "default_template", "fields_of", "label_word"]
+__all__ = [
+    "LETTERS",
+    "TEMPLATES",
+    "Template",
+    "check_letters",
+    "custom_template",
+    "default_template",
+    "fields_of",
+    "label_word",
+]
 
 
 LETTERS = string.ascii_uppercase
@@ -148,8 +157,17 @@ def _spaced(prompt: str, answer: str) -> str:
 
 
 def label_word(label: str) -> str:
-    """A class name as it is written in prompts: underscores are spaces."""
-    return label.replace("_", " ")
+    """A class name as it is written in prompts: underscores are spaces, and none stands at its ends."""
+    return label.replace("_", " ").strip()
+
+
+def check_letters(count: int, where: str) -> None:
+    """Raise UserError where `count` options cannot have a letter each."""
+    if count > len(LETTERS):
+        raise UserError(
+            f"{where}: expected at most {len(LETTERS)} options, one for each letter, found {count}; "
+            "use scoring label, text or head, and a prompt without {options}"
+        )
 
 
 def fields_of(template: Template, row: Row, classes: Sequence[str] | None) -> dict[str, str]:
@@ -158,7 +176,7 @@ def fields_of(template: Template, row: Row, classes: Sequence[str] | None) -> di
     `classes`: the task's class names, listed as {options}; None where each row lists its own choices. A row of another
     kind gives its plain text to the main field and leaves the second one empty.
 
-    Raises UserError for a row without choices in a prompt that lists them.
+    Raises UserError for a row without choices, or with more than there are letters, in a prompt that lists them.
     """
     main = MAIN_FIELD[template.kind]
     own = getattr(row, main)
@@ -172,5 +190,6 @@ def fields_of(template: Template, row: Row, classes: Sequence[str] | None) -> di
             raise UserError(
                 f"row {row.id!r}: expected choices for the prompt {template.name!r}, found a row without any"
             )
+        check_letters(len(listed), f"row {row.id!r}")
         values["options"] = "\n".join(f"{LETTERS[i]}. {text}" for i, text in enumerate(listed))
     return {name: values[name] for name in template.fields}

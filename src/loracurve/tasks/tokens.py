@@ -1,12 +1,13 @@
 """From prompts to token ids: answers as continuations of the real prompt, leading special tokens, cutting to a window.
 
 Nothing here relies on where a tokenizer puts its special tokens: text is tokenised without any, and the leading ones
-(BOS, [CLS] or none) are put in front by hand, so that no EOS ever ends a prompt whose continuation is to be read.
+(BOS, [CLS] or none) are put in front by hand, so that no EOS ever ends a prompt whose continuation is to be read, and
+no BOS stands twice where the text itself begins with one, as chat templates write it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loracurve.system.errors import UserError
@@ -14,7 +15,17 @@ from loracurve.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["answer_tokens", "choice_tokens", "common_prefix", "cut_left", "fit_fields", "leading_tokens", "tokenise"]
+__all__ = [
+    "answer_tokens",
+    "choice_tokens",
+    "common_prefix",
+    "cut_left",
+    "fit_fields",
+    "leading_tokens",
+    "split_lead",
+    "tokenise",
+    "with_lead",
+]
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -35,14 +46,43 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts in front of a text by default: BOS, [CLS], or none."""
-    probe = "a"
-    bare = tokenise(tokenizer, [probe])[0]
-    full = list(tokenizer(probe, add_special_tokens=True)["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    raise UserError(f"tokenizer {tokenizer.name_or_path!r}: text is tokenised differently beside special tokens")
+    """The special tokens that the tokenizer puts in front of a text by default: BOS, [CLS], or none.
+
+    Raises UserError where they cannot be told from the text's own tokens.
+    """
+    for probe in _probes(tokenizer):
+        bare = tokenise(tokenizer, [probe])[0]
+        if not bare:
+            continue
+        full = list(tokenizer(probe, add_special_tokens=True)["input_ids"])
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start])
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: text is tokenised differently beside special tokens")
+    raise UserError(f"tokenizer {tokenizer.name_or_path!r}: expected a vocabulary of text, found special tokens only")
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Texts without special tokens. A small alphabet (nucleotides, moves) may drop letters, but no word of its own."""
+    yield "a"
+    special = tokenizer.get_added_vocab()
+    yield from (token for token in sorted(tokenizer.get_vocab()) if token not in special)
+
+
+def split_lead(lead: Sequence[int], ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(special tokens in front, the rest) of a text's tokens `ids` behind the tokenizer's leading tokens `lead`.
+
+    A text that begins with some of them itself keeps those, and gets what stands before them in `lead` only.
+    """
+    start = lead.index(ids[0]) if ids and ids[0] in lead else len(lead)
+    own = common_prefix([lead[start:], ids])
+    return [*lead[:start], *ids[:own]], list(ids[own:])
+
+
+def with_lead(lead: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """A text's tokens behind the leading special tokens, which stand once (`split_lead`)."""
+    head, rest = split_lead(lead, ids)
+    return head + rest
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -87,6 +127,8 @@ def answer_tokens(
                     f"and {pair[0]!r} before it; end the prompt with a fixed cue such as 'Answer:'"
                 )
             expected = full[-1]
+        if expected is not None and expected == tokenizer.unk_token_id:
+            raise UserError(f"answer {answer!r}: expected a token of the vocabulary, found {tokenizer.unk_token!r}")
         if expected is None:
             raise UserError("expected at least one example to find the answer tokens with, found none")
         if expected in found:

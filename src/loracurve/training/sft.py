@@ -2,7 +2,8 @@
 
 Give it a `CurveModel` instead of a model and a `peft_config`, and use `CurveSFTTrainer` instead of `SFTTrainer`. Data
 sets (text, conversations, prompts with completions), chat templates, truncation and collation are TRL's; loss,
-evaluation and saving are those of `training.trainer.CurveTrainer`.
+evaluation and saving are those of `training.trainer.CurveTrainer`: `eval_loss` too is what it says there, a mean over
+batches weighted by rows, as TRL's own.
 """
 
 from __future__ import annotations

@@ -48,9 +48,12 @@ _FIXED = {
 class CurveTrainer(Trainer):
     """Minimises the mean negative log-likelihood at random points of a curve, drawn anew for each micro-batch.
 
-    Evaluation and prediction are of the model average: `eval_loss` is its NLL per label in nats, and logits are its
-    log-probabilities. Saving writes a curve folder, for `CurveModel.from_pretrained`, also into each checkpoint, from
-    which `resume_from_checkpoint` goes on. Micro-batches count equally in accumulation, however many labels they have.
+    Evaluation and prediction are of the model average: logits are its log-probabilities, and `eval_loss` is its NLL in
+    nats (of the averaged probabilities, not the points' mean NLL), put together as `Trainer` does: the mean over the
+    labels of each batch, then over batches, weighted by their rows. That is the NLL per label where every row has as
+    many; else a label counts more in a batch with few of them, and the figure depends on how rows are batched. Saving
+    writes a curve folder, for `CurveModel.from_pretrained`, also into each checkpoint, from which
+    `resume_from_checkpoint` goes on. Micro-batches count equally in accumulation, however many labels they have.
 
     Args:
         model: a causal language model or classifier with a curve in it; frozen control points stay as they are.
