@@ -5,7 +5,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint format mypy wheel docs audit clean
+.PHONY: help env quickstart test conformance lint format mypy wheel docs audit clean
 
 BIN := $(VENV)/bin
 BASIC := $(VENV)/.ready-basic
@@ -16,7 +16,7 @@ DOCS := .venv-docs
 AUDIT := .venv-audit
 
 help:
-	@echo "make quickstart | test | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make quickstart | test | conformance | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
 	@echo "make test ONLY=training, or ONLY=\"training model\": the tests of some packages alone, without lint and mypy"
 
 env: $(READY)
@@ -50,6 +50,10 @@ quickstart: $(BASIC)
 # ONLY names folders of tests: `make test ONLY="training model"`.
 test: env $(if $(ONLY),,lint mypy)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) $(addprefix tests/,$(ONLY))
+
+# All architectures in all cases (half an hour), where `make test` takes a few of each; writes docs/supported.md.
+conformance: env
+	@LORACURVE_CONFORMANCE=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/conformance
 
 lint: env
 	@$(BIN)/ruff check .

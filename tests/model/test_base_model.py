@@ -56,7 +56,7 @@ def test_points_equal_a_loop_over_peft_adapters(folder: Path, kind: Any, segment
     gradients = torch.autograd.grad(found.square().mean(), model.factors)
     assert all(g.isfinite().all() for g in gradients) and sum(float(g.norm()) for g in gradients) > 0
     assert all(not w.is_floating_point() for n, w in base.named_parameters() if "base_layer.weight" in n)
-    with pytest.raises(RuntimeError, match="floating-point base weights"):
+    with pytest.raises(UserError, match="floating-point base weights"):
         model.layers["model.layers.0.self_attn.q_proj"].merge(model.coefficients(T[1]))
 
 

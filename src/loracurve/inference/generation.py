@@ -165,7 +165,7 @@ class _Batch:
             inputs = {name: value for name, value in wanted.items() if name in accepted}
             inputs |= {"attention_mask": visible, "past_key_values": cache, "use_cache": True}
             output = model(t, input_ids=ids, **inputs)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
             if cache is None:
                 raise UserError("generate: expected a model that keeps a key-value cache, found one without")
             log_probs = output.logits[:, -1].float().log_softmax(-1).unflatten(0, (len(t), -1))

@@ -36,7 +36,15 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloa
 # Of a config, what does not shape the computation: where it came from, how it is loaded, what is given back, class
 # names, and tokens that tell a tokenizer's business.
 _ASIDE = (PretrainedConfig().to_dict().keys() - {"model_type", "is_encoder_decoder"}) | {
-    *("torch_dtype", "quantization_config", "use_cache", "num_labels", "initializer_range", "auto_map"),
+    *(
+        "torch_dtype",
+        "attn_implementation",
+        "quantization_config",
+        "use_cache",
+        "num_labels",
+        "initializer_range",
+        "auto_map",
+    ),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"),
 }
 

@@ -141,7 +141,7 @@ class CurveLinear(CurveLayer):
     def merge(self, coefficients: Tensor) -> None:
         weight = getattr(self.base_layer, "weight", None)
         if weight is None or not weight.is_floating_point():
-            raise RuntimeError("merged evaluation needs floating-point base weights; use points=... instead")
+            raise UserError("folding needs floating-point base weights, found quantised ones; run points together")
         weight = weight.detach()
         a, b = (combine(coefficients[None].to(f.device), f.detach(), weight.dtype)[0] for f in (self.A, self.B))
         left, right = (a.mT, b) if self.transposed else (b.mT, a)

@@ -30,7 +30,7 @@ class Merger:
         [K], into one copy of the touched weights.
 
         Raises:
-            RuntimeError: quantised base weights.
+            UserError: quantised base weights.
         """
         runner = self.runner
 

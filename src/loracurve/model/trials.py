@@ -220,6 +220,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     attention = str(getattr(model.config, "_attn_implementation", "") or "")
     whole = all(t.is_floating_point() for t in model.parameters()) and not any(hasattr(t, "full_tensor") for t in half)
     kept: list[tuple[Tensor, Tensor]] = []
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     if whole and "flash" not in attention and sum(t.numel() for t in half) <= _MOST_COPIED:
         with torch.inference_mode(False):
             for tensor in half:
@@ -230,6 +231,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in kept:
             tensor.data = data
+        for module, own in buffers:  # XGLM makes new tables of positions where rows are longer
+            module._buffers.update(own)
 
 
 def pad_token(model: nn.Module) -> int:
