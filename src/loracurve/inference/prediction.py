@@ -27,6 +27,7 @@ from loracurve.tasks.batching import ROW_TOKENS, Batch, collate, evaluation_batc
 from loracurve.tasks.encoding import Encoded
 
 __all__ = [
+    "NoNumbersError",
     "Way",
     "folding_tokens",
     "keeps_precision",
@@ -113,7 +114,7 @@ def predict_splits(
                 out[name] = _collect(model, at_points, batches, len(t), weights, count, True, names=names)
             else:
                 out[name] = predict(model, batches, t, weights, None, lm, examples=count, shared=True, names=names)
-        except _NoNumbersError as error:
+        except NoNumbersError as error:
             raise _named_alone(model, encoded, t, error) from None
     return out
 
@@ -220,7 +221,7 @@ def _collect(
     return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())
 
 
-class _NoNumbersError(UserError):
+class NoNumbersError(UserError):
     """Outputs that are NaN, with the numbers of the examples that have them."""
 
     def __init__(self, name: str, numbers: Sequence[int]) -> None:
@@ -236,17 +237,17 @@ def _check_numbers(log_probs: Tensor, index: Tensor, names: Callable[[int], str]
     bad = log_probs.isnan().any(-1).any(0)
     if bool(bad.any()):
         numbers = index.cpu()[bad.cpu()].tolist()
-        raise _NoNumbersError(names(numbers[0]), numbers)
+        raise NoNumbersError(names(numbers[0]), numbers)
 
 
-def _named_alone(model: CurveModel, encoded: Encoded, t: Tensor, error: _NoNumbersError) -> _NoNumbersError:
+def _named_alone(model: CurveModel, encoded: Encoded, t: Tensor, error: NoNumbersError) -> NoNumbersError:
     """The same error, of the example that is to blame: in a row that several share, all of them have its outputs."""
     if encoded.scoring == "lm" or _is_sharded(model):
         return error
     with torch.inference_mode(), evaluation_mode(model):
         for number in error.numbers:
             if bool(model.point_log_probs(collate(encoded, [number], packing=False), t).isnan().any()):
-                return _NoNumbersError(encoded.name_of(number), [number])
+                return NoNumbersError(encoded.name_of(number), [number])
     return error
 
 

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from loracurve.inference.prediction import NoNumbersError
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.distributed import backend, is_main, same_everywhere, world
 from loracurve.system.errors import UserError
@@ -297,9 +298,7 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
 def _validate(trained: Trained, step: int, checkpoint: Checkpoint | None) -> list[float]:
     try:
         return trained.validate()
-    except UserError:
-        raise
-    except ValueError as error:  # predictions that are no probabilities: the step itself went too far
+    except NoNumbersError as error:  # the step itself went too far
         where = (
             "" if checkpoint is None else f"; an earlier state is in {checkpoint.folder} if a checkpoint was written"
         )
