@@ -116,28 +116,32 @@ def evaluate_command(
     inference: Literal["curve", "tunnel"] | None = None,
     split: str = "test",
     out: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Average a fitted curve on a labelled split and write metrics and predictions.
 
     Args:
         run: run directory.
-        task: another data set with the same classes, put into the same prompt. Default: the run's own.
+        task: another data set with classes of the run, in any order, put into the same prompt. Default: the run's own.
         points: points of the curve. Default: the run's own.
         weights: weights of the points. Default: the run's own.
         inference: average points of the curve, or posterior samples off it. Default: the run's own.
         split: which split.
         out: new folder. Default: a name made from the options, in RUN/evaluations.
+        base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.report.terminal import print_methods
     from loracurve.runs.evaluate import evaluate_run
 
     asked = {"points": points, "weights": weights, "inference": inference}
-    found, folder = evaluate_run(run, task, {k: v for k, v in asked.items() if v is not None}, split, out)
+    found, folder = evaluate_run(run, task, {k: v for k, v in asked.items() if v is not None}, split, out, base)
     print_methods(found["methods"], split)
     print(f"Written to {folder}")
 
 
-def predict_command(run: str, input: str, out: str | None = None, points: int | None = None) -> None:
+def predict_command(
+    run: str, input: str, out: str | None = None, points: int | None = None, base: str | None = None
+) -> None:
     """Predict rows of a JSONL file: one JSON line each with probabilities and uncertainty.
 
     Args:
@@ -145,11 +149,12 @@ def predict_command(run: str, input: str, out: str | None = None, points: int | 
         input: JSONL file with rows as in training; labels are not needed.
         out: new JSONL file. Default: standard output.
         points: points of the curve. Default: the run's own.
+        base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.runs.predict import predict_file
 
     on_main(lambda: _check_new(out))
-    text = predict_file(run, Path(input), points)
+    text = predict_file(run, Path(input), points, base)
     if out is None:
         sys.stdout.write(text)
     else:
@@ -163,7 +168,12 @@ def _check_new(out: str | None) -> None:
 
 
 def export_command(
-    run: str, out: str | None = None, points: int | None = None, best: bool = False, t: float | None = None
+    run: str,
+    out: str | None = None,
+    points: int | None = None,
+    best: bool = False,
+    t: float | None = None,
+    base: str | None = None,
 ) -> None:
     """Write points of a curve as ordinary PEFT adapter folders.
 
@@ -173,6 +183,7 @@ def export_command(
         points: this many points, as they are averaged. Default: the run's own number.
         best: only the point of lowest validation NLL.
         t: only this point, in [0, 1].
+        base: where the base model is now, which the adapters then name. Default: where it was.
     """
     from loracurve.runs.export import export_run
 
@@ -182,7 +193,7 @@ def export_command(
         raise UserError("expected one of --points, --best and --t, found several; give one")
     if t is not None and not 0 <= t <= 1:
         raise UserError(f"t: expected a number in [0, 1], found {t}")
-    count = export_run(run, Path(out), points, best, t)
+    count = export_run(run, Path(out), points, best, t, base)
     print(f"{count} adapter{'s' * (count > 1)} written to {Path(out)}")
 
 
@@ -193,6 +204,7 @@ def calibrate_command(
     alpha: float = 0.1,
     measure: Literal["entropy", "mutual_information"] = "entropy",
     input: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Fit a temperature, an abstention threshold with its guarantee, and prediction sets; predict then uses them.
 
@@ -204,6 +216,7 @@ def calibrate_command(
         measure: uncertainty that decides on abstaining.
         input: labelled JSONL rows that were not used in training. Default: the validation split, which also chose the
             trained state, so that the guarantee then holds only approximately.
+        base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.runs.predict import calibrate_run
     from loracurve.runs.run import open_run
@@ -211,7 +224,7 @@ def calibrate_command(
     for name, value in (("risk", risk), ("delta", delta), ("alpha", alpha)):
         if not 0 < value < 1:
             raise UserError(f"{name}: expected a number between 0 and 1, found {value}")
-    for line in calibrate_run(open_run(run), risk, delta, alpha, measure, Path(input) if input else None):
+    for line in calibrate_run(open_run(run, base=base), risk, delta, alpha, measure, Path(input) if input else None):
         print(line)
 
 
@@ -224,6 +237,7 @@ def generate_command(
     html: str | None = None,
     points: int | None = None,
     colour: Measure = "mutual_information",
+    base: str | None = None,
 ) -> None:
     """Continue prompts by the average over the curve, with the uncertainty of each token: RUN --prompt TEXT.
 
@@ -236,6 +250,7 @@ def generate_command(
         html: new HTML file with the texts in colours.
         points: points of the curve. Default: the run's own.
         colour: what the colours in the terminal show.
+        base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.report.generations import print_generation, write_generations
     from loracurve.runs.generate import generate_texts, prompts_of
@@ -246,7 +261,7 @@ def generate_command(
         if file is not None and Path(file).exists():
             raise UserError(f"{file} exists already; choose another --out or --html")
     rows = prompts_of(prompt, input)
-    generations = generate_texts(run, rows, options, points)
+    generations = generate_texts(run, rows, options, points, base)
     if html is not None:
         write_generations(Path(html), generations, Path(run).resolve().name)
     lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
@@ -277,7 +292,7 @@ def scan_command(
         run: run directory; comes first, without --run.
         adapters: PEFT adapter folders instead of a run, at least two; nothing is trained.
         task: their data: a folder, the name of a hub data set, or word_sentiment.
-        base: their base model. Default: the one they name.
+        base: their base model, or where a run's is now. Default: the one they name, where it was.
         scoring: how answers are scored. Default: head for classifiers, letter for multiple choice, else label.
         out: new folder. Default: RUN/scan, or scan.
     """
@@ -295,10 +310,10 @@ def scan_command(
         subject = adapters_to_scan(adapters, task, base, scoring, options.dtype)
     else:
         assert run is not None
-        for name, value in (("task", task), ("base", base), ("scoring", scoring)):
+        for name, value in (("task", task), ("scoring", scoring)):
             if value is not None:
                 raise UserError(f"--{name} goes with --adapters; a run has its own")
-        subject = run_to_scan(run, options.dtype)
+        subject = run_to_scan(run, options.dtype, base)
     print_barriers(scan_to_folder(subject, folder, options))
     print(f"Written to {folder}")
 
@@ -320,17 +335,18 @@ def report_command(runs: list[str], out: str | None = None, overwrite: bool = Fa
     print(f"Written to {page}")
 
 
-def serve_command(options: ServeConfig, run: str, points: int | None = None) -> None:
+def serve_command(options: ServeConfig, run: str, points: int | None = None, base: str | None = None) -> None:
     """Answer HTTP requests for predictions and texts, with a page to try it: RUN [--port N].
 
     Args:
         options: where to listen, and the limits.
         run: run directory; it is only read.
         points: points of the curve. Default: the run's own.
+        base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.serving.command import serve_run
 
-    serve_run(options, run, points)
+    serve_run(options, run, points, base)
 
 
 def share_command(

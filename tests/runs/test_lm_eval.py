@@ -15,6 +15,7 @@ from helpers import matrix
 from helpers.made import made_task, vocabulary
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
 from helpers.tiny import lora_config, random_points, tiny
+from helpers.tokenizers_made import llama_style
 
 from loracurve.curve.quadrature import quadrature
 from loracurve.curve.spec import CurveSpec
@@ -104,6 +105,29 @@ def test_long_contexts_are_cut_and_long_texts_read_through_windows(tmp_path: Pat
         scorer._score([([first], ids[:7])])
     with pytest.raises(UserError, match="at least one token"):
         scorer.continuations([("a truly", "")])
+
+
+def test_requests_that_begin_with_bos_have_it_once() -> None:
+    """A chat template's text: one BOS, as in the tokens that the template gives, wherever the request is split."""
+    tokenizer = llama_style()
+    model = CurveModel(tiny("llama", vocabulary=len(tokenizer)), lora_config("llama"), CurveSpec(2, 2))
+    model.set_curve(model.spec, random_points(model))
+    scorer = Scorer(model, tokenizer, *quadrature("gauss-legendre", 4, 2), 512)
+    template = "{{ bos_token }}[user] {{ messages[0]['content'] }}"
+    turn = [{"role": "user", "content": "good film"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, chat_template=template)
+    ids = tokenizer.apply_chat_template(turn, tokenize=True, chat_template=template, return_dict=False)
+    whole = tokenizer(text + " yes", add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1 == whole.count(tokenizer.bos_token_id) and whole[: len(ids)] == ids
+    asked = [(text, " yes"), ("", text + " yes"), ("<s>", text.removeprefix("<s>") + " yes")]
+    for (value, greedy), start in zip(scorer.continuations(asked), (len(ids), 1, 1), strict=True):
+        each, expected_greedy = plain(scorer, whole[:start], whole[start:])
+        assert value == pytest.approx(mixed(scorer, each), abs=1e-4) and greedy == expected_greedy
+    each, _ = plain(scorer, whole[:1], whole[1:])
+    assert scorer.texts([text + " yes"]) == [pytest.approx(mixed(scorer, each), abs=1e-4)]
+    for ask in (lambda: scorer.continuations([("a", " b"), ("a", "\ud800")]), lambda: scorer.texts(["a", "\ud800"])):
+        with pytest.raises(UserError, match="request 2: expected text, found half of a surrogate pair"):
+            ask()
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9, 11])

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+import random
 import shutil
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.made_runs import Maker, command, data_folder
 from helpers.read_runs import read, table
+
+from loracurve.bench.tiny_model import tiny_model
+from loracurve.runs.predict import calibrate_run, calibration_for, predict_rows, read_calibration
+from loracurve.runs.run import Run, open_run
+from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
 
 
 def unlabelled(data: Path, path: Path) -> Path:
@@ -71,7 +83,8 @@ def test_calibration_is_what_predict_uses(
         assert r["entropy"] == raw["entropy"], "uncertainties stay untempered"
         assert r["abstain"] == (threshold is None or r["entropy"] >= threshold)
         choices = ["negative", "positive", "no it is"][: len(r["probs"])]
-        inside = [c for c, p in zip(choices, r["probs"], strict=True) if 1 - p <= saved["conformal"]["quantile"] + 1e-5]
+        highest = saved["conformal"]["quantile"] + saved["conformal"]["tolerance"] + 1e-5
+        inside = [c for c, p in zip(choices, r["probs"], strict=True) if 1 - p <= highest]
         assert r["set"] == inside
     if given:
         # Prediction sets cover the fresh rows' second half by construction; over all rows about as often.
@@ -88,3 +101,180 @@ def test_a_new_calibration_replaces_the_old_one(fitted: Maker, tmp_path: Path) -
     command("calibrate", out, "--measure=entropy")
     command("calibrate", out, "--measure=mutual_information")
     assert read(out / "calibration.json")["measure"] == "mutual_information"
+
+
+def test_the_temperature_is_judged_on_the_rows_it_has_not_seen(
+    fitted: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(fitted("anchored", "head"), tmp_path / "run"))
+    rows = fitted.data("head") / "validation.jsonl"
+    command("predict", out, rows, "--out", tmp_path / "raw.jsonl")
+    capsys.readouterr()
+    command("calibrate", out)
+    said, saved = capsys.readouterr().out, read(out / "calibration.json")
+    labels = [json.loads(line)["label"] for line in rows.read_text().splitlines()]
+    probs = torch.tensor([json.loads(line)["probs"] for line in (tmp_path / "raw.jsonl").read_text().splitlines()])
+    tempered = (probs.double().log() / saved["temperature"]).log_softmax(1)
+    for place, found in enumerate((probs.double().log(), tempered)):
+        halves = [saved["nll"][name][place] for name in ("fitted", "held_out")]
+        expected = -found[torch.arange(24), torch.tensor(labels)].mean().item()
+        assert sum(halves) / 2 == pytest.approx(expected, abs=1e-3), "the halves are 12 rows each"
+    (before, after), (unseen_before, unseen_after) = saved["nll"]["fitted"], saved["nll"]["held_out"]
+    assert after <= before
+    assert f"NLL {before:.4f} -> {after:.4f} on the 12 rows it was fitted to" in said
+    assert f"{unseen_before:.4f} -> {unseen_after:.4f} on the 12 others" in said
+    assert ("worse on rows it has not seen" in said) == (unseen_after > unseen_before)
+
+
+TEXTS = ["very bad", "bad", "so so", "good", "very good indeed"]
+POSITIVE = [0, 1, 4, 9, 10]  # of ten
+NAMES = ["no", "yes"]
+
+
+def survey(count: int) -> list[dict[str, Any]]:
+    """Rows of five texts in turn, each with the same share of positive labels whatever the count (of 50s)."""
+    return [
+        {"id": str(i), "text": TEXTS[i % 5], "label": int((i // 5 * 7) % 10 < POSITIVE[i % 5])} for i in range(count)
+    ]
+
+
+def put(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def few_texts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on answers of a survey: scores are tied, and the same text in another batch differs by rounding."""
+    root = tmp_path_factory.mktemp("survey")
+    model, tokenizer = tiny_model()
+    model.save_pretrained(root / "model")  # type: ignore[operator]
+    tokenizer.save_pretrained(root / "model")
+    for split, count in (("train", 200), ("validation", 50), ("test", 50)):
+        put(root / "data" / f"{split}.jsonl", survey(count))
+    write_json(root / "data" / "meta.json", {"task": "classification", "labels": NAMES})
+    config = {
+        "model": {"name": str(root / "model"), "dtype": request.param},
+        "task": {"data": str(root / "data"), "scoring": "label"},
+        "lora": {"r": 4},
+        "curve": {"segments": 1},
+        "curve_training": {"steps": 100, "batch_size": 16, "learning_rate": 5e-3},
+        "evaluation": {"points": 4},
+    }
+    write_json(root / "config.yaml", config)
+    command("fit", root / "config.yaml", "--out", root / "run")
+    put(root / "cal.jsonl", survey(500))
+    return open_run(root / "run")
+
+
+def in_company(run: Run, rows: Sequence[dict[str, Any]], size: int, folder: Path) -> list[dict[str, Any]]:
+    """Predictions of rows sent so many at a time."""
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(rows), size):
+        found += predict_rows(run, put(folder / "some.jsonl", rows[start : start + size]))
+    return found
+
+
+@pytest.mark.parametrize("level", [0.1, 0.15, 0.25])
+def test_promises_hold_for_tied_texts_in_any_company(few_texts: Run, level: float, tmp_path: Path) -> None:
+    source = few_texts.folder.parent / "cal.jsonl"
+    calibrate_run(few_texts, risk=level, delta=0.1, alpha=level, measure="entropy", path=source)
+    saved = read(few_texts.folder / "calibration.json")
+    rows = survey(500)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    # One by one and in small groups the answer depends on the texts alone: a few of them stand for all.
+    companies = {
+        "one file": (rows, rows, 500),
+        "shuffled": (shuffled, shuffled, 500),
+        "one by one": (rows, rows[:5], 1),
+        "by three": (rows, shuffled[:15], 3),
+    }
+    decisions = defaultdict(set)
+    for name, (whole, sent, size) in companies.items():
+        found = in_company(few_texts, sent, size, tmp_path)
+        for row, record in zip(sent, found, strict=True):
+            decisions[row["text"]].add((record["abstain"], tuple(record["set"]), record["prediction"]))
+        by_text = {row["text"]: record for row, record in zip(sent, found, strict=True)}
+        assert by_text.keys() == set(TEXTS), name
+        records = found if len(sent) == 500 else [by_text[row["text"]] for row in whole]
+        pairs = [*zip(whole, records, strict=True)]
+        covered = sum(NAMES[row["label"]] in record["set"] for row, record in pairs) / 500
+        # The texts' shares of labels are the calibration's own but for the draw of its half.
+        assert covered >= 1 - level - 0.01, name
+        wrong = [NAMES[row["label"]] != record["prediction"] for row, record in pairs if not record["abstain"]]
+        assert len(wrong) / 500 >= saved["selective"]["coverage"], name
+        if wrong:
+            assert sum(wrong) / len(wrong) <= saved["selective"]["selective_risk"] <= level, name
+    assert all(len(found) == 1 for found in decisions.values()), f"a text decides alone: {dict(decisions)}"
+    assert saved["selective"]["coverage"] == 0.8, "four texts of five; 5 % of their labels are the other one"
+
+
+def test_what_the_tolerance_was_measured_with_is_recorded(few_texts: Run) -> None:
+    source = few_texts.folder.parent / "cal.jsonl"
+    lines = calibrate_run(few_texts, risk=0.1, delta=0.1, alpha=0.1, measure="mutual_information", path=source)
+    saved = read(few_texts.folder / "calibration.json")
+    dtype = few_texts.config.model.dtype
+    assert saved["format"] == 1
+    assert saved["rounding"]["dtype"] == dtype and saved["rounding"]["device"] == "cpu"
+    batches = saved["rounding"]["batches"]
+    assert ("merged" in batches) == (dtype == "float32"), "half precision is never folded"
+    assert saved["rounding"]["rows"] == 5 and saved["rounding"]["predictions"] == 500 + 5 + 64 * (len(batches) - 2)
+    assert 1e-6 <= saved["conformal"]["tolerance"] < 0.1 and 1e-6 <= saved["selective"]["tolerance"] < 0.1
+    assert any(line.startswith("5 distinct rows predicted again") and "mutual information" in line for line in lines)
+    found = read_calibration(few_texts.folder)
+    assert found is not None and found.tolerance == saved["conformal"]["tolerance"]
+    assert found.selective.tolerance == saved["selective"]["tolerance"]
+
+
+def test_a_calibration_of_something_else_is_warned_about(
+    few_texts: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrate_run(few_texts, 0.1, 0.1, 0.1, "entropy", few_texts.folder.parent / "cal.jsonl")
+    run = dataclasses.replace(few_texts, folder=tmp_path)
+    values = read(few_texts.folder / "calibration.json")
+
+    def said(average: Any = None) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "loracurve"):
+            calibration_for(run, average or run.average())
+        return [record.getMessage() for record in caplog.records]
+
+    assert said() == [], "no calibration"
+    write_json(tmp_path / "calibration.json", values)
+    assert said() == []
+    (other,) = said(run.average(dataclasses.replace(run.config.evaluation, points=3)))
+    assert "another average of 4 points, this one has 3" in other and "loracurve calibrate again" in other
+    write_json(tmp_path / "calibration.json", values | {"rounding": values["rounding"] | {"device": "cuda"}})
+    (elsewhere,) = said()
+    assert f"on cuda, this is {run.config.model.dtype} on cpu" in elsewhere and "\n" not in elsewhere
+    write_json(tmp_path / "calibration.json", values | {"rounding": values["rounding"] | {"dtype": "float16"}})
+    assert "rounding in float16" in said()[0]
+
+
+def test_older_and_newer_calibrations(few_texts: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calibrate_run(few_texts, 0.1, 0.1, 0.1, "entropy", few_texts.folder.parent / "cal.jsonl")
+    run = dataclasses.replace(few_texts, folder=tmp_path)
+    values = read(few_texts.folder / "calibration.json")
+    old = {key: values[key] for key in ("rows", "source", "temperature", "measure")}
+    old["selective"] = {key: value for key, value in values["selective"].items() if key != "tolerance"}
+    old["conformal"] = {key: value for key, value in values["conformal"].items() if key != "tolerance"}
+    write_json(tmp_path / "calibration.json", old)
+    with caplog.at_level(logging.WARNING, "loracurve"):
+        found = calibration_for(run, run.average())
+    assert found is not None and found.tolerance == found.selective.tolerance == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "older version" in line and "loracurve calibrate again" in line
+    write_json(tmp_path / "calibration.json", values | {"format": 2})
+    with pytest.raises(UserError, match=r"format 1 or earlier, found 2 of a newer loracurve; .* calibrate again"):
+        read_calibration(tmp_path)
+    for broken in ({"format": "1"}, {"format": 1.5}, {"format": -1}, {"format": None}, {"rounding": {}}):
+        write_json(tmp_path / "calibration.json", values | broken)
+        with pytest.raises(UserError, match="expected a calibration"):
+            read_calibration(tmp_path)
+    for part in ("conformal", "selective"):
+        for tolerance in (-0.1, "0.1x", None, 1e400 if part == "conformal" else -1):
+            text = json.dumps(values | {part: values[part] | {"tolerance": tolerance}}).replace("Infinity", "1e400")
+            (tmp_path / "calibration.json").write_text(text)
+            with pytest.raises(UserError, match="expected a calibration"):
+                read_calibration(tmp_path)

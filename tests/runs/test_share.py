@@ -171,7 +171,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     command("share", runs["label"], "--hub", "me/curve", "--base", "org/tiny", "--private")
     assert capsys.readouterr().out == "Uploaded: hub/me/curve/3\n" and not list(tmp_path.iterdir())
     files = hub.repositories["me/curve"]
-    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*FILES, "README.md"])
+    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*FILES[:2], "README.md"])
     assert b'from_pretrained("me/curve")' in files["README.md"]
 
     cache = tmp_path / "cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,15 @@ def test_clients_that_run_together_get_what_they_get_alone(run: Run) -> None:
             (other,) = _answers(engine, config, [p])
             assert [g["token_ids"] for g in one["generations"]] == [g["token_ids"] for g in other["generations"]]
         assert "prompt 1: expected at most 100 tokens" in str(together[3])
+
+
+def test_a_calibration_of_other_points_is_warned_about(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "loracurve"):
+        Engine(run, LIMITS)
+        assert not caplog.records
+        Engine(run, LIMITS, replace(run.config.evaluation, points=run.config.evaluation.points + 1))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the guarantees of abstain and set do not hold" in line and "loracurve calibrate again" in line
 
 
 def _answers(engine: Engine, key: Any, work: list[Any]) -> list[Any]:

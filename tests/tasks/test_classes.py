@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.texts import PASSAGES, classes, folder, questions
+from helpers.texts import PASSAGES, TEXTS, classes, folder, questions
 from helpers.tokenizers_made import qwen_style
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loracurve.system.errors import UserError
 from loracurve.tasks.classes import RecordedTask, TaskIdentity, in_terms_of, rows_hash, rows_in_class_order
@@ -101,3 +103,20 @@ def test_the_hash_of_rows_knows_labels_by_name() -> None:
     one, turned = dataset(("a", "b"), [0, 1]), dataset(("b", "a"), [1, 0])
     assert rows_hash(one, "test") == rows_hash(turned, "test")
     assert rows_hash(one, "test") != rows_hash(dataset(("a", "b"), [1, 0]), "test")
+
+
+def test_a_folder_with_the_name_of_a_built_in_data_set_has_its_own_classes(tmp_path: Path) -> None:
+    """The built-in prompt of word_sentiment has its answers in its own class order."""
+    for labels, name in ((("negative", "positive"), "word_sentiment"), (("positive", "negative"), "class_label")):
+        data = folder(tmp_path / "word_sentiment", TEXTS, labels=labels)
+        task = load_task(TaskConfig(data, "label"), qwen_style())
+        assert task.template is not None and task.template.name == name
+        ids = task.encode("train").answer_ids
+        assert ids is not None
+        assert [qwen_style().decode([i]).strip() for i in ids] == list(labels)
+
+
+@given(st.permutations(["a", "b", "c"]), st.lists(st.integers(0, 2), min_size=1, max_size=5))
+def test_any_order_of_the_names_gives_the_same_rows(order: list[str], labels: list[int]) -> None:
+    turned = dataset(tuple(order), [order.index(THREE.labels[label]) for label in labels])
+    assert in_terms_of(turned, THREE) == in_terms_of(dataset(THREE.labels, list(labels)), THREE)

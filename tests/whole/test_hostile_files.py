@@ -40,13 +40,16 @@ from loracurve.model.base_model import load_base
 from loracurve.model.config import ModelConfig
 from loracurve.model.curve_model import CurveModel
 from loracurve.runs.config import load_config
+from loracurve.runs.identity import IDENTITY, read_identity
 from loracurve.runs.predict import read_calibration
 from loracurve.serving.multi_lora_client import ServedCurve
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json
 from loracurve.system.tables import read_table
 from loracurve.system.tensors import read_tensors
+from loracurve.tasks.classes import RecordedTask
 from loracurve.tasks.dataset import read_dataset, read_rows
+from loracurve.tasks.task import settled_dataset
 from loracurve.training.checkpoint import LoopState, load_checkpoint
 
 FUZZ = settings(
@@ -201,6 +204,38 @@ def test_curve_configs(world: Path) -> None:
     for changes in ({"segments": 10**9}, {"degree": 10**9}, {"segments": 2.5}, {"segments": -1}):
         file.write_text(json.dumps(original | {"curve": original["curve"] | changes, "trainable": []}))
         assert "control points" in str(read_or_refused(lambda: load_curve(folder)))
+
+
+def test_identities(world: Path) -> None:
+    run = world / "run"
+    file, config = run / IDENTITY, load_config(run / "config.yaml")
+    original = json.loads(file.read_text())
+    base, tokenizer = load_base(str(world / "base"))
+    rows = read_rows(world / "data" / "test.jsonl", "multiple_choice")[:2]
+
+    def load() -> None:
+        identity = read_identity(run)
+        assert identity is not None
+        identity.check_base(base, tokenizer, str(run))
+        task = RecordedTask(identity.task, config.task, tokenizer, 512, identity.data["name"], lambda: dataset)
+        task.encode_rows(rows)
+        identity.check_rows(task.dataset, str(run))
+
+    dataset, _ = settled_dataset(config.task)
+    assert read_or_refused(load) is None
+    outcomes = set()
+
+    @FUZZ
+    @given(mutated(original))
+    def check(value: Any) -> None:
+        file.write_text(json.dumps(value))
+        outcomes.add(read_or_refused(load) is None)
+
+    check()
+    assert outcomes == {True, False}, "some changes matter and some do not"
+    for part, changes in [("task", {"window": 1}), ("task", {"kind": "x"}), ("base", {"weights": {"a": {}}})]:
+        file.write_text(json.dumps(original | {part: original[part] | changes}))
+        assert read_or_refused(load), changes
 
 
 def test_adapter_configs(world: Path) -> None:

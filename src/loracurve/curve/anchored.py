@@ -18,7 +18,7 @@ from loracurve.curve.lora_space import ControlPoints, column, stack_adapters
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError
 
-__all__ = ["load_anchors", "same_base", "slot_times", "through"]
+__all__ = ["load_anchors", "same_base", "same_place", "slot_times", "through"]
 
 # What has to be the same in the configs of adapters that one curve runs through.
 _AGREED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -29,14 +29,20 @@ def slot_times(anchors: int) -> Tensor:
     return torch.linspace(0, 1, anchors, dtype=torch.float64) if anchors > 1 else torch.zeros(1, dtype=torch.float64)
 
 
-def same_base(first: str, second: str) -> bool:
-    """Whether two names of a base model can mean the same one: a hub name, its folder in the hub's cache, or paths that
-    are spelt differently, whether they lie on this machine or not. Nothing is known of an empty name."""
+def same_place(first: str, second: str) -> bool:
+    """Whether two names of a base model mean the same one: a hub name and its folder in the hub's cache, or paths to
+    one folder that are spelt differently."""
     names = [re.sub(r".*models--([^/]+)--([^/]+)/snapshots/.*", r"\1/\2", name) for name in (first, second)]
-    paths = [Path(name) for name in names]
-    if all(path.exists() for path in paths):
-        return paths[0].resolve() == paths[1].resolve()
-    return "" in names or names[0] == names[1] or paths[0].name == paths[1].name
+    if names[0] == names[1]:
+        return True
+    return all(Path(name).exists() for name in names) and Path(first).resolve() == Path(second).resolve()
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two names can mean the same base: `same_place`, or paths of other machines with the same last part.
+    Nothing is known of an empty name."""
+    here = all(Path(name).exists() for name in (first, second))
+    return "" in (first, second) or same_place(first, second) or (not here and Path(first).name == Path(second).name)
 
 
 def load_anchors(folders: Sequence[str | Path]) -> tuple[peft.LoraConfig, ControlPoints]:

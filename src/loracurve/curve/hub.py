@@ -75,7 +75,7 @@ def push_curve(
     try:
         api = HfApi(token=token)
         place = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        files = list(FILES)
+        files = [name for name in FILES if (Path(folder) / name).exists()]
         if not (keep_card and api.file_exists(place, CARD)):
             files.append(CARD)
         commit = api.upload_folder(

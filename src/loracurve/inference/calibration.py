@@ -17,6 +17,7 @@ __all__ = [
     "apply_temperature",
     "conformal_quantile",
     "fit_temperature",
+    "possible_errors",
     "prediction_sets",
     "selective_threshold",
     "tempered",
@@ -85,9 +86,9 @@ class SelectiveThreshold:
     threshold: float | None
     """None where nothing was certified: abstain always."""
     coverage: float
-    """Share of the calibration examples that would be answered."""
+    """Share of the calibration examples that are answered in whatever batch they stand; at least so many."""
     selective_risk: float | None
-    """Error rate among those."""
+    """Error rate among the answered ones, in the batch that makes it largest."""
     risk_bound: float | None
     """Upper confidence bound on the error rate among answered examples (Clopper & Pearson 1934), at most `risk`."""
     risk: float
@@ -98,13 +99,30 @@ class SelectiveThreshold:
     """Size of the calibration sample."""
     reason: str | None = None
     """Why nothing was certified."""
+    tolerance: float = 0.0
+    """By how much the uncertainty of an example may differ between batches without harm to the guarantee."""
 
     def answered(self, uncertainty: Tensor) -> Tensor:
         """Where to answer, bool of the same shape."""
         return uncertainty < (-math.inf if self.threshold is None else self.threshold)
 
 
-def selective_threshold(uncertainty: Tensor, errors: Tensor, risk: float, delta: float) -> SelectiveThreshold:
+def possible_errors(probs: Tensor, labels: Tensor, tolerance: float) -> Tensor:
+    """Where another class than the label may be the most probable one, bool ``[E]``, if rounding decides against us.
+
+    Args:
+        probs: ``[E, C]``.
+        labels: ``[E]``.
+        tolerance: by how much a probability may differ between batches.
+    """
+    column = labels.unsqueeze(-1)
+    others = probs.scatter(-1, column, -math.inf).amax(-1)
+    return probs.gather(-1, column).squeeze(-1) - others <= 2 * tolerance
+
+
+def selective_threshold(
+    uncertainty: Tensor, errors: Tensor, risk: float, delta: float, tolerance: float = 0.0
+) -> SelectiveThreshold:
     """The threshold of largest coverage whose selective risk is certified to be at most `risk`.
 
     P(error | uncertainty < threshold) <= risk with probability >= 1 - delta over an i.i.d. calibration sample.
@@ -114,15 +132,27 @@ def selective_threshold(uncertainty: Tensor, errors: Tensor, risk: float, delta:
     threshold cost nothing. (Fixed-sequence testing would save the Bonferroni factor, but its first hypotheses have
     too few examples to be rejected.)
 
+    With a tolerance d > 0 the guarantee holds whatever the batches do, as long as two values u of one example differ by
+    at most d. Let s, within d / 2 of all of them, be the example's own value: those are i.i.d., and their order
+    statistic v is within d / 2 of the measured one, q. For a threshold q - c, the answered set then lies between
+    {s < v - c - d} and {s < v - c + d}. Its risk is largest for all of the inner set and only the errors between: a set
+    that v determines and, for c = 2 d, examples strictly below v, so that the argument above applies to it. All errors
+    with u < q and no correct examples but those with u < q - 4 d are counted: a larger p-value than its own. As the
+    sets for larger c contain each other and so do the hypotheses, the counts also certify all thresholds as far as they
+    stay the same: where nothing was measured in (q - 4 d, q) the threshold is put into the middle of the gap below q,
+    and an example's being answered does not depend on its batch.
+
     Args:
         uncertainty: ``[E]``, of examples that neither training nor any choice has seen.
-        errors: ``[E]`` bool.
+        errors: ``[E]`` bool; with a tolerance those of `possible_errors`.
         risk: error rate to guarantee, in (0, 1).
         delta: allowed failure probability, in (0, 1).
+        tolerance: by how much the uncertainty of one example may differ between batches; 0: not at all, and the
+            threshold is the order statistic.
 
     Raises:
         UserError: risk or delta outside (0, 1), or no examples.
-        ValueError: NaN among the uncertainties.
+        ValueError: NaN among the uncertainties, a tolerance below 0.
     """
     for name, number in (("risk", risk), ("delta", delta)):
         if not 0 < number < 1:
@@ -132,23 +162,29 @@ def selective_threshold(uncertainty: Tensor, errors: Tensor, risk: float, delta:
         raise UserError("selective threshold: expected calibration examples, found none; give a validation split")
     if uncertainty.isnan().any():
         raise ValueError("expected uncertainties that can be ranked, found NaN")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"expected a tolerance of at least 0, found {tolerance}")
     ordered, order = uncertainty.double().sort()
-    cumulative = errors.bool()[order].cumsum(0)
+    cumulative = [0, *errors.bool()[order].cumsum(0).tolist()]
     for level in range(_LEVELS, 0, -1):
-        threshold = ordered[math.ceil(examples * level / _LEVELS) - 1]
-        answered = int((ordered < threshold).sum())
-        if answered == 0:
+        found = ordered[math.ceil(examples * level / _LEVELS) - 1].item()
+        below, surely = (int((ordered < value).sum()) for value in (found, found - 4 * tolerance))
+        wrong, right = cumulative[below], surely - cumulative[surely]
+        if right == 0:
             continue
-        wrong = int(cumulative[answered - 1])
+        answered = right + wrong
         if binom.cdf(wrong, answered, risk) <= delta / _LEVELS:
+            highest = ordered[below - 1].item()
+            middle = (min(highest, found - 4 * tolerance) + found) / 2
             return SelectiveThreshold(
-                threshold=threshold.item(),
-                coverage=answered / examples,
+                threshold=found if tolerance == 0 else middle,
+                coverage=surely / examples,
                 selective_risk=wrong / answered,
                 risk_bound=float(beta.isf(delta / _LEVELS, wrong + 1, answered - wrong)),
                 risk=risk,
                 delta=delta,
                 examples=examples,
+                tolerance=tolerance,
             )
     needed = math.ceil(math.log(delta / _LEVELS) / math.log1p(-risk))
     return SelectiveThreshold(
@@ -159,6 +195,7 @@ def selective_threshold(uncertainty: Tensor, errors: Tensor, risk: float, delta:
         risk=risk,
         delta=delta,
         examples=examples,
+        tolerance=tolerance,
         reason=f"no threshold certified for risk {risk} at delta {delta}: that takes at least {needed} answered "
         f"examples without an error, of {examples} in the calibration sample; allow more risk or give more examples",
     )
@@ -186,15 +223,20 @@ def conformal_quantile(probs: Tensor, labels: Tensor, alpha: float) -> float:
     return scores.sort().values[rank - 1].item() if rank <= len(scores) else 1.0
 
 
-def prediction_sets(probs: Tensor, quantile: float) -> Tensor:
-    """Classes with 1 - p <= quantile, ``[E, C]`` bool; contains the label with probability >= 1 - alpha.
+def prediction_sets(probs: Tensor, quantile: float, tolerance: float = 0.0) -> Tensor:
+    """Classes with 1 - p <= quantile + tolerance, ``[E, C]`` bool; contains the label with probability >= 1 - alpha.
 
     The probability is over calibration sample and test example together. Classes of probability 0 (absent ones) are
     never in the set.
 
+    A tolerance can only enlarge sets. It keeps the promise where two probabilities of one example in different batches
+    differ by at most that much: let s, within half of it of them all, be the example's own score. The quantile of the
+    measured scores is within half of it of the quantile of the s, and so is a new example's score of its s.
+
     Args:
         probs: ``[E, C]``.
         quantile: from `conformal_quantile`, of probabilities made in the same way.
+        tolerance: by how much a probability may differ between batches.
     """
     probs = probs.double()
-    return (1 - probs <= quantile) & (probs > 0)
+    return (1 - probs <= quantile + tolerance) & (probs > 0)

@@ -55,13 +55,14 @@ class Average:
 def average_of(model: CurveModel, config: EvaluationConfig, task: Task) -> Average:
     """The points and weights to predict with, by the inference method that `config` names."""
     if config.inference == "curve":
-        return choose_average(model, config, task.encode("validation"))
+        # Only likelihood weights need the rows, which may no longer be there.
+        return choose_average(model, config, task.encode("validation") if config.weights == "likelihood" else None)
     found: Average = resolve_name(REGISTERED[config.inference])(model, config, task)
     return found
 
 
-def choose_average(model: CurveModel, config: EvaluationConfig, validation: Encoded) -> Average:
-    """The points and weights that `config` asks for; likelihood weights look at the validation rows."""
+def choose_average(model: CurveModel, config: EvaluationConfig, validation: Encoded | None) -> Average:
+    """The points and weights that `config` asks for; only likelihood weights look at the validation rows."""
     spec = model.spec
     draw = generator(config.seed, "quadrature")
     t, weights = quadrature(config.quadrature, config.points, spec.segments, draw, spec.closed)
@@ -70,6 +71,7 @@ def choose_average(model: CurveModel, config: EvaluationConfig, validation: Enco
         control = gram(p.detach() for p in model.factors).cpu()
         weights = arc_length_weights(t, weights, control, spec.segments, spec.degree)
     elif config.weights == "likelihood":
+        assert validation is not None
         predictive = predict_split(model, validation, t)
         nll = point_nll(predictive, validation.labels)
         temperature = config.temperature or fit_likelihood_temperature(nll, weights)

@@ -14,6 +14,7 @@ from loracurve.curve.lora_space import ControlPoints
 from loracurve.model.base_model import model_window, open_base
 from loracurve.model.config import Dtype, ModelConfig
 from loracurve.model.curve_model import CurveModel
+from loracurve.model.fingerprint import check_adapters
 from loracurve.system.errors import UserError
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.task import Task, load_task, open_dataset
@@ -56,7 +57,9 @@ def adapters_to_scan(
         classifier = first.task_type == peft.TaskType.SEQ_CLS
         scoring = "head" if classifier else "letter" if dataset.kind == "multiple_choice" else "label"
     config = TaskConfig(data=task, scoring=scoring)
-    loaded, tokenizer = open_base(ModelConfig(name, dtype), config)
+    options = ModelConfig(name, dtype=dtype)
+    loaded, tokenizer = open_base(options, config)
+    check_adapters(adapters, loaded, options, scoring == "head")
     model = CurveModel.from_adapters(loaded, list(adapters)).to(accelerate.PartialState().device)
     anchors = model.read_adapters(list(adapters))
     record = {"adapters": [str(a) for a in adapters], "base": name, "task": task, "scoring": scoring}

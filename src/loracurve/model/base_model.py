@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -71,6 +73,9 @@ def load_base(
     if quantise != "none":
         dtype = "bfloat16" if dtype == "auto" else dtype
         extra |= _quantised_options(quantise, getattr(torch, dtype), gguf)
+        if classifier:
+            config = {"revision": revision, "trust_remote_code": trust_remote_code}
+            extra["quantization_config"].llm_int8_skip_modules = _outside_layers(kind, name, config)
     try:
         loaded: Any = kind.from_pretrained(
             name,
@@ -160,6 +165,18 @@ def _quantised_options(quantise: Quantisation, dtype: torch.dtype, gguf: str | N
         "quantization_config": transformers.BitsAndBytesConfig(**how),
         "device_map": {"": PartialState().device},
     }
+
+
+def _outside_layers(kind: Any, name: str, options: dict[str, Any]) -> list[str]:
+    """Linear maps of a classifier that lie in no numbered layer: its head, which is trained whole, and poolers, which
+    are drawn where the checkpoint lacks them. Packed weights could be neither."""
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        with torch.device("meta"):
+            empty = kind.from_config(config, trust_remote_code=options["trust_remote_code"])
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load model {name!r}: {one_line(error, 240)}") from error
+    return [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and not re.search(r"\.\d+\.", n)]
 
 
 def model_window(model: nn.Module) -> int | None:

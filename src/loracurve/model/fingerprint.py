@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from loracurve.model.base_model import DRAWN_ANEW
+from loracurve.curve.anchored import same_place
+from loracurve.curve.files import load_adapter
+from loracurve.model.base_model import DRAWN_ANEW, load_base
+from loracurve.model.config import ModelConfig
 from loracurve.model.injection import base_parameters
 from loracurve.system.errors import UserError, one_line
 
 __all__ = [
     "base_fingerprint",
+    "check_adapters",
     "check_fingerprint",
     "compare_fingerprint",
     "compare_tokenizers",
     "tokenizer_fingerprint",
 ]
 
+
+logger = logging.getLogger("loracurve")
 
 MOST_TENSORS, ELEMENTS = 64, 4
 
@@ -236,3 +245,55 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def check_adapters(folders: Sequence[str | Path], base: nn.Module, options: ModelConfig, classifier: bool) -> None:
+    """Compare the base that existing adapters name with the one that is used.
+
+    The same name or folder is the same base. A base that lies elsewhere on this machine is loaded and compared; where
+    none does, a warning says so.
+
+    Args:
+        folders: of adapters that PEFT saved.
+        base: as it was opened.
+        options: it was opened with.
+        classifier: whether it has a classification head.
+
+    Raises:
+        UserError: adapters of another base.
+    """
+    labels = getattr(base.config, "num_labels", None) if classifier else None
+    seen = {options.name, ""}
+    for folder in folders:
+        name = load_adapter(folder)[0].base_model_name_or_path or ""
+        if name in seen or same_place(name, options.name):
+            continue
+        seen.add(name)
+        reason = "not on this machine"
+        if (place := _place(name)) is not None:
+            try:
+                with torch.random.fork_rng(devices=[]):  # a new head is drawn
+                    other, _ = load_base(str(place), classifier, options.dtype, labels, options.trust_remote_code)
+            except UserError as error:
+                reason = str(error)
+            else:
+                if difference := compare_fingerprint(base_fingerprint(base), other):
+                    raise UserError(
+                        f"{folder}: expected an adapter of {options.name}, found one of {name}, which is another "
+                        f"base: {difference}; give the adapters' own base"
+                    )
+                continue
+        logger.warning(
+            "%s: its base %s is not compared with %s, on which it is used (%s)", folder, name, options.name, reason
+        )
+
+
+def _place(name: str) -> Path | None:
+    """The folder of a base on this machine: itself, or in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub could have
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None

@@ -90,7 +90,13 @@ def _numbers_of_experts(config: Any) -> set[int]:
 
 def _matching(pattern: str, names: Iterable[str], option: str) -> list[str]:
     compiled = _compiled(pattern, option)
-    return [name for name in names if _match(compiled, name, option)]
+    found = [name for name in names if _match(compiled, name, option)]
+    if not found:
+        raise UserError(
+            f"{option}: expected a regular expression that fits whole names of this model's modules, found "
+            f"{pattern[:80]!r}, which fits none"
+        )
+    return found
 
 
 def _by_name(values: Mapping[str, Any], names: Iterable[str], option: str) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
     sets = {name: task.encode(name) for name in task.dataset.splits if name not in ("train", "validation")}
     for data in config.ood:
         dataset = open_dataset(data)
+        if f"ood:{dataset.name}" in sets:
+            raise UserError(f"evaluation.ood: expected data of different names, found two called {dataset.name!r}")
         sets[f"ood:{dataset.name}"] = task.encode_foreign(dataset.rows("test"), f"ood:{dataset.name}")
     if "test" not in sets:
         raise UserError(f"{task.dataset.name}: expected a test split, found {', '.join(task.dataset.splits)}")
@@ -255,21 +257,22 @@ def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: di
 
 
 def evaluate_run(
-    run: str, task: str | None, changes: Mapping[str, Any], split: str, out: str | None
+    run: str, task: str | None, changes: Mapping[str, Any], split: str, out: str | None, base: str | None = None
 ) -> tuple[dict[str, Any], Path]:
     """Average the curve of a run on a labelled split, and write metrics and predictions.
 
     Args:
         run: run directory.
-        task: another data set with the same classes, put into the same prompt; None: the run's own.
+        task: another data set with classes of the run, in any order, put into the same prompt; None: the run's own.
         changes: options of the run's evaluation that are changed.
         split: which split.
         out: new folder; None: RUN/evaluations and a name made from the options.
+        base: where the base model is now; None: where it was.
 
     Returns:
         What metrics.json holds, and the folder.
     """
-    opened = open_run(run, task)
+    opened = open_run(run, task, base)
     evaluation = replace(opened.config.evaluation, **changes)
     encoded = opened.task.encode(split)
     name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"

@@ -11,12 +11,14 @@ import accelerate
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from loracurve.curve.config import CurveConfig
-from loracurve.curve.files import export_adapter, load_adapter
-from loracurve.curve.lora_space import ControlPoints, stack_adapters
+from loracurve.curve.files import export_adapter
+from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
+from loracurve.model.fingerprint import check_adapters
 from loracurve.runs.config import RunConfig, load_config, save_config
 from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
+from loracurve.runs.identity import identity_of, read_identity, write_identity
 from loracurve.runs.run import base_and_task, logger, spread
 from loracurve.system.distributed import is_main, main_holds, on_main
 from loracurve.system.environment import environment
@@ -59,12 +61,19 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     base, task = base_and_task(config)
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
-    task.encode("train")
+    task.encode("validation")
+    identity = identity_of(config, base, task.tokenizer, task)
+    if (known := read_identity(out)) is not None:
+        known.check_same(identity, base, task.tokenizer, str(out))
+    if config.adapters:
+        check_adapters(config.adapters, base, config.model, config.task.scoring == "head")
     if config.curve_training.corruption.file is not None:
         unlabelled(task, config.curve_training.corruption.file)
 
     def begin() -> None:
         save_config(config, out / "config.yaml")
+        if known is None:
+            write_identity(identity, out)
         write_json(out / "environment.json", environment())
 
     on_main(begin)
@@ -82,9 +91,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         spread(model, config)
     else:
         if config.adapters:
-            loaded = [load_adapter(folder) for folder in config.adapters]
             model = CurveModel.from_adapters(base, config.adapters, alignment="none")
-            anchors = stack_adapters([tensors for _, tensors in loaded])
+            anchors = model.read_adapters(config.adapters)
             spread(model, config)
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
@@ -137,7 +145,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
 def _export(model: CurveModel, adapters: ControlPoints, folder: Path) -> None:
     """Write stacked adapters as PEFT folders 0, 1, ..."""
     for m in range(len(next(iter(adapters.values())))):
-        export_adapter(model.config, {n: p[m] for n, p in adapters.items()}, folder / str(m))
+        adapter = {n: p[m] for n, p in adapters.items()}
+        export_adapter(model.config, adapter, folder / str(m), model.base_weights)
 
 
 def _check_tracker(tracker: str) -> None:

@@ -26,15 +26,15 @@ def prompts_of(prompt: str | None, file: str | None) -> list[Row]:
 
 
 def generate_texts(
-    run: str | Path, rows: Sequence[Row], options: GenerateConfig, points: int | None
+    run: str | Path, rows: Sequence[Row], options: GenerateConfig, points: int | None, base: str | None = None
 ) -> list[Generation]:
-    """Continue prompts by the average of a run's curve, with a bar on the terminal.
+    """Continue prompts by the average of a run's curve, with a bar on the terminal; `base` as `open_run` takes it.
 
     Raises:
         UserError: a run of a classifier.
     """
     texts = [(row.text if row.prompt is None else row.prompt) or "" for row in rows]
-    opened = open_run(run)
+    opened = open_run(run, base=base)
     if opened.model.is_classifier:
         raise UserError(f"{run}: expected a run of a causal language model, found a classifier; use loracurve predict")
     evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)

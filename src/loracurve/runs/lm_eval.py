@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loracurve.inference.information import mixture_log_probs
-from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.runner import evaluation_mode
 from loracurve.runs.run import open_run
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch, collate
+from loracurve.tasks.dataset import check_text
 from loracurve.tasks.encoding import Encoded, Example
-from loracurve.tasks.tokens import choice_tokens, leading_tokens, tokenise
+from loracurve.tasks.tokens import choice_tokens, leading_tokens, split_lead, tokenise, with_lead
 
 __all__ = ["Scorer", "harness_class", "rolling_windows"]
 
@@ -42,7 +42,7 @@ class Scorer:
 
     Args:
         model: a causal language model with a curve.
-        tokenizer: its tokenizer; leading special tokens are put in front as in training.
+        tokenizer: its tokenizer; leading special tokens are put in front as in training, where a text has none itself.
         t, weights: points of the curve and their weights, [n].
         window: longest input in tokens; longer contexts are cut on the left. None: unlimited.
     """
@@ -53,12 +53,15 @@ class Scorer:
         if model.is_classifier:
             raise UserError("expected a run with a language-model head, found a sequence classifier; use another run")
         self.model, self.tokenizer, self.t, self.weights, self.window = model, tokenizer, t, weights, window
-        self.lead = list(leading_tokens(tokenizer))
+        self.lead = leading_tokens(tokenizer)
 
     def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each (context, continuation)."""
+        for number, pair in enumerate(pairs, start=1):
+            for text in pair:
+                check_text(text, f"request {number}")
         split = choice_tokens(self.tokenizer, [p for p, _ in pairs], [[c] for _, c in pairs])
-        rows = [(self._start(prompt), rest) for prompt, (rest,) in split]
+        rows = [self._row(prompt, rest) for prompt, (rest,) in split]
         logs, greedy = self._score(rows)
         return list(zip(mixture_log_probs(logs, self.weights).tolist(), greedy.tolist(), strict=True))
 
@@ -66,8 +69,11 @@ class Scorer:
         """Log-likelihood in nats of each whole text, read through windows (`rolling_windows`)."""
         rows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
-        for number, tokens in enumerate(tokenise(self.tokenizer, texts)):
-            windows = rolling_windows(tokens, self._start([])[-1], self.window or len(tokens))
+        for number, text in enumerate(texts, start=1):
+            check_text(text, f"request {number}")
+        for number, ids in enumerate(tokenise(self.tokenizer, texts)):
+            start, tokens = self._row([], ids)
+            windows = rolling_windows(tokens, start[-1], self.window or len(tokens))
             rows += windows
             owners += [number] * len(windows)
         total = torch.zeros(len(self.t), len(texts), dtype=torch.float64)
@@ -76,13 +82,18 @@ class Scorer:
         # A text is one sequence for each point, whatever its windows: averaged once.
         return mixture_log_probs(total, self.weights).tolist()
 
+    def _row(self, prompt: list[int], rest: list[int]) -> tuple[list[int], list[int]]:
+        """(what comes before a continuation, the continuation), which may begin with leading tokens itself."""
+        head, body = split_lead(self.lead, [*prompt, *rest])
+        asked = max(len(body) - len(rest), 0)
+        return self._start([*head, *body[:asked]]), body[asked:]
+
     def _start(self, prompt: list[int]) -> list[int]:
         """What comes before a continuation, at least one token to predict from."""
-        if self.lead or prompt:
-            return [*self.lead, *prompt]
-        if self.tokenizer.eos_token_id is None:
+        start = with_lead(self.lead, prompt)
+        if not start and self.tokenizer.eos_token_id is None:
             raise UserError("expected a context or a tokenizer with a BOS or EOS token, found none")
-        return [int(self.tokenizer.eos_token_id)]
+        return start or [int(self.tokenizer.eos_token_id)]
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """[n, R] log-likelihoods of continuations at each point, float64, and [R] whether they are greedy."""
@@ -123,12 +134,12 @@ class Scorer:
             own = len(examples[i].choices[0])
             longer = tokens + len(examples[i].prompt) + own
             if numbers and (read + own > most or longer > BATCH_TOKENS):
-                yield collate(encoded, numbers, packing=self.model.runner.supports_trees)
+                yield collate(encoded, numbers, packing=self.model.runner.takes_trees(encoded))
                 numbers, read, longer = [], 0, len(examples[i].prompt) + own
             numbers.append(i)
             read, tokens = read + own, longer
         if numbers:
-            yield collate(encoded, numbers, packing=self.model.runner.supports_trees)
+            yield collate(encoded, numbers, packing=self.model.runner.takes_trees(encoded))
 
 
 def rolling_windows(tokens: Sequence[int], first: int, window: int) -> list[tuple[list[int], list[int]]]:
@@ -159,18 +170,25 @@ def harness_class() -> type[Any]:
 
     @register_model("loracurve")
     class LoraCurveLM(LM):
-        """A fitted run: `run=DIR`, and if wanted `points=10` and `weights=uniform|arc-length|likelihood`.
+        """A fitted run: `run=DIR`, and if wanted `points=10`, `weights=uniform|arc-length|likelihood` and `base=DIR`.
 
         Device and batch size that the harness passes are left aside: the device is as for all commands, batches go by
         tokens.
         """
 
-        def __init__(self, run: str, points: int | None = None, weights: str | None = None, **_: Any) -> None:
+        def __init__(
+            self,
+            run: str,
+            points: int | None = None,
+            weights: str | None = None,
+            base: str | None = None,
+            **_: Any,
+        ) -> None:
             super().__init__()
-            opened = open_run(run)
+            opened = open_run(run, base=base)
             changes: dict[str, Any] = {k: v for k, v in (("points", points), ("weights", weights)) if v is not None}
             average = opened.average(replace(opened.config.evaluation, **changes))
-            window = model_window(opened.model.model)
+            window = opened.model.window
             self.scorer = Scorer(opened.model, opened.task.tokenizer, average.t, average.weights, window)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

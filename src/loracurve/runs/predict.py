@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,37 +17,60 @@ from loracurve.inference.calibration import (
     apply_temperature,
     conformal_quantile,
     fit_temperature,
+    possible_errors,
     prediction_sets,
     selective_threshold,
 )
 from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.model_average import Average
 from loracurve.inference.prediction import predict_split
 from loracurve.inference.predictive import Predictive
+from loracurve.inference.rounding import SAFETY, PredictedAgain, first_of_each, predict_again
+from loracurve.model.curve_model import CurveModel
 from loracurve.runs.run import Run, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
 from loracurve.system.folders import locked
 from loracurve.system.randomness import generator
+from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
 from loracurve.tasks.dataset import Row, read_rows
 from loracurve.tasks.encoding import Encoded
 
-__all__ = ["Calibration", "calibrate_run", "predict_file", "predict_rows", "prediction_records", "read_calibration"]
+__all__ = [
+    "Calibration",
+    "calibrate_run",
+    "calibration_for",
+    "predict_file",
+    "predict_rows",
+    "prediction_records",
+    "read_calibration",
+]
 
+
+logger = logging.getLogger("loracurve")
 
 Measure = Literal["entropy", "mutual_information"]
 
+FORMAT = 1
+"""of calibration.json; without a format (before 1) there are no tolerances"""
 
-def _predict(run: Run, rows: Sequence[Row], name: str, labelled: bool, evaluation: EvaluationConfig | None) -> Any:
-    if run.config.task.scoring == "lm":
-        raise UserError("this run is of language modelling, which has no classes to predict; use evaluate")
-    average = run.average(evaluation)
+
+def _predict(run: Run, rows: Sequence[Row], name: str, labelled: bool, average: Average) -> tuple[Encoded, Predictive]:
     encoded = run.task.encode_rows(rows, name, labelled)
     return encoded, predict_split(run.model, encoded, average.where, average.weights)
 
 
+def _average(run: Run, evaluation: EvaluationConfig | None) -> Average:
+    if run.config.task.scoring == "lm":
+        raise UserError("this run is of language modelling, which has no classes to predict; use evaluate")
+    return run.average(evaluation)
+
+
 def _rows(run: Run, path: Path, labelled: bool) -> list[Row]:
     dataset = run.task.dataset
-    return read_rows(path, dataset.kind, dataset.labels, require_labels=labelled)
+    rows = read_rows(path, dataset.kind, dataset.labels, require_labels=labelled)
+    return rows_in_class_order(rows, dataset.labels, TaskIdentity.of(run.task), str(path))
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,14 @@ class Calibration:
     """of the prediction sets' scores"""
     measure: Measure
     selective: SelectiveThreshold
+    tolerance: float = 0.0
+    """by how much a tempered probability may differ between batches"""
+    dtype: str | None = None
+    """of the computation that the tolerances were measured in; None: there are none"""
+    device: str | None = None
+    """its kind"""
+    points: tuple[tuple[float, ...], ...] = ()
+    """place and weight of each point of the average: what the thresholds are of"""
 
 
 def read_calibration(run: Path) -> Calibration | None:
@@ -67,15 +99,71 @@ def read_calibration(run: Path) -> Calibration | None:
         return None
     values = read_json(path)
     try:
-        selective = SelectiveThreshold(**values["selective"])
-        quantile, threshold = float(values["conformal"]["quantile"]), selective.threshold
-        found = Calibration(float(values["temperature"]), quantile, values["measure"], selective)
-        sound = 0 < found.temperature < math.inf and 0 <= quantile <= 1 and found.measure in get_args(Measure)
-        if not sound or not (threshold is None or isinstance(threshold, float | int)):
+        version = values.get("format", 0)
+        if isinstance(version, int) and version > FORMAT:
+            raise UserError(
+                f"{path}: expected format {FORMAT} or earlier, found {version} of a newer loracurve; "
+                "update loracurve or run loracurve calibrate again"
+            )
+        selective, conformal = SelectiveThreshold(**values["selective"]), values["conformal"]
+        made: dict[str, Any] = {}
+        if version != 0:
+            places, weights = values["average"]["places"], values["average"]["weights"]
+            made = {
+                "tolerance": float(conformal["tolerance"]),
+                "dtype": str(values["rounding"]["dtype"]),
+                "device": str(values["rounding"]["device"]),
+                "points": tuple((*map(float, p), float(w)) for p, w in zip(places, weights, strict=True)),
+            }
+        found = Calibration(
+            float(values["temperature"]), float(conformal["quantile"]), values["measure"], selective, **made
+        )
+        numbers = (0 if selective.threshold is None else selective.threshold, selective.tolerance)
+        sound = version in (0, FORMAT) and 0 < found.temperature < math.inf and found.measure in get_args(Measure)
+        sound &= 0 <= found.quantile <= 1 and 0 <= found.tolerance <= 1
+        if not sound or not all(isinstance(number, float | int) for number in numbers) or numbers[1] < 0:
             raise ValueError("numbers that no calibration gives")
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path}: expected a calibration, found {error!r}; run loracurve calibrate again") from error
     return found
+
+
+def calibration_for(run: Run, average: Average) -> Calibration | None:
+    """The run's calibration, with a line in the log where its guarantees do not cover predictions by this average."""
+    found = read_calibration(run.folder)
+    if found is None:
+        return None
+    doubt = None
+    if found.dtype is None:
+        doubt = "it is of an older version, which did not allow for rounding"
+    elif (here := _arithmetic(run.model)) != (found.dtype, found.device):
+        doubt = f"it allows for rounding in {found.dtype} on {found.device}, this is {here[0]} on {here[1]}"
+    elif not _same_points(found.points, _points(average)):
+        doubt = f"it is of another average of {len(found.points)} points, this one has {len(average.weights)}"
+    if doubt is not None:
+        logger.warning(
+            "%s: the guarantees of abstain and set do not hold: %s; run loracurve calibrate again",
+            run.folder / "calibration.json",
+            doubt,
+        )
+    return found
+
+
+def _arithmetic(model: CurveModel) -> tuple[str, str]:
+    """Dtype and kind of device: what rounding depends on, and what changes when a run goes elsewhere."""
+    return str(model.dtype).removeprefix("torch."), model.device.type
+
+
+def _points(average: Average) -> tuple[tuple[float, ...], ...]:
+    where = average.where.reshape(len(average.weights), -1)
+    return tuple((*place, weight) for place, weight in zip(where.tolist(), average.weights.tolist(), strict=True))
+
+
+def _same_points(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
+    """Up to what rounding does to weights that were fitted."""
+    if [len(point) for point in one] != [len(point) for point in other]:
+        return False
+    return all(abs(a - b) < 1e-3 for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True))
 
 
 def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = None) -> Iterator[dict[str, Any]]:
@@ -84,8 +172,10 @@ def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = Non
     With RUN/calibration.json, `probs` are tempered, `abstain` and `set` are added; the uncertainties stay untempered.
     """
     rows = _rows(run, path, labelled=False)
-    encoded, predictive = _predict(run, rows, path.name, False, evaluation)
-    yield from prediction_records(rows, encoded, predictive, read_calibration(run.folder))
+    average = _average(run, evaluation)
+    calibration = calibration_for(run, average)
+    encoded, predictive = _predict(run, rows, path.name, False, average)
+    yield from prediction_records(rows, encoded, predictive, calibration)
 
 
 def prediction_records(
@@ -95,7 +185,9 @@ def prediction_records(
     probs, sets, abstain = predictive.probs, None, None
     if calibration is not None:
         probs = apply_temperature(predictive.log_probs, calibration.temperature).exp()
-        sets = prediction_sets(probs, calibration.quantile)
+        # A class that is there can reach 0 by underflow, and still be in a set of all.
+        there = probs.clamp_min(torch.finfo(probs.dtype).tiny)
+        sets = prediction_sets(there, calibration.quantile, calibration.tolerance)
         abstain = ~calibration.selective.answered(getattr(predictive, calibration.measure))
     for i, (row, example) in enumerate(zip(rows, encoded.examples, strict=True)):
         names = row.choices or encoded.classes
@@ -123,73 +215,104 @@ def calibrate_run(
     """Write RUN/calibration.json from labelled rows; returns lines that say what was found.
 
     The temperature is fitted on one half of the rows (drawn by the seed), the prediction sets on the other, so that
-    their coverage is exact; the threshold looks at uncertainties that no temperature changes and uses all rows.
+    their coverage is exact; the threshold looks at uncertainties that no temperature changes and uses all rows. A
+    sample of the rows is predicted again in other batches, and both guarantees allow for what that changes.
     """
     with locked(run.folder):
         return _calibrate(run, risk, delta, alpha, measure, path)
 
 
 def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None) -> list[str]:
+    average, seed = _average(run, None), run.config.evaluation.seed
     rows = run.task.dataset.rows("validation") if path is None else _rows(run, path, labelled=True)
-    encoded, predictive = _predict(run, rows, "calibration", True, None)
+    encoded, together = _predict(run, rows, "calibration", True, average)
     labels = encoded.labels
     if bool((labels < 0).any()) or len(labels) < 20:
         raise UserError(f"calibration: expected at least 20 labelled rows, found {int((labels >= 0).sum())}")
-    order = torch.randperm(len(labels), generator=generator(run.config.evaluation.seed, "calibration"))
+    again = predict_again(run.model, encoded, together, average.where, average.weights, seed)
+    predictive = together.index(first_of_each(encoded))  # equal rows are tied to the last bit
+    order = torch.randperm(len(labels), generator=generator(seed, "calibration"))
     first, second = order[: len(order) // 2], order[len(order) // 2 :]
     temperature = fit_temperature(predictive.log_probs[first], labels[first])
-    tempered = apply_temperature(predictive.log_probs, temperature).exp()
-    quantile = conformal_quantile(tempered[second], labels[second], alpha)
-    selective = selective_threshold(getattr(predictive, measure), ~predictive.correct(labels), risk, delta)
+    tempered = apply_temperature(predictive.log_probs, temperature)
+    probs = tempered.exp()
+    of_probs = min(again.tolerance(apply_temperature(again.predictive.log_probs, temperature).exp()), 1.0)
+    of_measure = again.tolerance(getattr(again.predictive, measure))
+    quantile = conformal_quantile(probs[second], labels[second], alpha)
+    errors = possible_errors(probs, labels, of_probs)
+    selective = selective_threshold(getattr(predictive, measure), errors, risk, delta, of_measure)
     source = "the validation split" if path is None else path.name
-    write_json(
-        run.folder / "calibration.json",
-        {
-            "rows": len(labels),
-            "source": source,
-            "temperature": temperature,
-            "measure": measure,
-            "selective": asdict(selective),
-            "conformal": {"alpha": alpha, "quantile": quantile, "rows": len(second)},
+    nll = {
+        name: [float(negative_log_likelihood(p[half], labels[half]).mean()) for p in (predictive.log_probs, tempered)]
+        for name, half in (("fitted", first), ("held_out", second))
+    }
+    dtype, device = _arithmetic(run.model)
+    points = _points(average)
+    values = {
+        "format": FORMAT,
+        "rows": len(labels),
+        "source": source,
+        "temperature": temperature,
+        "nll": nll,
+        "measure": measure,
+        "selective": asdict(selective),
+        "conformal": {"alpha": alpha, "quantile": quantile, "tolerance": of_probs, "rows": len(second)},
+        "rounding": {
+            "dtype": dtype,
+            "device": device,
+            "rows": again.examples,
+            "predictions": len(again.rows),
+            "batches": again.batches,
+            "safety": SAFETY,
         },
-    )
-    return _describe(predictive, tempered, labels, temperature, selective, quantile, alpha, measure, source)
-
-
-def _describe(
-    predictive: Predictive,
-    tempered: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    selective: SelectiveThreshold,
-    quantile: float,
-    alpha: float,
-    measure: str,
-    source: str,
-) -> list[str]:
-    nll = -tempered.gather(1, labels[:, None]).log().mean()
-    lines = [
+        "average": {"places": [point[:-1] for point in points], "weights": [point[-1] for point in points]},
+    }
+    write_json(run.folder / "calibration.json", values)
+    sizes = prediction_sets(probs, quantile, of_probs).sum(1).double()
+    return [
         f"{len(labels)} rows of {source}",
-        f"temperature {temperature:.3f}: NLL {predictive.negative_log_likelihood(labels).mean():.4f} -> {nll:.4f}",
+        *_temperature_lines(temperature, nll, len(first), len(second)),
+        _selective_line(selective, measure),
+        f"prediction sets hold the label with probability {1 - alpha:.0%}: {sizes.mean():.2f} classes on average",
+        _rounding_line(again, of_probs, of_measure, measure),
+        *(
+            ["the validation split also chose the trained state; give --input with unseen rows for exact guarantees"]
+            if path is None
+            else []
+        ),
     ]
+
+
+def _temperature_lines(temperature: float, nll: dict[str, list[float]], fitted: int, held_out: int) -> Iterator[str]:
+    """NLL before and after, on both halves."""
+    (before, after), (unseen_before, unseen_after) = nll["fitted"], nll["held_out"]
+    yield (
+        f"temperature {temperature:.3f}: NLL {before:.4f} -> {after:.4f} on the {fitted} rows it was fitted to, "
+        f"{unseen_before:.4f} -> {unseen_after:.4f} on the {held_out} others"
+    )
+    if unseen_after > unseen_before:
+        yield "the temperature makes probabilities worse on rows it has not seen; give more rows"
+
+
+def _selective_line(selective: SelectiveThreshold, measure: str) -> str:
     if selective.threshold is None:
-        lines.append(f"abstain always: no threshold on {measure} is certified ({selective.reason})")
-    else:
-        lines.append(
-            f"answer where {measure} < {selective.threshold:.4f}: {selective.coverage:.1%} of rows, error "
-            f"{selective.selective_risk:.2%}; at most {selective.risk:.1%} with probability {1 - selective.delta:.0%}"
-        )
-    size = float(prediction_sets(tempered, quantile).sum(1).double().mean())
-    lines.append(f"prediction sets hold the label with probability {1 - alpha:.0%}: {size:.2f} classes on average")
-    if source == "the validation split":
-        lines.append(
-            "the validation split also chose the trained state; give --input with unseen rows for exact guarantees"
-        )
-    return lines
+        return f"abstain always: no threshold on {measure} is certified ({selective.reason})"
+    return (
+        f"answer where {measure} < {selective.threshold:.4f}: {selective.coverage:.1%} of rows, error "
+        f"{selective.selective_risk:.2%}; at most {selective.risk:.1%} with probability {1 - selective.delta:.0%}"
+    )
 
 
-def predict_file(run: str, rows: Path, points: int | None = None) -> str:
-    """JSON lines with probabilities and uncertainty of each row of a JSONL file (`predict_rows`)."""
-    opened = open_run(run)
+def _rounding_line(again: PredictedAgain, of_probs: float, of_measure: float, measure: str) -> str:
+    return (
+        f"{again.examples} distinct rows predicted again in other batches: abstain and set allow for {SAFETY:g} times "
+        f"the differences seen, {of_probs:.1e} in probability and {of_measure:.1e} in {measure.replace('_', ' ')}"
+    )
+
+
+def predict_file(run: str, rows: Path, points: int | None = None, base: str | None = None) -> str:
+    """JSON lines with probabilities and uncertainty of each row of a JSONL file (`predict_rows`); `base`: where the
+    base model is now, as `open_run` takes it."""
+    opened = open_run(run, base=base)
     evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
     return "".join(json.dumps(line) + "\n" for line in predict_rows(opened, rows, evaluation))

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import accelerate
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.model_average import Average, average_of
 from loracurve.inference.prediction import point_nll, predict_split
-from loracurve.model.base_model import model_window, open_base
+from loracurve.model.base_model import load_base, model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
 from loracurve.runs.config import RunConfig, load_config
+from loracurve.runs.identity import IDENTITY, Identity, read_identity
 from loracurve.system.errors import UserError
-from loracurve.tasks.task import Task, load_task
+from loracurve.tasks.classes import RecordedTask, TaskIdentity
+from loracurve.tasks.dataset import Dataset
+from loracurve.tasks.task import Task, load_task, settled_dataset
 
 __all__ = ["Run", "base_and_task", "best_point", "open_run", "spread"]
 
@@ -39,16 +43,21 @@ class Run:
         return average_of(self.model, evaluation or self.config.evaluation, self.task)
 
 
-def open_run(folder: str | Path, data: str | None = None) -> Run:
+def open_run(folder: str | Path, data: str | None = None, base: str | None = None) -> Run:
     """Open a finished run: its `config`, its `task`, its `model` (a `CurveModel`), and `average()`, the points and
     weights to predict with.
 
+    Prompt and classes are those that were trained. Rows, the run's own or `data`, are read when they are first asked
+    for, and their labels are put into the order of the run's classes by name.
+
     Args:
         folder: the run directory.
-        data: another data set in place of the run's (same prompt and classes).
+        data: another data set in place of the run's.
+        base: where the base model is now: a folder, or a name on the hub. None: where it was.
 
     Raises:
-        UserError: no run with a fitted curve there, a base model or data that cannot be opened.
+        UserError: no run with a fitted curve there, a base model that cannot be opened or is another one than the run
+            was made with; when rows are asked for: data that are not there, or have classes that the run has not.
     """
     folder = Path(folder)
     if not (folder / "curve" / "curve_config.json").is_file():
@@ -56,10 +65,27 @@ def open_run(folder: str | Path, data: str | None = None) -> Run:
             f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
         )
     config = load_config(folder / "config.yaml")
-    base, task = base_and_task(config, data)
-    model = CurveModel.from_pretrained(folder / "curve", base)
-    spread(model, config)
-    return Run(folder, config, model.to(accelerate.PartialState().device), task)
+    identity = read_identity(folder)
+    if base is not None:
+        config = replace(config, model=replace(config.model, name=base, revision=None))
+    if identity is None:
+        logger.warning(
+            "%s: made before runs kept an %s: that base, tokenizer and classes are those of the fit cannot be checked",
+            *(folder, IDENTITY),
+        )
+        model, task = _unrecorded(config, data)
+    else:
+        model, task = _recorded(folder, config, identity, data)
+    curve = CurveModel.from_pretrained(folder / "curve", model)
+    if base is not None:
+        curve.config.base_model_name_or_path = base
+    spread(curve, config)
+    return Run(
+        folder,
+        replace(config, task=replace(task.config, data=config.task.data)),
+        curve.to(accelerate.PartialState().device),
+        task,
+    )
 
 
 def spread(model: CurveModel, config: RunConfig) -> None:
@@ -68,11 +94,70 @@ def spread(model: CurveModel, config: RunConfig) -> None:
         shard_base(model)
 
 
-def base_and_task(config: RunConfig, data: str | None = None) -> tuple[torch.nn.Module, Task]:
-    """The base model of a run and its task; `data` replaces the data set (same prompt and classes)."""
+def base_and_task(config: RunConfig) -> tuple[torch.nn.Module, Task]:
+    """The base model of a run about to be trained, and its task."""
     base, tokenizer = open_base(config.model, config.task, config.curve_training.seed)
-    task = config.task if data is None else replace(config.task, data=data)
-    return base, load_task(task, tokenizer, model_window(base))
+    return base, load_task(config.task, tokenizer, model_window(base))
+
+
+def _recorded(folder: Path, config: RunConfig, identity: Identity, data: str | None) -> tuple[torch.nn.Module, Task]:
+    """The base and the task of a run's identity; its own data are opened only when their rows are asked for."""
+    known, options = identity.task, config.model
+    torch.manual_seed(config.curve_training.seed)  # weights that no checkpoint holds
+    try:
+        base, tokenizer = load_base(
+            options.name,
+            known.scoring == "head",
+            options.dtype,
+            len(known.labels) if known.scoring == "head" else None,
+            options.trust_remote_code,
+            options.quantise,
+            options.revision or identity.revision(options.name),
+        )
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; where the base lies elsewhere now, give --base") from error
+    identity.check_base(base, tokenizer, str(folder))
+
+    def own() -> Dataset:
+        try:
+            dataset, _ = settled_dataset(config.task)
+        except UserError as error:
+            raise UserError(
+                f"{folder}: this needs the rows that the run was made with, which were in {identity.data['place']}: "
+                f"{error}; put them back, or give others (evaluate --task, calibrate --input)"
+            ) from error
+        identity.check_rows(dataset, str(folder))
+        return dataset
+
+    window = model_window(base)
+    if data is not None:
+        return base, _task_on(known, data, config, tokenizer, window)
+    return base, RecordedTask(known, config.task, tokenizer, window, identity.data["name"], own)
+
+
+def _unrecorded(config: RunConfig, data: str | None) -> tuple[torch.nn.Module, Task]:
+    """The same for a run without an identity: its own data say what its classes are."""
+    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed)
+    window = model_window(base)
+    try:
+        own = load_task(config.task, tokenizer, window)
+    except UserError:
+        if data is None:
+            raise
+        return base, load_task(replace(config.task, data=data), tokenizer, window)
+    known = TaskIdentity.of(own)
+    return base, own if data is None else _task_on(known, data, config, tokenizer, window)
+
+
+def _task_on(
+    known: TaskIdentity, data: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> Task:
+    """The task on other data, which are read at once."""
+    options = replace(config.task, data=data)
+    dataset, _ = settled_dataset(options)
+    task = RecordedTask(known, options, tokenizer, window, dataset.name, lambda: dataset)
+    list(task.dataset.splits)
+    return task
 
 
 def best_point(run: Run, points: int = 21) -> float:

@@ -18,8 +18,9 @@ from loracurve.system.errors import UserError
 __all__ = ["serve_run"]
 
 
-def serve_run(options: ServeConfig, run: str, points: int | None = None) -> None:
-    """Listen, open the run, and answer requests; what cannot be listened on is known before the run is loaded.
+def serve_run(options: ServeConfig, run: str, points: int | None = None, base: str | None = None) -> None:
+    """Listen, open the run (`base` as `open_run` takes it), and answer requests; what cannot be listened on is known
+    before the run is loaded.
 
     Raises:
         UserError: the packages of the extra `serve` are missing, no such token file, an address that is taken.
@@ -38,7 +39,7 @@ def serve_run(options: ServeConfig, run: str, points: int | None = None) -> None
     token = None if options.token_file is None else _read_token(Path(options.token_file))
     listener = _bind(options.host, options.port)
     with listener:
-        opened = open_run(run)
+        opened = open_run(run, base=base)
         evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
         app: Any = make_app(opened, options, evaluation, token)
         protocol: Any = partial(ImpatientProtocol, options.read_timeout_s)

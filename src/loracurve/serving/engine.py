@@ -14,11 +14,12 @@ import torch
 from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.inference.generation import generate
 from loracurve.inference.prediction import predict_split
-from loracurve.runs.predict import prediction_records, read_calibration
+from loracurve.runs.predict import calibration_for, prediction_records
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Job
 from loracurve.serving.config import ServeConfig
 from loracurve.system.errors import UserError
+from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
 from loracurve.tasks.dataset import Row, parse_row
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.tokens import tokenise
@@ -56,7 +57,7 @@ class Engine:
     ) -> None:
         self.run, self.options, self.count, self.observe = run, options, count, observe
         self.average = run.average(evaluation)
-        self.calibration = read_calibration(run.folder)
+        self.calibration = calibration_for(run, self.average)
         self.predicts = run.config.task.scoring != "lm"
         self.generates = not run.model.is_classifier
 
@@ -69,8 +70,8 @@ class Engine:
             "language_modelling": {"id": "1", "prompt": "a text"},
         }
         example = examples[dataset.kind]
-        row = dataset.splits["test"][0] if "test" in dataset.splits else None
-        if row is not None and row.text2 is not None:
+        template = self.run.task.template
+        if template is not None and "text2" in template.fields:
             example["text2"] = "its second text"
         limits = ("max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "timeout_s")
         return {
@@ -97,10 +98,11 @@ class Engine:
             if len(record) > MOST_FIELDS:
                 raise UserError(f"row {i + 1}: expected at most {MOST_FIELDS} fields, found {len(record)}")
         _check_text(records, "row")
-        return [
+        rows = [
             parse_row({"id": str(i), **record}, dataset.kind, dataset.labels, f"row {i + 1}", require_label=False)
             for i, record in enumerate(records)
         ]
+        return rows_in_class_order(rows, dataset.labels, TaskIdentity.of(self.run.task))
 
     def prompts(self, prompts: Sequence[str], config: GenerateConfig) -> list[str]:
         """Prompts, checked against the limits. Raises UserError."""

@@ -211,7 +211,7 @@ def _template(config: TaskConfig, dataset: Dataset) -> Template | None:
             close = nearest(config.template, TEMPLATES)
             raise UserError(f"template: expected one of {', '.join(TEMPLATES)}, found {config.template!r}{close}")
         template = TEMPLATES[config.template]
-    elif dataset.name == "word_sentiment" and scoring == "label":
+    elif dataset.name == "word_sentiment" and scoring == "label" and dataset.labels == ("negative", "positive"):
         template = TEMPLATES["word_sentiment"]
     elif scoring == "text" and all(has_gap(row.question) for row in rows):
         template = TEMPLATES["choice_gap"]
