@@ -22,7 +22,7 @@ def predictions(model: CurveModel, encoded: Encoded, way: str) -> Tensor:
         batch, out = _batch(model, encoded, "rows"), []
         for t in POINTS.tolist():
             with evaluation_mode(model), torch.no_grad(), model.merged(t):
-                out.append(_log_probs(batch, model.runner.scores(batch, None))[0])
+                out.append(_log_probs(batch, model.runner.scores(batch.to(model.device), None))[0])
         return torch.stack(out)
     found = predict_split(model, encoded, POINTS, way=way)  # type: ignore[arg-type]
     if encoded.scoring == "lm":
@@ -40,6 +40,7 @@ def _batch(model: CurveModel, encoded: Encoded, way: str) -> Batch:
 def _own_points(model: CurveModel, encoded: Encoded, way: str) -> Tensor:
     """As in training: each row (each example) at a point of its own. Over three passes each is at each point once."""
     batch = _batch(model, encoded, way)
+    on_device = batch.to(model.device)
     turns = torch.arange(3)[:, None]
     if batch.token_units is not None:  # points by example
         owners = torch.arange(len(encoded))
@@ -52,7 +53,7 @@ def _own_points(model: CurveModel, encoded: Encoded, way: str) -> Tensor:
         of_read_outs = owners[batch.rows]
     t = POINTS[(turns + owners) % 3]
     with evaluation_mode(model):
-        found = _log_probs(batch, model.runner.scores(batch, model.coefficients(t))).detach()
+        found = _log_probs(batch, model.runner.scores(on_device, model.coefficients(t))).detach()
     out = torch.empty_like(found)
     out.scatter_(0, ((turns + of_read_outs) % 3)[..., None].expand_as(found), found)
     order = batch.index.argsort()
@@ -60,7 +61,7 @@ def _own_points(model: CurveModel, encoded: Encoded, way: str) -> Tensor:
 
 
 def _log_probs(batch: Batch, scores: Tensor) -> Tensor:
-    found = scores.double().log_softmax(-1)
+    found = scores.double().cpu().log_softmax(-1)
     if batch.scoring != "lm":
         return found
     return found.gather(-1, batch.labels.expand(len(found), -1)[..., None])

@@ -111,7 +111,7 @@ class Runner:
         self._tried = self._shaped = False
         self._mixing: str | None = None
         self._window: tuple[int | None] | None = None
-        self._trees: dict[tuple[int, int], bool] = {}
+        self._trees: dict[tuple[Any, ...], bool] = {}
         self._graphs: Captured | None = None
 
     def set_shape(self, spec: CurveSpec) -> None:
@@ -146,13 +146,12 @@ class Runner:
             return False
         # Rows of one shape serve many splits; balanced rows are longer than the budget by an example at most.
         path, row = (1 << (n - 1).bit_length() for n in (encoded.longest_path, row_tokens + encoded.sorted_sizes[-1]))
-        if (path, row) not in self._trees:
+        size = path, row, self.dtype, self.device.type
+        if size not in self._trees:
             limit = self.window
             with self.bare():
-                self._trees[path, row] = takes_tree_masks(
-                    self.model, self.dtype, self.device, min(path, limit or path), row
-                )
-        return self._trees[path, row]
+                self._trees[size] = takes_tree_masks(self.model, self.dtype, self.device, min(path, limit or path), row)
+        return self._trees[size]
 
     def try_out(self) -> None:
         """Find out, once, on which side a classifier is padded, whether a language model is causal, and whether rows
@@ -332,7 +331,7 @@ class Runner:
         t = t.to("cpu", torch.float64)
         c = t if t.dim() == 2 else self.coefficients(t)
         self.try_out()
-        if self._graphs is None:
+        if self._graphs is None or self._graphs.device != self.device:
             self._graphs = Captured(self.log_probs, self.device, not self.sharded)
         run = self.log_probs if torch.is_grad_enabled() else self._graphs
         mode = (self.model.training, torch.is_inference_mode_enabled())
