@@ -193,8 +193,8 @@ def export_command(
         raise UserError("expected one of --points, --best and --t, found several; give one")
     if t is not None and not 0 <= t <= 1:
         raise UserError(f"t: expected a number in [0, 1], found {t}")
-    count = export_run(run, Path(out), points, best, t, base)
-    print(f"{count} adapter{'s' * (count > 1)} written to {Path(out)}")
+    for line in export_run(run, Path(out), points, best, t, base):
+        print(line)
 
 
 def calibrate_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,29 @@ in float32 (the number is the largest difference found). *Refused*: an error of 
 cases are refused, these are named in front. *Not yet*: what is known to be wrong. Prompts that leave no room for new
 tokens are refused for all. `make conformance` runs all cases and writes this page.
 """
+
+
+_GPU = ROOT / "benchmarks" / "results" / "conformance_gpu.json"
+
+_GPU_WAYS = ("captured", "rows", "tokens", "merged", "compiled", "trained, captured and not")
+
+
+def _gpu_lines() -> Iterator[str]:
+    """What `conformance.on_gpu` found."""
+    record = json.loads(_GPU.read_text())
+    yield "## On a GPU\n"
+    yield (
+        f"{record['device']}, torch {record['versions']['torch']}, commit {record['commit']}, {record['date']}: the "
+        "ways of a GPU against the CPU in float32, largest difference over scorings, short and long prompts. Captured "
+        "in CUDA graphs (XLNet and DeBERTa cannot be and run without), packed and not, folded, compiled; and control "
+        f"points after {record['steps']} steps of training with and without graphs. `{record['command']}`\n"
+    )
+    yield f"| architecture | {' | '.join(_GPU_WAYS)} |"
+    yield f"|---|{'---|' * len(_GPU_WAYS)}"
+    for name, found in record["differences"].items():
+        worst = [max((v for k, v in found.items() if k.startswith(way)), default=None) for way in _GPU_WAYS]
+        yield f"| {name} | {' | '.join('' if v is None else f'{v:.1g}' for v in worst)} |"
+    yield ""
 
 
 class _Table:
@@ -66,7 +90,7 @@ class _Table:
             lines += [f"## {title}\n", "| architecture | result | largest difference | cases |", "|---|---|---|---|"]
             lines += [self._line(name) for name, family in FAMILIES.items() if family.kind == kind]
             lines.append("")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_gpu_lines()])
 
     def _line(self, name: str) -> str:
         equal = name in self.worst

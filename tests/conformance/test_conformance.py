@@ -146,12 +146,17 @@ def _check(case: Case, folder: Path) -> float:
     if case.dtype == "bfloat16":
         (exact,) = rest
         ours, theirs = (float((part - exact).abs().mean()) for part in (found, plain))
-        assert ours < 2 * theirs + HALF * scale, f"{ours:.2g} from float32 where PEFT is {theirs:.2g}"
+        routed = 4 if "expert" in str(FAMILIES[case.family].options) else 1  # rounding sends tokens to other experts
+        assert ours < 2 * theirs + routed * HALF * scale, f"{ours:.2g} from float32 where PEFT is {theirs:.2g}"
         return worst
     if worst > FLOAT32:
         assert worst < ROUNDED, f"{worst:.2g}"
         if case.dtype == "float32":
-            found, plain = _compared(case, folder / "float64", "float64")
+            try:
+                found, plain = _compared(case, folder / "float64", "float64")
+            except (RuntimeError, UserError) as error:  # grouped products of experts know no float64
+                assert "Double" in str(error) and worst < 5 * FLOAT32, f"{worst:.2g}"
+                return worst
             exact64 = float((found - plain).abs().max()) / scale
             assert exact64 < FLOAT32, f"{exact64:.2g} in float64, {worst:.2g} in float32"
     return worst

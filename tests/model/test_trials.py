@@ -10,12 +10,23 @@ import pytest
 import torch
 import transformers as tf
 from helpers.tiny import tiny
+from helpers.tokenizers_made import qwen_style
 from torch import nn
 
+from loracurve.inference.config import GenerateConfig
+from loracurve.inference.generation import generate
 from loracurve.inference.prediction import predict_split
 from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
-from loracurve.model.trials import check_causal, padding_side, position_limit, takes_tree_masks, window_of
+from loracurve.model.trials import (
+    check_causal,
+    decodes_in_batches,
+    full_precision,
+    padding_side,
+    position_limit,
+    takes_tree_masks,
+    window_of,
+)
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import collate
 from loracurve.tasks.encoding import Encoded, Example
@@ -263,3 +274,49 @@ def test_a_classifier_that_pads_nowhere_is_refused() -> None:
     base.config.pad_token_id = None
     with pytest.raises(UserError, match="pad_token_id"):
         padding_side(base, torch.float32, CPU)
+
+
+def test_texts_are_continued_one_by_one_where_padding_is_read() -> None:
+    """As by recurrent layers: here a decoder that sees no mask."""
+    base = widened(tiny("qwen2", torch.float32, vocabulary=len(qwen_style())))
+    assert decodes_in_batches(base, torch.float32, CPU)
+    base.model.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
+    assert not decodes_in_batches(base, torch.float32, CPU)
+    model = CurveModel.from_config(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    texts, t = ["good", "a very good film indeed", "bad"], torch.tensor([0.3])
+    together = generate(model, qwen_style(), texts, GenerateConfig(max_new_tokens=4), t)
+    for text, found in zip(texts, together, strict=True):
+        (alone,) = generate(model, qwen_style(), text, GenerateConfig(max_new_tokens=4), t)
+        assert found.token_ids == alone.token_ids
+        assert found.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+
+
+def test_a_cache_that_says_something_else_is_refused() -> None:
+    base = widened(tiny("qwen2", torch.float32))
+    forward = base.model.forward  # type: ignore[union-attr]
+
+    def wrong(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:  # as if the text began anew
+            kwargs["position_ids"] = torch.zeros_like(kwargs["input_ids"])
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    base.model.forward = wrong  # type: ignore[union-attr,assignment]
+    with pytest.raises(UserError, match="continues texts from its cache as without"):
+        decodes_in_batches(base, torch.float32, CPU)
+    rwkv = tf.RwkvForCausalLM(
+        tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    )
+    with pytest.raises(UserError, match="keeps a key-value cache"):
+        decodes_in_batches(rwkv.eval(), torch.float32, CPU)
+
+
+def test_trials_leave_a_model_in_half_precision_as_it_is() -> None:
+    base = tiny("qwen2", torch.bfloat16).eval()
+    before = {n: (p.data_ptr(), p.clone()) for n, p in base.named_parameters()}
+    with full_precision(base):
+        assert {p.dtype for p in base.parameters()} == {torch.float32}
+    for name, p in base.named_parameters():
+        place, values = before[name]
+        assert p.dtype == torch.bfloat16 and p.data_ptr() == place and torch.equal(p, values)

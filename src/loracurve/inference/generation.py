@@ -106,9 +106,10 @@ def generate(
     sequences = _tokenised(tokenizer, texts, config.max_new_tokens, model.window)
     numbers = range(len(texts)) if numbers is None else numbers
     out: list[Generation] = []
+    size = config.batch_size if model.runner.decodes_in_batches() else 1
     with torch.inference_mode(), evaluation_mode(model):
-        for start in range(0, len(texts), config.batch_size):
-            part = range(start, min(start + config.batch_size, len(texts)))
+        for start in range(0, len(texts), size):
+            part = range(start, min(start + size, len(texts)))
             streams = [numbers[i] for i in part]
             batch = _Batch([texts[i] for i in part], [sequences[i] for i in part], streams, tokenizer, config)
             out += batch.decode(model, t, weights, _end_tokens(model, tokenizer), progress)
@@ -165,9 +166,7 @@ class _Batch:
             inputs = {name: value for name, value in wanted.items() if name in accepted}
             inputs |= {"attention_mask": visible, "past_key_values": cache, "use_cache": True}
             output = model(t, input_ids=ids, **inputs)
-            cache = getattr(output, "past_key_values", None)
-            if cache is None:
-                raise UserError("generate: expected a model that keeps a key-value cache, found one without")
+            cache = output.past_key_values
             log_probs = output.logits[:, -1].float().log_softmax(-1).unflatten(0, (len(t), -1))
             average = mixture_log_probs(log_probs, log_weights.exp())
             total = entropy(average)

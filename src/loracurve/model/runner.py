@@ -27,6 +27,7 @@ from loracurve.model.scoring import class_scores
 from loracurve.model.trials import (
     PaddingSide,
     check_causal,
+    decodes_in_batches,
     full_precision,
     mixing_layer,
     pad_token,
@@ -110,6 +111,7 @@ class Runner:
         self._padding: PaddingSide | None = None
         self._tried = self._shaped = False
         self._mixing: str | None = None
+        self._decoding: bool | None = None
         self._window: tuple[int | None] | None = None
         self._trees: dict[tuple[Any, ...], bool] = {}
         self._graphs: Captured | None = None
@@ -169,6 +171,14 @@ class Runner:
                 check_causal(self.model, self.dtype, self.device)
             self._mixing = mixing_layer(self.model, self.layers, self.is_classifier, self.device)
         self._tried = True
+
+    def decodes_in_batches(self) -> bool:
+        """Whether texts of unlike lengths can be continued together (`trials.decodes_in_batches`); tried once."""
+        self.try_out()
+        if self._decoding is None:
+            with self.bare():
+                self._decoding = decodes_in_batches(self.model, self.dtype, self.device)
+        return self._decoding
 
     @property
     def window(self) -> int | None:

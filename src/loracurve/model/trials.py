@@ -6,6 +6,7 @@ another way, or refused.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -22,6 +23,7 @@ from loracurve.tasks.batching import tree_mask
 __all__ = [
     "PaddingSide",
     "check_causal",
+    "decodes_in_batches",
     "full_precision",
     "mixing_layer",
     "pad_token",
@@ -233,6 +235,48 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             tensor.data = data
         for module, own in buffers:  # XGLM makes new tables of positions where rows are longer
             module._buffers.update(own)
+
+
+@torch.no_grad()
+def decodes_in_batches(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether texts of unlike lengths can be continued together from caches behind padding on the left; False: each by
+    itself (recurrent layers read padding as text).
+
+    Raises:
+        UserError: not even alone; the model keeps no cache.
+    """
+    name = type(model).__name__
+    accepted = inspect.signature(model.forward).parameters
+    rows, skipped = _trial_tokens(model, 2, 9, device), 3
+
+    def decoded(ids: Tensor, visible: Tensor) -> Tensor:
+        cache, seen = None, 0
+        for length in (7, 1, 1):  # a prompt and two tokens
+            seen += length
+            inputs: dict[str, Any] = {"attention_mask": visible[:, :seen], "past_key_values": cache, "use_cache": True}
+            if "position_ids" in accepted:
+                inputs["position_ids"] = (visible[:, :seen].cumsum(-1) - 1).clamp_min(0)[:, -length:]
+            output = model(input_ids=ids[:, seen - length : seen], **inputs)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise UserError(f"expected a model that keeps a key-value cache, found {name}; it cannot generate here")
+        return output.logits[:, -1]
+
+    visible = torch.ones_like(rows)
+    whole = [model(input_ids=ids, use_cache=False).logits[:, -1] for ids in (rows[:1], rows[1:, skipped:])]
+    try:
+        alone = decoded(rows[:1], visible[:1])
+    except _FAILURES as error:
+        text = str(error) if isinstance(error, UserError) else f"{name} cannot generate here: {one_line(error, 200)}"
+        raise UserError(text) from error
+    if whole[0].isfinite().all() and not _equal(alone, whole[0], dtype):
+        raise UserError(f"expected a model that continues texts from its cache as without, found {name}")
+    visible[1, :skipped] = 0
+    try:
+        together = decoded(rows, visible)
+    except _FAILURES:
+        return False
+    return _equal(together, torch.cat(whole), dtype)
 
 
 def pad_token(model: nn.Module) -> int:

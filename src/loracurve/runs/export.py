@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from loracurve.runs.run import best_point, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
@@ -20,8 +22,9 @@ def export_run(
     best: bool = False,
     t: float | None = None,
     base: str | None = None,
-) -> int:
-    """Write points of a curve into folders below `out`, with index.json of their t and weights; returns how many.
+) -> list[str]:
+    """Write points of a curve into folders below `out`, with index.json of their t and weights; returns lines that say
+    what was written, and how to compare it with PEFT where the base is in half precision.
 
     Args:
         run: run directory.
@@ -54,4 +57,11 @@ def export_run(
         opened.model.export(folder / name, time)
         index.append({"folder": name, "t": time, "weight": weight})
     write_json(folder / "index.json", index)
-    return len(index)
+    lines = [f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}"]
+    if opened.model.dtype in (torch.float16, torch.bfloat16):
+        dtype = str(opened.model.dtype).removeprefix("torch.")
+        lines.append(
+            f"the base runs in {dtype}, where PEFT rounds logits and every batch rounds differently: compare "
+            "predictions with the base in float32 (docs/how-to/export.md)"
+        )
+    return lines
