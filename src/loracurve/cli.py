@@ -27,6 +27,7 @@ from loracurve.landscape.config import ScanConfig
 from loracurve.runs.config import RunConfig, without_retired_words
 from loracurve.serving.config import ServeConfig
 from loracurve.system import distributed
+from loracurve.system.consent import FLAG, VARIABLE, remote_code
 from loracurve.system.errors import UserError, nearest, one_line
 from loracurve.system.options import Parser, parse
 from loracurve.system.version import __version__
@@ -47,6 +48,8 @@ class Command:
     """the option that a leading word without dashes is for; None: such words are positional"""
     lists: tuple[str, ...] = ()
     """options that take several words"""
+    models: bool = True
+    """whether it opens models, which may come with code"""
     shared: bool = False
     """whether several processes of a launcher share the work"""
     prepare: Callable[[list[str]], list[str]] = list
@@ -63,7 +66,7 @@ def _suite_words(words: list[str]) -> list[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "quickstart": Command(commands.quickstart_command),
+    "quickstart": Command(commands.quickstart_command, models=False),
     "fit": Command(
         commands.fit_command, RunConfig, file=True, leading="--config", shared=True, prepare=without_retired_words
     ),
@@ -74,8 +77,8 @@ COMMANDS: dict[str, Command] = {
     "export": Command(commands.export_command),
     "calibrate": Command(commands.calibrate_command),
     "scan": Command(commands.scan_command, ScanConfig, leading="--run", lists=("--adapters", "--paths")),
-    "report": Command(commands.report_command, leading="--runs", lists=("--runs",)),
-    "share": Command(commands.share_command),
+    "report": Command(commands.report_command, leading="--runs", lists=("--runs",), models=False),
+    "share": Command(commands.share_command, models=False),
     "bench": Command(commands.bench_command, SuiteConfig, file=True, prepare=_suite_words),
 }
 
@@ -89,6 +92,13 @@ def _command_parser(name: str) -> Parser:
     if command.options is not None:
         parser.add_class_arguments(command.options)
     first = next(iter(inspect.signature(command.run).parameters))
+    if command.models:
+        parser.add_argument(
+            FLAG,
+            action="store_true",
+            help="Run code that comes with the model (the environment variable "
+            f"{VARIABLE}=1 says the same). What a run, a suite or a config says of it is no consent.",
+        )
     skip: set[str | int] | None = {first} if command.options else None
     # Lists are options: a positional list would have to be given as JSON.
     named = command.file or f"--{first}" in command.lists
@@ -128,7 +138,8 @@ def _run(arguments: Sequence[str]) -> None:
         built = command.options(**{f.name: values[f.name] for f in fields(command.options)})
         given = {parameters[0].name: built} | {n: v for n, v in given.items() if n != parameters[0].name}
     _quieten_upstream()
-    command.run(**given)
+    with remote_code(command.models and values[FLAG.lstrip("-").replace("-", "_")]):
+        command.run(**given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

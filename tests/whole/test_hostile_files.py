@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import random
 import resource
 import shutil
@@ -42,7 +43,9 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.runs.config import load_config
 from loracurve.runs.identity import IDENTITY, read_identity
 from loracurve.runs.predict import read_calibration
+from loracurve.runs.run import open_run
 from loracurve.serving.multi_lora_client import ServedCurve
+from loracurve.system import consent
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json
 from loracurve.system.tables import read_table
@@ -546,7 +549,7 @@ def test_rows_name_no_files(world: Path) -> None:
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [row["id"] for row in rows]
 
 
-def test_code_of_a_model_runs_only_when_asked(made: Path, tmp_path: Path) -> None:
+def test_code_of_a_model_runs_only_when_asked(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mark = tmp_path / "MARK"
     folder = Path(shutil.copytree(made / "base", tmp_path / "base"))
     (folder / "evil.py").write_text(
@@ -560,3 +563,28 @@ def test_code_of_a_model_runs_only_when_asked(made: Path, tmp_path: Path) -> Non
     assert "cannot load model" in str(read_or_refused(lambda: load_base(str(folder))))
     assert main(["fit", str(made / "config.yaml"), f"--model.name={folder}", "--out", str(tmp_path / "out")]) == 2
     assert not mark.exists()
+    # Nor does a run that says so in its own config.yaml; the consent is a person's.
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["model"] |= {"name": str(folder), "trust_remote_code": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    rows = next((made / "data").glob("test.jsonl"))
+    commands = (
+        ["predict", run, rows],
+        ["evaluate", run],
+        ["calibrate", run],
+        ["export", run, "--t=0.5", "--out", tmp_path / "adapter"],
+        ["scan", run, "--out", tmp_path / "scan"],
+        ["generate", run, "--prompt", "x"],
+        ["fit", run / "config.yaml", "--out", tmp_path / "again"],
+    )
+    capsys.readouterr()
+    for words in commands:
+        assert main([str(word) for word in words]) == 2
+        assert "give --trust-remote-code" in capsys.readouterr().err
+    with pytest.raises(UserError, match="trust_remote_code=True"):
+        open_run(run)
+    assert not mark.exists()
+    main(["predict", str(run), str(rows), "--trust-remote-code"])
+    assert mark.exists(), "this is what the flag is for"
+    assert consent.VARIABLE not in os.environ

@@ -21,6 +21,7 @@ from loracurve.bench.ray_cluster import import_ray, run_on_ray
 from loracurve.bench.shared import anchors_folder, remove_work
 from loracurve.bench.store import record_of
 from loracurve.bench.suite import Cell, cells_of, scans_of
+from loracurve.system.consent import consented
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write, write_json
@@ -82,6 +83,7 @@ def run_suite(
     """
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
+    consented(suite.model.trust_remote_code, "the suite")
     if executor == "ray":
         import_ray()
     elif address is not None:

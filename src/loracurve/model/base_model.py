@@ -24,6 +24,7 @@ from transformers import (
 
 from loracurve.model.config import Dtype, ModelConfig, Quantisation
 from loracurve.model.trials import position_limit
+from loracurve.system.consent import consented
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import flush
 from loracurve.system.folders import is_running
@@ -104,7 +105,7 @@ def load_base(
 
 
 def open_base(
-    config: ModelConfig, task: TaskConfig, seed: int | None = None
+    config: ModelConfig, task: TaskConfig, seed: int | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The base model and tokenizer for a task: where a head is scored, a sequence classifier of as many classes as the
     data have, else a causal language model.
@@ -112,15 +113,17 @@ def open_base(
     Args:
         seed: of weights that no checkpoint holds (a new pooler or head), which come from the global generator: the same
             at each opening. None: the generator stays as it is.
+        trust_remote_code: consent to run code that comes with the model; what `config` says of it is no consent.
 
     Raises:
-        UserError: as `load_base`, or no such data.
+        UserError: as `load_base`, no such data, or a config that asks to run code without consent.
     """
     classifier = task.scoring == "head"
     labels = len(open_dataset(task.data, task.seed).labels) if classifier else None
     if seed is not None:
         torch.manual_seed(seed)
-    options = config.dtype, labels, config.trust_remote_code, config.quantise, config.revision
+    trusted = consented(config.trust_remote_code, f"model {config.name!r}", trust_remote_code)
+    options = config.dtype, labels, trusted, config.quantise, config.revision
     return load_base(config.name, classifier, *options)
 
 

@@ -24,7 +24,7 @@ class ModelConfig:
     dtype: Dtype = "auto"
     """Dtype of the frozen base weights; `auto` takes the checkpoint's."""
     trust_remote_code: bool = False
-    """Allow code that comes with a hub model to run."""
+    """The model comes with code. It runs only with --trust-remote-code on the command line, which is noted here."""
     quantise: Quantisation = "none"
     """Hold the frozen weights of linear maps in 4 (nf4) or 8 bits (int8) with bitsandbytes. Nothing can then be folded
     into them: no scans, and points are run together."""

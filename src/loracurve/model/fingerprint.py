@@ -247,7 +247,9 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def check_adapters(folders: Sequence[str | Path], base: nn.Module, options: ModelConfig, classifier: bool) -> None:
+def check_adapters(
+    folders: Sequence[str | Path], base: nn.Module, options: ModelConfig, classifier: bool, trusted: bool = False
+) -> None:
     """Compare the base that existing adapters name with the one that is used.
 
     The same name or folder is the same base. A base that lies elsewhere on this machine is loaded and compared; where
@@ -258,6 +260,7 @@ def check_adapters(folders: Sequence[str | Path], base: nn.Module, options: Mode
         base: as it was opened.
         options: it was opened with.
         classifier: whether it has a classification head.
+        trusted: consent to run code that comes with the adapters' base.
 
     Raises:
         UserError: adapters of another base.
@@ -273,7 +276,7 @@ def check_adapters(folders: Sequence[str | Path], base: nn.Module, options: Mode
         if (place := _place(name)) is not None:
             try:
                 with torch.random.fork_rng(devices=[]):  # a new head is drawn
-                    other, _ = load_base(str(place), classifier, options.dtype, labels, options.trust_remote_code)
+                    other, _ = load_base(str(place), classifier, options.dtype, labels, trusted)
             except UserError as error:
                 reason = str(error)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from loracurve.runs.config import RunConfig, load_config, save_config
 from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
 from loracurve.runs.identity import identity_of, read_identity, write_identity
 from loracurve.runs.run import base_and_task, logger, spread
+from loracurve.system.consent import consented
 from loracurve.system.distributed import is_main, main_holds, on_main
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
@@ -32,7 +34,9 @@ from loracurve.training.perturbation import Perturbation
 __all__ = ["fit_run"]
 
 
-def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def fit_run(
+    config: RunConfig, out: Path, resume: bool = False, progress: bool = True, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Train anchors and curve, evaluate the curve beside single adapters and their ensemble, write the run directory.
 
     Args:
@@ -40,6 +44,7 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         out: new folder.
         resume: go on with a run of the same options that was interrupted.
         progress: show progress bars.
+        trust_remote_code: consent to run code that comes with the base; it is noted in the run's config.yaml.
 
     Returns:
         What is in the run's metrics.json.
@@ -48,17 +53,19 @@ def fit_run(config: RunConfig, out: Path, resume: bool = False, progress: bool =
         UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
     """
     _check_tracker(config.tracker)
+    if consented(config.model.trust_remote_code, f"model {config.model.name!r}", trust_remote_code):
+        config = replace(config, model=replace(config.model, trust_remote_code=True))
     on_main(lambda: new_folder(out, resume))
     with main_holds(lambda: locked(out)):
-        return _fit_run(config, out, progress)
+        return _fit_run(config, out, progress, config.model.trust_remote_code)
 
 
-def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
+def _fit_run(config: RunConfig, out: Path, progress: bool, trusted: bool) -> dict[str, Any]:
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
             f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
         )
-    base, task = base_and_task(config)
+    base, task = base_and_task(config, trusted)
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("validation")
@@ -66,7 +73,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     if (known := read_identity(out)) is not None:
         known.check_same(identity, base, task.tokenizer, str(out))
     if config.adapters:
-        check_adapters(config.adapters, base, config.model, config.task.scoring == "head")
+        check_adapters(config.adapters, base, config.model, config.task.scoring == "head", trusted)
     if config.curve_training.corruption.file is not None:
         unlabelled(task, config.curve_training.corruption.file)
 

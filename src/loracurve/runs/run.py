@@ -18,6 +18,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.identity import IDENTITY, Identity, read_identity
+from loracurve.system.consent import consented
 from loracurve.system.errors import UserError
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
 from loracurve.tasks.dataset import Dataset
@@ -43,7 +44,9 @@ class Run:
         return average_of(self.model, evaluation or self.config.evaluation, self.task)
 
 
-def open_run(folder: str | Path, data: str | None = None, base: str | None = None) -> Run:
+def open_run(
+    folder: str | Path, data: str | None = None, base: str | None = None, trust_remote_code: bool = False
+) -> Run:
     """Open a finished run: its `config`, its `task`, its `model` (a `CurveModel`), and `average()`, the points and
     weights to predict with.
 
@@ -54,6 +57,7 @@ def open_run(folder: str | Path, data: str | None = None, base: str | None = Non
         folder: the run directory.
         data: another data set in place of the run's.
         base: where the base model is now: a folder, or a name on the hub. None: where it was.
+        trust_remote_code: consent to run code that comes with the base; that the run was made with it is none.
 
     Raises:
         UserError: no run with a fitted curve there, a base model that cannot be opened or is another one than the run
@@ -66,6 +70,7 @@ def open_run(folder: str | Path, data: str | None = None, base: str | None = Non
         )
     config = load_config(folder / "config.yaml")
     identity = read_identity(folder)
+    trusted = consented(config.model.trust_remote_code, str(folder), trust_remote_code)
     if base is not None:
         config = replace(config, model=replace(config.model, name=base, revision=None))
     if identity is None:
@@ -73,9 +78,9 @@ def open_run(folder: str | Path, data: str | None = None, base: str | None = Non
             "%s: made before runs kept an %s: that base, tokenizer and classes are those of the fit cannot be checked",
             *(folder, IDENTITY),
         )
-        model, task = _unrecorded(config, data)
+        model, task = _unrecorded(config, data, trusted)
     else:
-        model, task = _recorded(folder, config, identity, data)
+        model, task = _recorded(folder, config, identity, data, trusted)
     curve = CurveModel.from_pretrained(folder / "curve", model)
     if base is not None:
         curve.config.base_model_name_or_path = base
@@ -94,13 +99,15 @@ def spread(model: CurveModel, config: RunConfig) -> None:
         shard_base(model)
 
 
-def base_and_task(config: RunConfig) -> tuple[torch.nn.Module, Task]:
-    """The base model of a run about to be trained, and its task."""
-    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed)
+def base_and_task(config: RunConfig, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Task]:
+    """The base model of a run about to be trained, and its task; consent as for `open_run`."""
+    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed, trust_remote_code)
     return base, load_task(config.task, tokenizer, model_window(base))
 
 
-def _recorded(folder: Path, config: RunConfig, identity: Identity, data: str | None) -> tuple[torch.nn.Module, Task]:
+def _recorded(
+    folder: Path, config: RunConfig, identity: Identity, data: str | None, trusted: bool
+) -> tuple[torch.nn.Module, Task]:
     """The base and the task of a run's identity; its own data are opened only when their rows are asked for."""
     known, options = identity.task, config.model
     torch.manual_seed(config.curve_training.seed)  # weights that no checkpoint holds
@@ -110,7 +117,7 @@ def _recorded(folder: Path, config: RunConfig, identity: Identity, data: str | N
             known.scoring == "head",
             options.dtype,
             len(known.labels) if known.scoring == "head" else None,
-            options.trust_remote_code,
+            trusted,
             options.quantise,
             options.revision or identity.revision(options.name),
         )
@@ -135,9 +142,9 @@ def _recorded(folder: Path, config: RunConfig, identity: Identity, data: str | N
     return base, RecordedTask(known, config.task, tokenizer, window, identity.data["name"], own)
 
 
-def _unrecorded(config: RunConfig, data: str | None) -> tuple[torch.nn.Module, Task]:
+def _unrecorded(config: RunConfig, data: str | None, trusted: bool) -> tuple[torch.nn.Module, Task]:
     """The same for a run without an identity: its own data say what its classes are."""
-    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed)
+    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed, trusted)
     window = model_window(base)
     try:
         own = load_task(config.task, tokenizer, window)
