@@ -57,7 +57,8 @@ def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     kept = tensors.read_bytes()
     tensors.unlink()
     asked, said = replace(suite, landscape=replace(OPTIONS, pairs=1)), list[str]()
-    run_suite(asked, tmp_path / "out", jobs=1, say=said.append)
+    with pytest.raises(UserError, match="1 failed .*landscape"):
+        run_suite(asked, tmp_path / "out", jobs=1, say=said.append)
     assert len(said) == 1 and "landscape: failed:" in said[0] and "expected a safetensors file, found none" in said[0]
     assert [row[2] for row in tables_of(asked, tmp_path / "out")["left_out"].rows] == ["landscape"]
     assert (tmp_path / "out" / "tables" / "left_out.csv").exists()

@@ -110,7 +110,8 @@ def test_running_its_cell_is_refused_in_one_line(name: str, tmp_path: Path) -> N
     retired = method_from({"method": "curve", **options}, "m", "methods.m")
     suite = little(tmp_path, methods={"m": retired, "curve": anchored(units=4)})
     said: list[str] = []
-    run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
+    with pytest.raises(UserError, match="1 failed .*/ m: "):
+        run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
     (refused,) = [line for line in said if " / m: " in line]
     assert refused.startswith("made / seed 0 / m: failed: ") and "\n" not in refused
     assert named in refused and f"commit {LAST_COMMIT} still has it" in refused

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from helpers.made import SHARED, write_rows
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
+from loracurve.bench.cells import Result
 from loracurve.bench.config import LandscapeConfig, SuiteConfig, SuiteTask
 from loracurve.bench.results import Results
 from loracurve.bench.suite import Cell
@@ -76,3 +79,13 @@ def point_nll(results: Results, method: str, seed: int = 0, split: str = "test")
 def named(table: Table, method: str) -> dict[str, Any]:
     (row,) = [r for r in table.rows if r[1] == method]
     return dict(zip(table.columns, row, strict=True))
+
+
+def killed_or_done(cell: Cell, marks: str) -> Result:
+    """A cell that kills its process: `first` at its first try, `always` each time."""
+    mark = Path(marks) / f"{cell.seed} {cell.method}"
+    seen = mark.exists()
+    mark.touch()
+    if cell.method == "always" or (cell.method == "first" and not seen):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done", [f"{cell}: done"]

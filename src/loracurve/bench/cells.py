@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,18 +21,22 @@ from loracurve.bench.store import write_cell_predictions, write_frame
 from loracurve.bench.suite import Cell, method_of
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.system.environment import environment
-from loracurve.system.errors import UserError, one_line
+from loracurve.system.errors import UserError, is_passing, one_line
 from loracurve.system.files import write_json
 from loracurve.tasks.dataset import subset
 
-__all__ = ["Group", "Result", "Say", "run_cell", "run_one"]
+__all__ = ["Group", "Outcome", "Result", "Say", "run_cell", "run_one"]
 
 
 Say = Callable[[str], None]
 """What is called with a line about each cell."""
 
-Result = tuple[bool, list[str]]
-"""Whether a cell did not break, and what there is to say about it."""
+Outcome = Literal["done", "failed", "later", "broken"]
+"""failed: stored with its reason; later: nothing is stored, because what stopped it may pass (no space, no hub, no
+memory); broken: by a fault of ours, or the process is gone"""
+
+Result = tuple[Outcome, list[str]]
+"""How a cell went, and what there is to say about it."""
 
 
 class Group:
@@ -50,6 +54,8 @@ class Group:
             try:
                 self._shared = open_shared(self.suite, self.task, self.seed)
             except UserError as error:
+                if is_passing(error):
+                    raise
                 self._shared = error
         if isinstance(self._shared, UserError):
             raise self._shared
@@ -68,7 +74,11 @@ class Group:
         free_memory()
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Fit, predict and store one cell; a UserError or a lack of memory is recorded as the reason why it failed."""
+        """Fit, predict and store one cell; a UserError is recorded as the reason why it failed.
+
+        Raises:
+            UserError: something stopped it that may have passed at the next try; nothing is recorded.
+        """
         folder = cell.folder(self.out)
         record: dict[str, Any] = {
             "task": cell.task,
@@ -80,11 +90,13 @@ class Group:
         try:
             work = self._scan if cell.method == LANDSCAPE else self._fit_and_predict
             record |= {"status": "done"} | work(cell, folder)
-        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            if not (isinstance(error, UserError) or out_of_memory(error)):
+        except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if out_of_memory(error):
+                free_memory()
+                raise UserError(NO_MEMORY) from error
+            if not isinstance(error, UserError) or is_passing(error):
                 raise
-            reason = str(error) if isinstance(error, UserError) else NO_MEMORY
-            record |= {"status": "failed", "reason": one_line(reason)}
+            record |= {"status": "failed", "reason": one_line(error)}
         free_memory()
         write_json(folder / "cell.json", record)  # last: it says that the rest is there
         remove_work(folder)
@@ -144,18 +156,24 @@ class Group:
         }
 
 
-def run_one(group: Group, cell: Cell, say: Say) -> bool:
-    """Run a cell and say how it went; whether it did not break."""
+def run_one(group: Group, cell: Cell, say: Say) -> Outcome:
+    """Run a cell and say how it went."""
     try:
         record = group.run(cell)
-    except Exception:  # a fault of ours in one cell shall not cost the others; it is raised in the end
+    except UserError as error:
+        say(f"{cell}: not now: {one_line(error)}")
+        return "later"
+    except Exception as error:  # a fault of ours in one cell shall not cost the others; it is raised in the end
+        if is_passing(error):
+            say(f"{cell}: not now: {one_line(error)}")
+            return "later"
         say(traceback.format_exc().rstrip())
-        return False
+        return "broken"
     if record["status"] == "failed":
         say(f"{cell}: failed: {record['reason']}")
-    else:
-        say(f"{cell}: fitted in {record['fit_seconds']:.1f} s, predicted in {record['predict_seconds']:.1f} s")
-    return True
+        return "failed"
+    say(f"{cell}: fitted in {record['fit_seconds']:.1f} s, predicted in {record['predict_seconds']:.1f} s")
+    return "done"
 
 
 _group: Group | None = None

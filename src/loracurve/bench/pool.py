@@ -9,28 +9,54 @@ import multiprocessing
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
 
-from loracurve.bench.cells import Result, Say, run_cell
+from loracurve.bench.cells import Outcome, Result, Say, run_cell
 from loracurve.bench.config import SuiteConfig
-from loracurve.bench.memory import NO_MEMORY
-from loracurve.bench.store import record_of
 from loracurve.bench.suite import Cell
 from loracurve.system.errors import one_line
 
-__all__ = ["run_in_pool", "spread", "visible_gpus"]
+__all__ = ["Spread", "run_in_pool", "spread", "visible_gpus"]
+
+TRIES = 2
+"""A cell whose process is killed twice is to blame."""
 
 
-def run_in_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say) -> list[Cell]:
+def run_in_pool(
+    suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say
+) -> dict[Cell, Outcome]:
     """Run cells in `jobs` processes; the first cell of each task and seed trains its anchors, the others follow it.
 
-    Cells that found no memory beside the others run once more in the end, one at a time. Returns the cells that broke.
+    A process that is killed ends its pool: what ran or waited there runs in a new one, a cell at most `TRIES` times.
+    Cells that were stopped by something that may pass (no memory beside the others) run once more in the end, one at a
+    time.
     """
+    found: dict[Cell, Outcome] = {}
+    tries: Counter[Cell] = Counter()
+    todo = cells
+    while todo:
+        went = _in_one_pool(suite, todo, out, jobs, end, say)
+        found |= went.outcomes
+        tries.update(went.gone)
+        found |= dict.fromkeys((c for c in went.gone if tries[c] >= TRIES), "broken")
+        todo = [c for c in (*went.gone, *went.waiting) if tries[c] < TRIES]
+        if todo:
+            say(f"a process is gone: {len(todo)} cell{'s' * (len(todo) > 1)} in new ones")
+    again = [c for c, outcome in found.items() if outcome == "later"]
+    if again and not (end is not None and time.perf_counter() > end):
+        say(f"{len(again)} cell{'s' * (len(again) > 1)} could not run beside others: once more, one at a time")
+        found |= _in_one_pool(suite, again, out, 1, end, say).outcomes
+    return found
+
+
+def _in_one_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say) -> Spread:
     context = multiprocessing.get_context("spawn")
     gpus, places = visible_gpus(torch.cuda.device_count()), context.SimpleQueue()
     for job in range(jobs):
@@ -38,16 +64,18 @@ def run_in_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end
     # Beside a GPU more threads would only wait for each other.
     threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
     with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
+        return spread(cells, jobs, lambda cell: pool.submit(run_cell, suite, cell, out), end, say)
 
-        def submit(cell: Cell) -> Future[Result]:
-            return pool.submit(run_cell, suite, cell, out)
 
-        broken = spread(cells, jobs, submit, end, say)
-        again = [c for c in cells if (record_of(suite, c, out) or {}).get("reason") == NO_MEMORY]
-        if again:
-            say(f"{len(again)} cell{'s' * (len(again) > 1)} found no memory beside others: once more, one at a time")
-            broken += spread(again, 1, submit, end, say)
-        return broken
+@dataclass
+class Spread:
+    """What became of cells that were handed out."""
+
+    outcomes: dict[Cell, Outcome] = field(default_factory=dict)
+    gone: list[Cell] = field(default_factory=list)
+    """in processes that are gone, with the one that was killed"""
+    waiting: list[Cell] = field(default_factory=list)
+    """not begun when the pool broke"""
 
 
 def spread(
@@ -56,36 +84,44 @@ def spread(
     submit: Callable[[Cell], Future[Result]],
     end: float | None,
     say: Say,
-) -> list[Cell]:
+) -> Spread:
     """Have `jobs` cells at a time run by what `submit` hands them to, and no cell before its group's anchors are there.
 
-    Returns the cells that broke.
+    It ends when all are done, the time is up, or the pool breaks.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.seed), []).append(cell)
     ready = [group.pop(0) for group in groups.values()]  # the rest waits for the group's anchors
     running: dict[Future[Result], Cell] = {}
-    broken: list[Cell] = []
-    while ready or running:
+    found = Spread()
+    broken = False
+    while (ready and not broken) or running:
         if end is not None and time.perf_counter() > end and ready:
             say(f"{len(ready) + sum(map(len, groups.values()))} cells left for later, the time is up")
             ready, groups = [], {}
-        while ready and len(running) < jobs:
-            cell = ready.pop(0)
-            running[submit(cell)] = cell
+        while ready and len(running) < jobs and not broken:
+            try:
+                running[submit(ready[0])] = ready[0]
+                ready.pop(0)
+            except BrokenExecutor:
+                broken = True
         for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
             cell = running.pop(future)
             try:
-                fine, lines = future.result()
-            except Exception as error:  # the process, not the cell: killed, or gone with its machine
-                fine, lines = False, [f"{cell}: {one_line(repr(error))}"]
+                outcome, lines = future.result()
+            except BrokenExecutor:
+                broken = True
+                found.gone.append(cell)
+                continue
+            except Exception as error:  # the process, not the cell: gone with its machine
+                outcome, lines = "broken", [f"{cell}: {one_line(repr(error))}"]
             for line in lines:
                 say(line)
-            if not fine:
-                broken.append(cell)
+            found.outcomes[cell] = outcome
             ready = groups.pop((cell.task, cell.seed), []) + ready
-    return broken
+    found.waiting = [*ready, *(cell for group in groups.values() for cell in group)]
+    return found
 
 
 def visible_gpus(count: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from loracurve.bench.cells import Result, Say, run_cell
+from loracurve.bench.cells import Outcome, Result, Say, run_cell
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.pool import spread
 from loracurve.bench.store import record_of
@@ -37,15 +37,13 @@ def run_on_ray(
     end: float | None,
     say: Say,
     address: str | None = None,
-) -> list[Cell]:
+) -> dict[Cell, Outcome]:
     """Run cells as tasks of a Ray cluster; each group's first cell trains its anchors, the others follow it.
 
     Args:
         jobs: cells at a time; 0: one for each GPU of the cluster, or for each node of one without GPUs.
         address: of the cluster, `auto` for one that was started on this machine. Default: what RAY_ADDRESS says, else
             a cluster of this machine alone that ends with the suite.
-
-    Returns the cells that broke.
 
     Raises:
         UserError: Ray is not installed, or there is no such cluster.
@@ -72,7 +70,7 @@ def run_on_ray(
             reference = task.options(name=str(cell)).remote(suite, cell, out.resolve(), os.getcwd())
             return cast("Future[Result]", reference.future())
 
-        return spread(cells, jobs, submit, end, say)
+        return spread(cells, jobs, submit, end, say).outcomes
     finally:
         ray.shutdown()
         remove_leftovers(out)
@@ -115,6 +113,6 @@ def _task(suite: SuiteConfig, cell: Cell, out: Path, folder: str) -> Result:
     """On a node: run one cell, unless an earlier worker was lost between storing it and saying so."""
     os.chdir(folder)  # relative names mean the same everywhere
     if (record := record_of(suite, cell, out)) and record["status"] == "done":
-        return True, [f"{cell}: done by a worker that was lost"]
+        return "done", [f"{cell}: done by a worker that was lost"]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which Ray sets to the cell's share
     return run_cell(suite, cell, out)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
 
-from loracurve.bench.cells import Group, Say, run_one
+from loracurve.bench.cells import Group, Outcome, Say, run_one
 from loracurve.bench.config import Executor, SuiteConfig
+from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.pool import run_in_pool
 from loracurve.bench.provenance import plain
 from loracurve.bench.ray_cluster import import_ray, run_on_ray
@@ -78,7 +80,8 @@ def run_suite(
         address: of the Ray cluster. Default: what RAY_ADDRESS says, else one of this machine alone.
 
     Raises:
-        UserError: the folder is of another suite, or another process works in it; there is no such cluster.
+        UserError: the folder is of another suite, or another process works in it; there is no such cluster; in the end,
+            where cells failed or could not run now, which ones.
         RuntimeError: cells broke by a fault of ours; all others have been run.
     """
     if Path(out).exists() and not Path(out).is_dir():
@@ -109,32 +112,46 @@ def _run_suite(
     end = None if seconds is None else time.perf_counter() + seconds
     if executor == "processes":
         jobs = jobs or max(torch.cuda.device_count(), 1)
+    found: dict[Cell, Outcome]
     if todo and executor == "ray":
-        broken = run_on_ray(suite, todo, out, jobs, end, say, address)
+        found = run_on_ray(suite, todo, out, jobs, end, say, address)
     elif jobs > 1 and len(todo) > 1:
-        broken = run_in_pool(suite, todo, out, jobs, end, say)
+        found = run_in_pool(suite, todo, out, jobs, end, say)
     else:
-        broken = []
+        found = {}
         for task, seed in dict.fromkeys((c.task, c.seed) for c in todo):
             group = Group(suite, task, seed, out, progress)
-            broken += _run_group(group, [c for c in todo if (c.task, c.seed) == (task, seed)], end, say)
+            found |= _run_group(group, [c for c in todo if (c.task, c.seed) == (task, seed)], end, say)
             group.close()
-    if broken:
+    _tell(suite, out, found)
+
+
+def _tell(suite: SuiteConfig, out: Path, found: Mapping[Cell, Outcome]) -> None:
+    """Raise an error that names the cells without results, if there are any but those left for later by the clock."""
+    if broken := [c for c, outcome in found.items() if outcome == "broken"]:
         raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
+    parts = []
+    if later := [str(c) for c, outcome in found.items() if outcome == "later"]:
+        parts.append(f"{len(later)} could not run now ({', '.join(later)}): the same command tries them again")
+    records = ((c, record_of(suite, c, out)) for c in [*cells_of(suite), *scans_of(suite)])
+    if failed := [f"{c}: {r['reason']}" for c, r in records if r is not None and r["status"] == "failed"]:
+        parts.append(f"{len(failed)} failed ({'; '.join(failed)}): --retry runs them again")
+    if parts:
+        raise UserError(f"{out}: cells without results: {'; '.join(parts)}")
 
 
 def _is_open(suite: SuiteConfig, cell: Cell, out: Path, retry: bool) -> bool:
     record = record_of(suite, cell, out)
-    return record is None or (retry and record["status"] == "failed")
+    # Earlier versions stored a lack of memory, which may have passed.
+    return record is None or (record["status"] == "failed" and (retry or record["reason"] == NO_MEMORY))
 
 
-def _run_group(group: Group, cells: list[Cell], end: float | None, say: Say) -> list[Cell]:
-    """Run cells one after the other; returns those that broke."""
-    broken = []
+def _run_group(group: Group, cells: list[Cell], end: float | None, say: Say) -> dict[Cell, Outcome]:
+    """Run cells one after the other."""
+    found: dict[Cell, Outcome] = {}
     for cell in cells:
         if end is not None and time.perf_counter() > end:
             say(f"{cell}: left for later, the time is up")
             continue
-        if not run_one(group, cell, say):
-            broken.append(cell)
-    return broken
+        found[cell] = run_one(group, cell, say)
+    return found

@@ -19,7 +19,7 @@ from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.base_model import model_window, open_base
 from loracurve.model.curve_model import CurveModel
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, is_passing
 from loracurve.system.files import read_json, write_json
 from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.tasks.dataset import Dataset, Row, subset
@@ -145,6 +145,8 @@ def train_anchors(
             progress=progress,
         )
     except UserError as error:  # said once for all cells, and not tried again by each of them
+        if is_passing(error):
+            raise
         write_json(failed, {"options": options, "reason": f"the anchors: {error}"})
         raise UserError(f"the anchors: {error}") from error
     points = shared.model.control_points()

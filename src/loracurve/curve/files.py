@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,10 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     folder = Path(folder)
     weights = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))  # one for each adapter name
         raise UserError(
             f"{folder}: expected a PEFT adapter folder, found no adapter_config.json; give the folder PEFT saved"
+            f"{f', such as {folder / inside[0]}' if inside else ''}"
         )
     if not weights.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never read: save it as safetensors)"
@@ -76,14 +79,41 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
         raise UserError(f"{folder}: the adapter cannot be read ({one_line(error, 200)})") from error
     try:
         if isinstance(config, peft.LoraConfig):
+            for option, plain in vars(peft.LoraConfig()).items():
+                if getattr(config, option) is None and (plain is False or plain == {}):
+                    setattr(config, option, plain)  # other programs write null
             config.init_lora_weights = trained_init(  # type: ignore[assignment]
                 config.init_lora_weights
             )
         check_config(config)
+        tensors = _as_peft_reads(tensors)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     check_finite(tensors, weights)
     return config, tensors
+
+
+# What programs put into names of tensors when they wrap a model or its modules and leave there when they save it.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "modules_to_save"}
+
+
+def _as_peft_reads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names PEFT saves them under. PEFT leaves those with other names unread, and the base as it is.
+
+    Raises:
+        UserError: names that PEFT does not read.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", name)
+        parts = plain.split(".")
+        if not name.startswith(PREFIX) or _WRAPPERS.intersection(parts) or plain in named:
+            raise UserError(
+                f"adapter_model.safetensors: expected names that PEFT reads, such as {PREFIX}LAYER.lora_A.weight, "
+                f"found {name[:100]!r}; unwrap the model (compiled, parallel, another class) and save it again by PEFT"
+            )
+        named[plain] = tensor
+    return named
 
 
 # Of curve folders: 2 has weights of the base beside the curve, which readers of 1 would pass over.

@@ -34,7 +34,7 @@ _UNSUPPORTED = {
 
 def check_config(config: peft.PeftConfig) -> None:
     """Refuse adapter kinds whose parameters are not plain (A, B) pairs and dense heads; raises UserError."""
-    if not isinstance(config, peft.LoraConfig):
+    if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:  # AdaLoRA's is derived
         raise UserError(f"expected a LoRA adapter, found PEFT type {config.peft_type}; use peft.LoraConfig")
     for option, plain in _UNSUPPORTED.items():
         if getattr(config, option, plain) not in (plain, None, False, {}, []):
@@ -51,10 +51,10 @@ def check_config(config: peft.PeftConfig) -> None:
 
 # Ways to start that leave the base's weights as they are. The others (pissa, olora, corda, loftq, ...) take from the
 # base what they put into the adapter, so that an adapter saved with their name needs a base that no checkpoint holds.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def trained_init(init: bool | str) -> bool | str:
+def trained_init(init: bool | str | None) -> bool | str:
     """What `init_lora_weights` of a trained adapter means for a curve through it: how *new* control points are drawn.
 
     Raises:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
-__all__ = ["UserError", "nearest", "one_line"]
+__all__ = ["UserError", "is_passing", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -27,3 +28,41 @@ def one_line(error: object, most: int = 600) -> str:
     text = " ".join(str(error).split())
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+_PASSING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN),
+    *(errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN),
+}
+
+# Classes of errors of a network that is down or a service that is busy, in the libraries that fetch for us.
+_UNREACHABLE = {
+    *(
+        "ConnectionError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "ReadError",
+        "RemoteProtocolError",
+        "Timeout",
+    ),
+    *("TimeoutException", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ProxyError", "NetworkError"),
+}
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error comes from the machine or the network as they are now, and may be gone at the next try.
+
+    These are a full, read-only or failing disk, files or memory that others hold, and a hub that cannot be reached. An
+    error that says so may stand behind the one that is told (`raise ... from`).
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError | ConnectionError | TimeoutError):
+            return True
+        if isinstance(seen, OSError) and seen.errno in _PASSING:
+            return True
+        if any(kind.__name__ in _UNREACHABLE for kind in type(seen).__mro__):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
