@@ -22,6 +22,7 @@ from loracurve.inference.config import GenerateConfig
 from loracurve.inference.information import entropy, mixture_log_probs
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.runner import evaluation_mode
+from loracurve.model.trials import check_lengths
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
 from loracurve.tasks.dataset import check_text
@@ -104,6 +105,8 @@ def generate(
         t, _ = quadrature("uniform", 10, model.spec.segments, closed=model.spec.closed)
     weights = torch.full((len(t),), 1 / len(t)) if weights is None else weights
     sequences = _tokenised(tokenizer, texts, config.max_new_tokens, model.window)
+    lengths = [len(ids) for ids in sequences]
+    check_lengths(model.model.config, min(lengths), max(lengths) + config.max_new_tokens)
     numbers = range(len(texts)) if numbers is None else numbers
     out: list[Generation] = []
     size = config.batch_size if model.runner.decodes_in_batches() else 1

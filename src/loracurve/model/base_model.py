@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,29 @@ def open_base(
         UserError: as `load_base`, no such data, or a config that asks to run code without consent.
     """
     classifier = task.scoring == "head"
-    labels = len(open_dataset(task.data, task.seed).labels) if classifier else None
+    names = open_dataset(task.data, task.seed).labels if classifier else ()
+    labels = len(names) if classifier else None
     if seed is not None:
         torch.manual_seed(seed)
     trusted = consented(config.trust_remote_code, f"model {config.name!r}", trust_remote_code)
     options = config.dtype, labels, trusted, config.quantise, config.revision
-    return load_base(config.name, classifier, *options)
+    base, tokenizer = load_base(config.name, classifier, *options)
+    if classifier:
+        _check_classes(base, names)
+    return base, tokenizer
+
+
+def _check_classes(base: nn.Module, names: Sequence[str]) -> None:
+    """Refuse a checkpoint whose head knows the data's classes, by their names, in another order."""
+    known: Any = getattr(base.config, "id2label", None) or {}
+    drawn = " ".join(getattr(base, DRAWN_ANEW, ()))
+    own = [str(known[i]).casefold() for i in sorted(known)]
+    data = [name.casefold() for name in names]
+    if own != data and sorted(own) == sorted(data) and not re.search(r"(classifier|score|out_proj)\.", drawn):
+        raise UserError(
+            f"model {getattr(base, 'name_or_path', '')!r}: expected the classes of its head in the data's order "
+            f"{list(names)}, found {[known[i] for i in sorted(known)]}; list meta.json's labels in the head's order"
+        )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -175,9 +175,14 @@ class CurveModel(nn.Module):
 
     def _sorted_out(self, adapters: ControlPoints, folders: Sequence[str | Path]) -> ControlPoints:
         own = {f"{PREFIX}{name}.{suffix}" for name, layer in self.layers.items() for suffix in layer.shapes()}
-        brought = {}
-        for name in adapters.keys() - own:
+        brought, known = {}, base_parameters(self.model)
+        for name in sorted(adapters.keys() - own):
             tensor, bare = adapters[name], name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if bare not in known:
+                raise UserError(
+                    f"{folders[0]}: {bare} is neither a part of the curve nor a weight of this base: an adapter of "
+                    "another one, or of names before transformers 4.52 (then load it in PEFT and save it again)"
+                )
             if any(not torch.equal(other, tensor[0]) for other in tensor[1:]):
                 raise UserError(
                     f"{folders[0]}: expected the same {bare} in all adapters, which is no part of the curve, found "
@@ -416,7 +421,7 @@ def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str,
     """
     names = set(getattr(base, DRAWN_ANEW, ()))
     known = base_parameters(base)
-    if "SequenceClassification" in type(base).__name__:
+    if any("SequenceClassification" in kind.__name__ for kind in type(base).__mro__):
         tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         names |= {n for n, p in known.items() if not re.search(r"\.\d+\.", n) and id(p) not in tables}
     carried = [f"{name}." for name in layers]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
         UserError: PEFT finds no target, or a target is not a linear map.
     """
     check_config(config)
+    _check_plain(model)
+    training = model.training
     matching = copy.deepcopy(config)
     matching.init_lora_weights = True
     if matching.task_type == peft.TaskType.SEQ_CLS:
@@ -65,8 +68,24 @@ def inject(model: nn.Module, config: peft.LoraConfig, route: Route) -> dict[str,
             )
     for name, layer in layers.items():
         _replace(model, name, layer)
+        layer.train(training)
     join_siblings(layers)
     return layers
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse a base that another library has wrapped or put adapters into: names and outputs are no longer its own."""
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
+    if wrapped:
+        raise UserError(
+            f"expected a base model, found it wrapped in {type(model).__name__}; give the model itself, compile or "
+            "spread it afterwards"
+        )
+    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise UserError(
+            "expected a base model, found one with adapters in it; give its own base, or merge them into it "
+            "(merge_and_unload)"
+        )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

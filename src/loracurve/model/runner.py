@@ -27,6 +27,7 @@ from loracurve.model.scoring import class_scores
 from loracurve.model.trials import (
     PaddingSide,
     check_causal,
+    check_lengths,
     decodes_in_batches,
     full_precision,
     mixing_layer,
@@ -95,7 +96,8 @@ class Runner:
     def __init__(self, base: nn.Module, layers: Mapping[str, CurveLayer], route: Route) -> None:
         self.model, self.layers, self.route = base, layers, route
         fuse_norms(base)
-        self.is_classifier = "SequenceClassification" in type(base).__name__
+        # Classes of one's own are made from those of transformers.
+        self.is_classifier = any("SequenceClassification" in kind.__name__ for kind in type(base).__mro__)
         find_head: Any = getattr(base, "get_output_embeddings", None)
         head = None if self.is_classifier or find_head is None else find_head()
         if head is not None:
@@ -144,6 +146,7 @@ class Runner:
         """Whether several examples of a split, or several choices, may share rows of about so many tokens behind a 4-D
         mask; found out by a trial of their size, once (`trials.takes_tree_masks`)."""
         self.try_out()
+        self._check(encoded)
         if self.is_classifier or not len(encoded):
             return False
         # Rows of one shape serve many splits; balanced rows are longer than the budget by an example at most.
@@ -154,6 +157,20 @@ class Runner:
             with self.bare():
                 self._trees[size] = takes_tree_masks(self.model, self.dtype, self.device, min(path, limit or path), row)
         return self._trees[size]
+
+    def _check(self, encoded: Encoded) -> None:
+        """Raise UserError for rows that this model cannot take, or not together."""
+        config: Any = self.model.config
+        lengths = [len(e.prompt) + max((len(c) - 1 for c in e.choices), default=0) for e in encoded.examples]
+        check_lengths(config, min(lengths, default=0), max(lengths, default=0))
+        known = getattr(config, "type_vocab_size", None)
+        if self.is_classifier and isinstance(known, int) and known > 0:
+            largest = max((max(e.token_types) for e in encoded.examples if e.token_types), default=0)
+            if largest >= known:
+                raise UserError(
+                    f"{type(self.model).__name__}: expected token types below {known}, found {largest} from the "
+                    "tokenizer, which belongs to another model"
+                )
 
     def try_out(self) -> None:
         """Find out, once, on which side a classifier is padded, whether a language model is causal, and whether rows
@@ -167,7 +184,7 @@ class Runner:
         with self.bare():
             if self.is_classifier:
                 self._padding = padding_side(self.model, self.dtype, self.device)
-            else:
+            elif self.vocabulary:
                 check_causal(self.model, self.dtype, self.device)
             self._mixing = mixing_layer(self.model, self.layers, self.is_classifier, self.device)
         self._tried = True
@@ -258,6 +275,11 @@ class Runner:
             such choice.
         """
         self.try_out()
+        if not (self.is_classifier or self.vocabulary):
+            raise UserError(
+                f"expected a language model or a sequence classifier, found {type(self.model).__name__}, which "
+                "predicts no tokens"
+            )
         if layout is None:
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]

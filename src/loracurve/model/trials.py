@@ -23,12 +23,14 @@ from loracurve.tasks.batching import tree_mask
 __all__ = [
     "PaddingSide",
     "check_causal",
+    "check_lengths",
     "decodes_in_batches",
     "full_precision",
     "mixing_layer",
     "pad_token",
     "padding_side",
     "position_limit",
+    "rescaled_from",
     "takes_tree_masks",
     "window_of",
 ]
@@ -51,9 +53,10 @@ def _trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device
     """[rows, length] pseudo-random tokens without the special ones of the config."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+    named = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")]
     for name in ("image", "boi", "eoi", "audio", "video"):  # of models that take more than text
-        special |= {getattr(config, f"{name}_token_id", None), getattr(config, f"{name}_token_index", None)}
+        named += [getattr(config, f"{name}_token_id", None), getattr(config, f"{name}_token_index", None)]
+    special = {token for tokens in named for token in (tokens if isinstance(tokens, list | tuple) else [tokens])}
     words = _word_embeddings(model)
     size = int(getattr(text, "vocab_size", 256)) if words is None else words.shape[0]
     ordinary = [i for i in range(min(size, 4096)) if i not in special] or [0]
@@ -289,12 +292,48 @@ def pad_token(model: nn.Module) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     pad = getattr(text, "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
-    if pad is None:
+    if pad is None or pad < 0:
         raise UserError(
             f"{type(model).__name__}: expected a padding token in its config, found none; set base.config.pad_token_id "
             "to the tokenizer's"
         )
     return int(pad)
+
+
+def rescaled_from(config: Any) -> int | None:
+    """The length from which on a model scales the positions of a whole batch by its longest row (longrope, dynamic), by
+    what a config or one nested in it says; None where rows do not depend on the length of others so."""
+    found: list[int] = []
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            nested = rescaled_from(value)
+            found += [] if nested is None else [nested]
+        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            kinds = [value, *(v for v in value.values() if isinstance(v, dict))]
+            names = {kind.get("rope_type", kind.get("type")) for kind in kinds}
+            original = next((k[_ORIGINAL] for k in kinds if k.get(_ORIGINAL)), getattr(config, _ORIGINAL, None))
+            if "longrope" in names and original:
+                found.append(int(original))
+            if "dynamic" in names:
+                found.append(int(original or config.max_position_embeddings))
+    return min(found, default=None)
+
+
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def check_lengths(config: Any, shortest: int, longest: int) -> None:
+    """Refuse rows of which some are scaled by the longest of their batch and others, alone, would not be.
+
+    Raises:
+        UserError: as said.
+    """
+    limit = rescaled_from(config)
+    if limit is not None and shortest <= limit < longest:
+        raise UserError(
+            f"this model scales positions by the longest text of a batch from {limit} tokens on: texts of {shortest} "
+            f"and of {longest} tokens would change each other; run them apart, or set max_length to {limit}"
+        )
 
 
 def window_of(config: Any) -> int | None:

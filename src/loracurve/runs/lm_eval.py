@@ -89,11 +89,14 @@ class Scorer:
         return self._start([*head, *body[:asked]]), body[asked:]
 
     def _start(self, prompt: list[int]) -> list[int]:
-        """What comes before a continuation, at least one token to predict from."""
+        """What comes before a continuation, at least one token to predict from: without any BOS, else EOS, as the
+        harness has it."""
         start = with_lead(self.lead, prompt)
-        if not start and self.tokenizer.eos_token_id is None:
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        first = next((int(token) for token in known if token is not None), None)
+        if not start and first is None:
             raise UserError("expected a context or a tokenizer with a BOS or EOS token, found none")
-        return start or [int(self.tokenizer.eos_token_id)]
+        return start or [first]  # type: ignore[list-item]
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """[n, R] log-likelihoods of continuations at each point, float64, and [R] whether they are greedy."""
