@@ -99,7 +99,7 @@ def load_base(
         logger.warning("%s: its head has another number of labels; a new one of %d replaces it", name, num_labels)
     setattr(model, DRAWN_ANEW, tuple(sorted({*report["missing_keys"], *replaced})))
     tokenizer = load_tokenizer(name, trust_remote_code, revision)
-    if classifier and model.config.pad_token_id is None:
+    if classifier and (model.config.pad_token_id is None or model.config.pad_token_id < 0):
         # Classifiers on decoders find the last token by the padding token.
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer

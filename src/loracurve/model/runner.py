@@ -161,11 +161,10 @@ class Runner:
     def _check(self, encoded: Encoded) -> None:
         """Raise UserError for rows that this model cannot take, or not together."""
         config: Any = self.model.config
-        lengths = [len(e.prompt) + max((len(c) - 1 for c in e.choices), default=0) for e in encoded.examples]
-        check_lengths(config, min(lengths, default=0), max(lengths, default=0))
+        check_lengths(config, encoded.shortest_path, encoded.longest_path)
         known = getattr(config, "type_vocab_size", None)
         if self.is_classifier and isinstance(known, int) and known > 0:
-            largest = max((max(e.token_types) for e in encoded.examples if e.token_types), default=0)
+            largest = encoded.largest_token_type
             if largest >= known:
                 raise UserError(
                     f"{type(self.model).__name__}: expected token types below {known}, found {largest} from the "

@@ -113,6 +113,16 @@ class Encoded:
         return [len(e.prompt) + sum(len(choice) - 1 for choice in e.choices) for e in self.examples]
 
     @cached_property
+    def shortest_path(self) -> int:
+        """Tokens of the shortest prompt with one of its choices, but for the last."""
+        return min((len(e.prompt) + min((len(c) - 1 for c in e.choices), default=0) for e in self.examples), default=0)
+
+    @cached_property
+    def largest_token_type(self) -> int:
+        """The largest token type of all prompts; 0 where there are none."""
+        return max((max(e.token_types) for e in self.examples if e.token_types), default=0)
+
+    @cached_property
     def longest_path(self) -> int:
         """Tokens of the longest prompt with one of its choices, but for the last, which is only predicted."""
         return max((len(e.prompt) + max((len(c) - 1 for c in e.choices), default=0) for e in self.examples), default=0)
