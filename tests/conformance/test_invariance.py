@@ -1,25 +1,44 @@
-"""Invariance of the public face, by properties: what predictions do not depend on."""
+"""Invariance of the public face, by properties: what predictions, folders and averages do not depend on."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as tf
 from helpers.alone import CASES, LABELS, POINTS, TEXTS, Case, log_probs_of, make_case, parts_of, write_data
+from helpers.made_runs import QUICK, base_folder, command, config_file, tree_hash
+from helpers.matrix import KINDS, SHAPES, curve_of
+from helpers.places import ROOT
+from helpers.ranks import together
+from helpers.read_runs import read
+from helpers.tiny import lora_config, random_points, tiny
+from helpers.tokenizers_made import bert_style
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import loracurve as lc
+from loracurve.inference.calibration import apply_temperature, tempered
 from loracurve.inference.metrics import classification_summary
 from loracurve.inference.predictive import Predictive
+from loracurve.runs.config import load_config, save_config
+from loracurve.runs.identity import IDENTITY, read_identity, write_identity
+from loracurve.runs.predict import predict_rows
+from loracurve.runs.run import Run
 from loracurve.tasks.batching import evaluation_batches
 from loracurve.tasks.encoding import Encoded
 
@@ -69,17 +88,17 @@ def of_average(p: Predictive) -> dict[str, Tensor]:
     row_tokens=st.sampled_from([1, 24, 70, 256]),
     packing=st.booleans(),
     pad_to=st.sampled_from([1, 8]),
-    together=st.sampled_from([1, 130, None]),
+    in_a_pass=st.sampled_from([1, 130, None]),
 )
 def test_a_row_is_predicted_alike_in_any_company(
     cases: Callable[[str], Case], name: str, numbers: list[int], tokens: int, row_tokens: int, packing: bool,
-    pad_to: int, together: int | None,
+    pad_to: int, in_a_pass: int | None,
 ) -> None:  # fmt: skip
     case = cases(name)
     encoded = case.encode(numbers)
     packing &= case.model.runner.takes_trees(encoded, row_tokens)
     batches = [*evaluation_batches(encoded, tokens, row_tokens, packing, pad_to)]
-    case.check(parts_of(log_probs_of(case.model, batches, POINTS, together), encoded), numbers)
+    case.check(parts_of(log_probs_of(case.model, batches, POINTS, in_a_pass), encoded), numbers)
     predictive = lc.predict(case.model, batches, POINTS, summarise=name == "lm")
     case.check(parts_of(predictive, encoded), numbers)
 
@@ -127,10 +146,57 @@ def test_padding_that_stands_in_a_text_is_read(cases: Callable[[str], Case]) -> 
         close(found.index(torch.tensor([number])).probs, alone.probs)
 
 
+@every_case
+def test_two_processes_predict_what_one_does(cases: Callable[[str], Case], name: str, tmp_path: Path) -> None:
+    """Of fewer rows than processes too, where one of them has none."""
+    case = cases(name)
+    asked = [(numbers, way) for numbers in ([6], [5, 0, 9, 1, 1]) for way in ("points", "merged", "auto")]
+
+    def work(rank: int) -> list[list[Tensor]]:
+        found = []
+        for numbers, way in asked:
+            encoded = case.encode(numbers)
+            found.append(parts_of(lc.predict_split(case.model, encoded, POINTS, way=way), encoded))  # type: ignore[arg-type]
+        return found
+
+    for of_rank in together(work, tmp_path / "ranks"):
+        for (numbers, _), found in zip(asked, of_rank, strict=True):
+            case.check(found, numbers)
+
+
 def as_json(case: Case, number: int, name: str) -> dict[str, Any]:
     row = case.rows[number]
     fields = ("text", "text2", "question", "choices")
     return {"id": name, **{f: value for f in fields if (value := getattr(row, f))}}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lm"])
+@FEW
+@given(numbers=numbers_of_rows, seed=st.integers(0, 99))
+def test_records_of_a_file_depend_on_their_row_alone(
+    cases: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory, name: str, numbers: list[int], seed: int
+) -> None:
+    case, folder = cases(name), tmp_path_factory.mktemp("rows")
+    config = lc.RunConfig(lc.ModelConfig("base"), case.options, evaluation=lc.EvaluationConfig(points=3))
+    run = Run(folder, config, case.model, case.task)
+    draw = random.Random(seed)
+    ids = [f"{draw.choice('xyzé')} {draw.random()}" for _ in numbers]
+
+    def records(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return [*predict_rows(run, path)]
+
+    found = records([as_json(case, n, i) for n, i in zip(numbers, ids, strict=True)])
+    assert [record["id"] for record in found] == ids
+    for number in {*numbers}:
+        (alone,) = records([as_json(case, number, "alone")])
+        for record in (r for r, n in zip(found, numbers, strict=True) if n == number):
+            assert record.keys() == alone.keys() and len(record["probs"]) == len(alone["probs"])
+            for key in ("label", "prediction"):
+                assert record[key] == alone[key]
+            for key in ("probs", "entropy", "expected_entropy", "mutual_information"):
+                assert record[key] == pytest.approx(alone[key], abs=3e-6)
 
 
 # Other names and other orders of the same data.
@@ -208,3 +274,365 @@ def test_choices_in_another_order_are_scored_alike(
     for i, order in enumerate(orders):
         close(found.probs[i, : len(order)], mine.probs[i, order])
     assert summary(found, other) == pytest.approx(summary(mine, one), abs=1e-5)
+
+
+# Averages.
+
+
+@every_case
+@FEW
+@given(
+    times=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    way=st.sampled_from(["points", "merged"]),
+)
+def test_averages_are_of_points_with_weights_whatever_their_order_and_number(
+    cases: Callable[[str], Case], name: str, times: list[float], seed: int, way: Any
+) -> None:
+    case, draw = cases(name), random.Random(seed)
+    encoded = case.encode(range(5))
+    t = torch.tensor(times, dtype=torch.float64)
+    weights = torch.tensor([draw.random() + 0.01 for _ in times], dtype=torch.float64)
+    weights /= weights.sum()
+
+    def average(t: Tensor, weights: Tensor) -> Predictive:
+        return lc.predict_split(case.model, encoded, t, weights, way=way)
+
+    whole = average(t, weights)
+    expected = of_average(whole)
+    order = torch.tensor(draw.sample(range(len(t)), len(t)))
+    turned = average(t[order], weights[order])
+    close(of_average(turned), expected)
+    close(turned.pairwise_jsd, whole.pairwise_jsd)  # of pairs of points: the one measure that a copy of a point changes
+    twice = draw.randrange(len(t))
+    halves = torch.cat([weights, weights[twice : twice + 1] / 2])
+    halves[twice] /= 2
+    close(of_average(average(torch.cat([t, t[twice : twice + 1]]), halves)), expected)
+    alone = torch.zeros(len(t), dtype=torch.float64)
+    alone[twice] = 1
+    close(of_average(average(t, alone)), of_average(average(t[twice : twice + 1], torch.ones(1))))
+    if name != "lm":  # points are kept in float32
+        close(apply_temperature(whole.log_probs, 1.0), whole.log_probs, 1e-6)
+        close(tempered(whole, 1.0).probs, whole.probs, 1e-6)
+
+
+@every_case
+@FEW
+@given(t=st.floats(0, 1))
+def test_places_on_a_curve_and_their_coefficients_are_the_same_points(
+    cases: Callable[[str], Case], name: str, t: float
+) -> None:
+    case = cases(name)
+    encoded, where = case.encode(range(5)), torch.tensor([t, 1 - t], dtype=torch.float64)
+    on_curve = lc.predict_split(case.model, encoded, where)
+    found = lc.predict_split(case.model, encoded, case.model.coefficients(where))
+    close(of_average(found), of_average(on_curve))
+
+
+# What is saved, loaded and saved again.
+
+
+def saved_again(first: Path, load: Callable[[Path], lc.CurveModel]) -> None:
+    """Twice, equal to the byte."""
+    for n in (1, 2):
+        torch.manual_seed(n)
+        load(first.with_name(f"{n - 1}")).save_pretrained(first.with_name(f"{n}"))
+        assert tree_hash(first.with_name(f"{n}")) == tree_hash(first)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "encoder"])
+@pytest.mark.parametrize("spec", [*(curve_of(kind, 2) for kind in KINDS), *SHAPES, lc.CurveSpec.slots(3)])
+def test_curves_that_are_saved_again_are_equal_to_the_byte(
+    architecture: str, spec: lc.CurveSpec, tmp_path: Path
+) -> None:
+    config = lora_config(architecture, rank_pattern={r".*\.0\..*": 2}, use_rslora=True)
+    model = lc.CurveModel(tiny(architecture), config, spec)
+    model.set_curve(spec, spec.tie(random_points(model)))
+    model.save_pretrained(tmp_path / "0")
+    assert lc.CurveModel.from_pretrained(tmp_path / "0", tiny(architecture)).spec == spec
+    saved_again(tmp_path / "0", lambda folder: lc.CurveModel.from_pretrained(folder, tiny(architecture)))
+
+
+def test_curves_with_weights_of_their_base_are_saved_again_equal_to_the_byte(tmp_path: Path) -> None:
+    """A checkpoint of a masked language model has no pooler, which is drawn anew at each loading."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tf.BertForMaskedLM(tf.BertConfig(vocab_size=len(bert_style()), **sizes)).save_pretrained(tmp_path / "base")
+    bert_style().save_pretrained(tmp_path / "base")
+    base, _ = lc.load_base(str(tmp_path / "base"), classifier=True, num_labels=3)
+    model = lc.CurveModel.from_config(base, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    model.set_curve(model.spec, random_points(model))
+    model.save_pretrained(tmp_path / "0")
+    assert (tmp_path / "0" / "base_weights.safetensors").is_file()
+    saved_again(tmp_path / "0", lc.CurveModel.from_pretrained)
+
+
+odd_texts = [
+    "yes",
+    "null",
+    "~",
+    "1e3",
+    "[a, b]",
+    "a: b",
+    "{text}",
+    "2020-01-01",
+    " x ",
+    "a\nb",
+    "\x85",
+    "=",
+    "-",
+    "# x",
+]
+texts = st.sampled_from(odd_texts) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+plain_texts = texts.filter(lambda text: text[0] not in "[#~" and "null" not in text and text.strip())
+rates = st.floats(1e-12, 0.5)
+configs = st.builds(
+    lc.RunConfig,
+    model=st.builds(lc.ModelConfig, name=texts, revision=st.none() | plain_texts),
+    task=st.builds(
+        lc.TaskConfig, data=texts, scoring=st.just("label"), prompt=plain_texts, seed=st.integers(0, 2**40),
+        answers=st.none() | st.lists(texts, min_size=2, max_size=3),
+    ),
+    lora=st.builds(
+        lc.LoraOptions, r=st.integers(1, 9), lora_alpha=rates, use_rslora=st.booleans(),
+        target_modules=plain_texts | st.lists(texts, min_size=1, max_size=2),
+        rank_pattern=st.dictionaries(texts, st.integers(1, 9), max_size=2),
+        alpha_pattern=st.dictionaries(texts, rates, max_size=2),
+        layers_to_transform=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=2),
+    ),
+    curve=st.builds(lc.CurveConfig, segments=st.integers(2, 5), closed=st.booleans()),
+    adapters=st.just([]),
+    anchor_training=st.builds(lc.LoopConfig, learning_rate=rates, eps=rates, betas=st.tuples(rates, rates)),
+    curve_training=st.builds(lc.FitConfig, learning_rate=rates, steps=st.integers(1, 10**6)),
+)  # fmt: skip
+
+
+def check_config(config: lc.RunConfig, folder: Path) -> None:
+    save_config(config, folder / "0.yaml")
+    again = load_config(folder / "0.yaml")
+    assert again == config
+    save_config(again, folder / "1.yaml")
+    assert (folder / "1.yaml").read_bytes() == (folder / "0.yaml").read_bytes()
+
+
+@settings(FEW, max_examples=40)
+@given(config=configs)
+def test_configs_that_are_saved_again_are_equal_to_the_byte(
+    tmp_path_factory: pytest.TempPathFactory, config: lc.RunConfig
+) -> None:
+    check_config(config, tmp_path_factory.mktemp("config"))
+
+
+@pytest.mark.xfail(strict=True, reason="save_config writes lora_alpha 16 as it was given, load_config reads it as 16.0")
+def test_whole_numbers_in_a_config_are_saved_again_equal_to_the_byte(tmp_path: Path) -> None:
+    check_config(lc.RunConfig(lc.ModelConfig("base"), lc.TaskConfig("data", "label")), tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="optional strings are read as YAML once more")
+@pytest.mark.parametrize(
+    ("prompt", "targets"),
+    [("### Text: {text}\n### Label:", "all-linear"), ("null", "all-linear"), ("~", "all-linear"), ("{text}:", "[qv]")],
+)
+def test_strings_in_a_config_stay_strings(prompt: str, targets: str, tmp_path: Path) -> None:
+    """A prompt of lines that YAML would take for comments, a regular expression that it would take for a list."""
+    task = lc.TaskConfig("data", "label", prompt=prompt)
+    config = lc.RunConfig(lc.ModelConfig("base"), task, lc.LoraOptions(lora_alpha=8.0, target_modules=targets))
+    check_config(config, tmp_path)
+
+
+# Export, PEFT, and back.
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("qwen2", {"target_modules": "all-linear"}),
+    "patterns": (
+        "qwen2",
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {r".*\.0\..*q_proj": 5},
+            "alpha_pattern": {"v_proj": 3},
+            "use_rslora": True,
+        },
+    ),
+    "saved head": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tied head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "bert": ("encoder", {"target_modules": ["query", "value"]}),
+    "distilbert": ("distilbert", {"target_modules": ["q_lin", "v_lin"], "rank_pattern": {"v_lin": 3}}),
+}
+IDS = torch.tensor([[3, 9, 4, 11, 7, 2], [5, 5, 8, 40, 1, 0]])
+ENDS = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+
+
+def peft_base(architecture: str) -> nn.Module:
+    if architecture != "distilbert":
+        return tiny(architecture, vocabulary=60)
+    torch.manual_seed(0)
+    config = tf.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=3)
+    return tf.DistilBertForSequenceClassification(config).eval()
+
+
+def to_export(name: str) -> tuple[str, lc.CurveModel]:
+    architecture, options = ADAPTERS[name]
+    kind = "SEQ_CLS" if architecture in ("encoder", "distilbert") else "CAUSAL_LM"
+    model = lc.CurveModel(peft_base(architecture), peft.LoraConfig(r=2, task_type=kind, **options), lc.CurveSpec(1, 2))
+    model.set_curve(model.spec, random_points(model, scale=0.3))
+    return architecture, model
+
+
+@torch.no_grad()
+def through_peft(model: lc.CurveModel, architecture: str, folder: Path) -> list[Path]:
+    """Three points of a curve, exported, loaded in PEFT, where they predict the same, and saved by it."""
+    folders = []
+    for t in ENDS.tolist():
+        model.export(folder / f"{t}" / "ours", t)
+        plain = peft.PeftModel.from_pretrained(peft_base(architecture), folder / f"{t}" / "ours").eval()
+        close(plain(input_ids=IDS).logits, model(t, input_ids=IDS).logits, 3e-5)
+        plain.save_pretrained(folder / f"{t}" / "peft")
+        folders.append(folder / f"{t}" / "peft")
+    return folders
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alignment", ["none", "balanced+procrustes"])
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_rounds_of_export_peft_and_import_change_nothing(name: str, alignment: Any, tmp_path: Path) -> None:
+    architecture, model = to_export(name)
+    wanted = model(ENDS, input_ids=IDS).logits
+    first: list[dict[str, Tensor]] = []
+    for n in range(3):
+        folders = through_peft(model, architecture, tmp_path / f"{n}")
+        stored = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+        first = first or stored
+        for mine, other in zip(stored, first, strict=True):
+            assert mine.keys() == other.keys()
+            # Without alignment the same numbers, not only the same products.
+            assert alignment != "none" or all(torch.equal(mine[k], other[k]) for k in mine)
+        model = lc.CurveModel.from_adapters(peft_base(architecture), folders, alignment=alignment)
+        close(model(ENDS, input_ids=IDS).logits, wanted, 5e-5)
+
+
+_HEADS = pytest.mark.xfail(strict=True, reason="modules_to_save grows by the names of the head at every round")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_HEADS if "bert" in name else ()) for name in ADAPTERS]
+)  # fmt: skip
+def test_rounds_of_export_peft_and_import_leave_the_config(name: str, tmp_path: Path) -> None:
+    architecture, model = to_export(name)
+    exported = []
+    for n in range(3):
+        folders = through_peft(model, architecture, tmp_path / f"{n}")
+        exported.append(read(tmp_path / f"{n}" / "0.0" / "ours" / "adapter_config.json"))
+        model = lc.CurveModel.from_adapters(peft_base(architecture), folders, alignment="none")
+    assert exported[2] == exported[1], "PEFT writes all-linear out in the first round"
+
+
+# Runs that are opened, and moved.
+
+
+class Runs:
+    """Two finished, calibrated runs, and a file of rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, folder / "rows.jsonl"
+        self.rows.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(TEXTS)))
+        for scoring, architecture in (("label", "qwen2"), ("head", "encoder")):
+            place = folder / scoring
+            place.mkdir()
+            base = base_folder(place / "base", architecture)
+            data = write_data(place / "data", scoring)
+            for split in ("train", "validation", "test"):  # enough to be calibrated
+                lines = (data / f"{split}.jsonl").read_text().splitlines() * 3
+                rows = [json.loads(line) | {"id": f"{split}-{n}"} for n, line in enumerate(lines)]
+                (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            command("fit", config_file(place / "config.yaml", base, data, scoring), *QUICK, "--out", place / "run")
+            command("calibrate", place / "run")
+
+    def run(self, scoring: str) -> Path:
+        return self.folder / scoring / "run"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def predicted(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
+    def run(*words: object) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        command("predict", *words)
+        return records_of(capsys.readouterr().out)
+
+    return run
+
+
+def records_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+both = pytest.mark.parametrize("scoring", ["label", "head"])
+
+
+@both
+def test_a_run_that_is_opened_is_not_rewritten(runs: Runs, scoring: str, predicted: Any, tmp_path: Path) -> None:
+    run = runs.run(scoring)
+    before, found = tree_hash(run), predicted(run, runs.rows)
+    command("evaluate", run, "--out", tmp_path / "evaluated")
+    command("export", run, "--points=2", "--out", tmp_path / "points")
+    assert predicted(run, runs.rows) == found and tree_hash(run) == before
+    identity = read_identity(run)
+    assert identity is not None
+    write_identity(identity, tmp_path)
+    save_config(load_config(run / "config.yaml"), tmp_path / "config.yaml")
+    for name in (IDENTITY, "config.yaml"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+    lc.open_run(run).model.save_pretrained(tmp_path / "curve")
+    assert tree_hash(tmp_path / "curve") == tree_hash(run / "curve")
+    command("calibrate", run)
+    assert tree_hash(run) == before, "the same rows give the same calibration.json"
+
+
+@both
+def test_evaluations_of_relabelled_data_are_equal(runs: Runs, scoring: str, tmp_path: Path) -> None:
+    figures = []
+    for number, labels in enumerate((LABELS, ["blue", "red", "green"], ["green", "blue", "red"])):
+        order = random.Random(number).sample(range(len(TEXTS)), len(TEXTS))
+        data, out = write_classes(tmp_path / f"{number}", labels, order), tmp_path / f"out {number}"
+        command("evaluate", runs.run(scoring), "--task", data, "--out", out)
+        found = read(out / "metrics.json")["methods"]["curve"]["sets"]["test"]
+        figures.append({name: found[name] for name in MEASURES})
+    assert figures[1] == pytest.approx(figures[0], abs=1e-5) and figures[2] == pytest.approx(figures[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("scoring", "own_process"), [("label", False), ("head", True)])
+def test_a_run_of_another_user_in_another_place_predicts_the_same(
+    runs: Runs, scoring: str, own_process: bool, predicted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run and base moved, the data gone, another home and working directory, nothing that may be written."""
+    expected = predicted(runs.run(scoring), runs.rows)
+    there, home = tmp_path / "ein anderer ort", tmp_path / "home"
+    shutil.copytree(runs.run(scoring), there / "the run")
+    shutil.copytree(runs.folder / scoring / "base", there / "models" / "b")
+    home.mkdir()
+    shutil.copy(runs.rows, home / "rows.jsonl")
+    config = there / "the run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(runs.folder), "/gone"))
+    before = tree_hash(there)
+    for path in (*there.rglob("*"), there):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    words = ["predict", "../ein anderer ort/the run", "rows.jsonl", "--base", "../ein anderer ort/models/b"]
+    try:
+        if own_process:
+            environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+            program = [sys.executable, "-m", "loracurve", *words]
+            ran = subprocess.run(program, cwd=home, env=environment, capture_output=True, text=True)
+            assert ran.returncode == 0, ran.stderr
+            found = records_of(ran.stdout)
+        else:
+            monkeypatch.chdir(home)
+            monkeypatch.setenv("HOME", str(home))
+            found = predicted(*words[1:])
+    finally:
+        for path in (there, *there.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert found == expected and tree_hash(there) == before
