@@ -423,12 +423,10 @@ def test_configs_that_are_saved_again_are_equal_to_the_byte(
     check_config(config, tmp_path_factory.mktemp("config"))
 
 
-@pytest.mark.xfail(strict=True, reason="save_config writes lora_alpha 16 as it was given, load_config reads it as 16.0")
 def test_whole_numbers_in_a_config_are_saved_again_equal_to_the_byte(tmp_path: Path) -> None:
     check_config(lc.RunConfig(lc.ModelConfig("base"), lc.TaskConfig("data", "label")), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="optional strings are read as YAML once more")
 @pytest.mark.parametrize(
     ("prompt", "targets"),
     [("### Text: {text}\n### Label:", "all-linear"), ("null", "all-linear"), ("~", "all-linear"), ("{text}:", "[qv]")],
@@ -510,12 +508,7 @@ def test_rounds_of_export_peft_and_import_change_nothing(name: str, alignment: A
         close(model(ENDS, input_ids=IDS).logits, wanted, 5e-5)
 
 
-_HEADS = pytest.mark.xfail(strict=True, reason="modules_to_save grows by the names of the head at every round")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=_HEADS if "bert" in name else ()) for name in ADAPTERS]
-)  # fmt: skip
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_rounds_of_export_peft_and_import_leave_the_config(name: str, tmp_path: Path) -> None:
     architecture, model = to_export(name)
     exported = []

@@ -79,6 +79,9 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
         raise UserError(f"{folder}: the adapter cannot be read ({one_line(error, 200)})") from error
     try:
         if isinstance(config, peft.LoraConfig):
+            saved = config.modules_to_save
+            if isinstance(saved, list) and all(isinstance(name, str) for name in saved):
+                config.modules_to_save = sorted({*saved})  # PEFT adds a classifier's head at each loading
             for option, plain in vars(peft.LoraConfig()).items():
                 if getattr(config, option) is None and (plain is False or plain == {}):
                     setattr(config, option, plain)  # other programs write null

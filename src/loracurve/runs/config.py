@@ -125,7 +125,9 @@ def _nested(option: str, value: str) -> dict[str, Any]:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a config as YAML, atomically; `load_config` reads it back equal."""
-    text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    # As it is read: 16 for a number with a fraction comes back as 16.0, and is written so from the start.
+    values = asdict(parse_mapping(RunConfig, _plain(asdict(config)), str(path)))
+    text = yaml.safe_dump(_plain(values), sort_keys=False)
     atomic_write(path, lambda p: p.write_text(text))
 
 

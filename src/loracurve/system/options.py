@@ -54,8 +54,19 @@ def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
     with _in_one_line(parser, f"{where}: "):
         _check_numbers(values)
-        found = parser.instantiate(parser.parse_object(dict(values)))
+        parsed = parser.parse_object(dict(values))
+        _keep_strings(values, parsed)
+        found = parser.instantiate(parsed)
         return kind(**{f.name: found[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _keep_strings(given: Mapping[str, Any], found: jsonargparse.Namespace) -> None:
+    """Put back strings that the parser has read as YAML once more: "null" as a prompt, "[qv]" as a pattern."""
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(found.get(key), jsonargparse.Namespace):
+            _keep_strings(value, found[key])
+        elif isinstance(value, str) and (found[key] is None or isinstance(found[key], list)):
+            found[key] = value
 
 
 @cache

@@ -71,7 +71,9 @@ def read_yaml(path: Path) -> Any:
 
 def _load(text: str) -> Any:
     check_yaml(text)
-    return _UPSTREAM(text)
+    value = _UPSTREAM(text)
+    # A prompt whose lines all begin with # is a comment to YAML.
+    return text if value is None and text.lstrip().startswith("#") else value
 
 
 jsonargparse.set_loader("yaml", _load, (yaml.YAMLError,))
