@@ -6,7 +6,9 @@ import hashlib
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import pytest
 from transformers import BertForSequenceClassification
 
 from helpers.made import write_rows
@@ -64,6 +66,13 @@ def config_file(path: Path, model: Path, data: Path, scoring: str) -> Path:
 def command(*arguments: object) -> None:
     """Run `loracurve`; anything but success fails the test."""
     assert main([str(a) for a in arguments]) == 0
+
+
+def predictions(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
+    """What `loracurve predict` prints, a record a row."""
+    capsys.readouterr()
+    command("predict", *arguments)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def tree_hash(folder: Path) -> str:

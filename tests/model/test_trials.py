@@ -18,6 +18,7 @@ from loracurve.inference.generation import generate
 from loracurve.inference.prediction import predict_split
 from loracurve.model.base_model import model_window
 from loracurve.model.curve_model import CurveModel
+from loracurve.model.declared import window_of
 from loracurve.model.trials import (
     check_causal,
     decodes_in_batches,
@@ -25,7 +26,6 @@ from loracurve.model.trials import (
     padding_side,
     position_limit,
     takes_tree_masks,
-    window_of,
 )
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import collate

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.made_runs import QUICK, base_folder, command, config_file
+from helpers.made_runs import QUICK, base_folder, command, config_file, predictions
 from helpers.read_runs import read, table
 from safetensors.torch import load_file, save_file
 
@@ -94,12 +95,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def predicted(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
-    def run(*arguments: object) -> list[dict[str, Any]]:
-        capsys.readouterr()
-        command("predict", *arguments)
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    return run
+    return partial(predictions, capsys)
 
 
 def curve_figures(folder: Path) -> Any:

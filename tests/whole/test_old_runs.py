@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.made_runs import command
+from helpers.made_runs import command, predictions
 from helpers.places import ROOT
 from helpers.read_runs import read, table
 
@@ -32,12 +33,7 @@ def old(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def predicted(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
-    def run(*arguments: object) -> list[dict[str, Any]]:
-        capsys.readouterr()
-        command("predict", *arguments)
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    return run
+    return partial(predictions, capsys)
 
 
 def test_it_opens_and_predicts_what_it_did(old: Path, predicted: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -160,11 +160,8 @@ def run_one(group: Group, cell: Cell, say: Say) -> Outcome:
     """Run a cell and say how it went."""
     try:
         record = group.run(cell)
-    except UserError as error:
-        say(f"{cell}: not now: {one_line(error)}")
-        return "later"
     except Exception as error:  # a fault of ours in one cell shall not cost the others; it is raised in the end
-        if is_passing(error):
+        if isinstance(error, UserError) or is_passing(error):
             say(f"{cell}: not now: {one_line(error)}")
             return "later"
         say(traceback.format_exc().rstrip())

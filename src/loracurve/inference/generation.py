@@ -21,8 +21,9 @@ from loracurve.curve.quadrature import quadrature
 from loracurve.inference.config import GenerateConfig
 from loracurve.inference.information import entropy, mixture_log_probs
 from loracurve.model.curve_model import CurveModel
+from loracurve.model.declared import check_lengths
 from loracurve.model.runner import evaluation_mode
-from loracurve.model.trials import check_lengths
+from loracurve.model.trials import next_inputs
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
 from loracurve.tasks.dataset import check_text
@@ -163,12 +164,7 @@ class _Batch:
         ids, visible = (x.to(device) for x in _pad_left(self.sequences))
         cache: Any = None
         for step in range(config.max_new_tokens):
-            positions = (visible.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            # Only the last position is read; models that cannot leave out the others compute them all.
-            wanted: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-            inputs = {name: value for name, value in wanted.items() if name in accepted}
-            inputs |= {"attention_mask": visible, "past_key_values": cache, "use_cache": True}
-            output = model(t, input_ids=ids, **inputs)
+            output = model(t, **next_inputs(accepted, ids, visible, cache))
             cache = output.past_key_values
             log_probs = output.logits[:, -1].float().log_softmax(-1).unflatten(0, (len(t), -1))
             average = mixture_log_probs(log_probs, log_weights.exp())

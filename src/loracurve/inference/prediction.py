@@ -190,8 +190,7 @@ def _collect(
             if log_probs.shape[:-1] != (points, len(batch.index)):
                 raise RuntimeError(f"expected [{points}, {len(batch.index)}, C], found {list(log_probs.shape)}")
             if summarise:
-                _check_numbers(log_probs, batch.index, names)
-                parts.append(Predictive.from_log_probs(log_probs, weights).summarise(batch.labels).to("cpu"))
+                parts.append(_predictive(log_probs, weights, batch.index, names).summarise(batch.labels).to("cpu"))
             else:
                 outputs.append(log_probs)
             indices.append(batch.index)
@@ -205,8 +204,7 @@ def _collect(
         # Outside inference mode: its tensors could not take part in later gradients (temperature fits).
         summaries = parts
         for part, index in zip(outputs, indices[1:], strict=False):
-            _check_numbers(part.cpu(), index, names)
-            summaries.append(Predictive.from_log_probs(part.cpu(), weights))
+            summaries.append(_predictive(part.cpu(), weights, index, names))
         return torch.cat([index.cpu() for index in indices]), summaries
 
     found = gathered(own) if shared else [own()]
@@ -232,12 +230,17 @@ class NoNumbersError(UserError):
         self.numbers = numbers
 
 
-def _check_numbers(log_probs: Tensor, index: Tensor, names: Callable[[int], str]) -> None:
-    """Raise UserError where log-probabilities [n, E, C] of the examples numbered `index` [E] are NaN."""
-    bad = log_probs.isnan().any(-1).any(0)
-    if bool(bad.any()):
+def _predictive(log_probs: Tensor, weights: Tensor | None, index: Tensor, names: Callable[[int], str]) -> Predictive:
+    """Average log-probabilities [n, E, C] of the examples numbered `index` [E]; raises NoNumbersError where they are
+    NaN."""
+    try:
+        return Predictive.from_log_probs(log_probs, weights)
+    except ValueError:
+        bad = log_probs.isnan().any(-1).any(0)
+        if not bool(bad.any()):
+            raise
         numbers = index.cpu()[bad.cpu()].tolist()
-        raise NoNumbersError(names(numbers[0]), numbers)
+        raise NoNumbersError(names(numbers[0]), numbers) from None
 
 
 def _named_alone(model: CurveModel, encoded: Encoded, t: Tensor, error: NoNumbersError) -> NoNumbersError:

@@ -60,8 +60,9 @@ def adapters_to_scan(
     options = ModelConfig(name, dtype=dtype)
     loaded, tokenizer = open_base(options, config)
     check_adapters(adapters, loaded, options, scoring == "head")
-    model = CurveModel.from_adapters(loaded, list(adapters)).to(accelerate.PartialState().device)
-    anchors = model.read_adapters(list(adapters))
+    model = CurveModel.with_adapters(loaded, list(adapters)).to(accelerate.PartialState().device)
+    anchors = model.control_points()
+    model.anchor()
     record = {"adapters": [str(a) for a in adapters], "base": name, "task": task, "scoring": scoring}
     return Subject(
         model,

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from loracurve.model.config import Dtype, ModelConfig, Quantisation
+from loracurve.model.declared import text_config
 from loracurve.model.trials import position_limit
 from loracurve.system.consent import consented
 from loracurve.system.errors import UserError, one_line
@@ -203,8 +204,7 @@ def _outside_layers(kind: Any, name: str, options: dict[str, Any]) -> list[str]:
 def model_window(model: nn.Module) -> int | None:
     """Longest input the model takes, in tokens: what its config says, and what its position embeddings hold. None where
     nothing limits it."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     said = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits = [next((n for n in said if isinstance(n, int) and n > 0), None), position_limit(model)]
     return min((n for n in limits if n is not None), default=None)

@@ -87,7 +87,7 @@ class CurveModel(nn.Module):
         self.model = base
         self.runner = Runner(base, self.layers, route)
         self.merger = Merger(self.runner)
-        self.base_weights = _own_weights(base, self.layers)
+        self.base_weights = _own_weights(base, self.layers, self.is_classifier)
         if points is None and (drawn := sorted({*getattr(base, DRAWN_ANEW, ())} & {*self.base_weights})):
             logger.warning(
                 "%s: its checkpoint lacks %s, drawn at random now and not trained; lora.modules_to_save trains them",
@@ -152,14 +152,21 @@ class CurveModel(nn.Module):
         Raises:
             UserError: adapters of different bases, ranks, scalings or targets; damaged folders; fewer than two.
         """
-        config, anchors = load_anchors(folders)
-        loaded = _load_base(base, config, anchors)
+        model = cls.with_adapters(base, folders)
+        model.anchor(degree, alignment, inner, seed, pieces, closed)
+        return model
+
+    @classmethod
+    def with_adapters(cls, base: nn.Module | str, folders: Sequence[str | Path]) -> CurveModel:
+        """Adapters that PEFT saved as independent control points, in the order given (`CurveSpec.slots`); `anchor`
+        makes the curve through them. Arguments and errors as in `from_adapters`."""
+        config, adapters = load_anchors(folders)
+        loaded = _load_base(base, config, adapters)
         named = base if isinstance(base, str) else getattr(base, "name_or_path", None)
         if named:
             config.base_model_name_or_path = named
         model = cls(loaded, config, CurveSpec.slots(len(folders)))
-        model.set_curve(model.spec, model._sorted_out(anchors, folders))
-        model.anchor(degree, alignment, inner, seed, pieces, closed)
+        model.set_curve(model.spec, model._sorted_out(adapters, folders))
         return model
 
     def read_adapters(self, folders: Sequence[str | Path]) -> ControlPoints:
@@ -178,11 +185,7 @@ class CurveModel(nn.Module):
         brought, known = {}, base_parameters(self.model)
         for name in sorted(adapters.keys() - own):
             tensor, bare = adapters[name], name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if bare not in known:
-                raise UserError(
-                    f"{folders[0]}: {bare} is neither a part of the curve nor a weight of this base: an adapter of "
-                    "another one, or of names before transformers 4.52 (then load it in PEFT and save it again)"
-                )
+            _base_weight(known, bare, str(folders[0]))
             if any(not torch.equal(other, tensor[0]) for other in tensor[1:]):
                 raise UserError(
                     f"{folders[0]}: expected the same {bare} in all adapters, which is no part of the curve, found "
@@ -202,11 +205,7 @@ class CurveModel(nn.Module):
         """
         known = base_parameters(self.model)
         for name, tensor in sorted(weights.items()):
-            weight = known.get(name)
-            if weight is None or not weight.is_floating_point():
-                raise UserError(
-                    f"{source}: {name} is neither a part of the curve nor a weight of the base; wrong base?"
-                )
+            weight = _base_weight(known, name, source)
             if weight.shape != tensor.shape:
                 raise UserError(
                     f"{source}: expected {name} of the base's shape {list(weight.shape)}, found {list(tensor.shape)}; "
@@ -412,7 +411,18 @@ def _load_base(base: nn.Module | str, config: peft.LoraConfig, adapters: Control
     return load_base(base, classifier, num_labels=labels, revision=config.revision)[0]
 
 
-def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str, Tensor]:
+def _base_weight(known: Mapping[str, Tensor], name: str, source: str) -> Tensor:
+    """The base's weight of this name; raises UserError, which `source` begins, where it has none."""
+    weight = known.get(name)
+    if weight is None or not weight.is_floating_point():
+        raise UserError(
+            f"{source}: {name} is neither a part of the curve nor a weight of this base: an adapter of another one, or "
+            "of names before transformers 4.52 (then load it in PEFT and save it again)"
+        )
+    return weight
+
+
+def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer], classifier: bool) -> dict[str, Tensor]:
     """Weights of a base that may be in no checkpoint and are no part of the curve, copied to the CPU.
 
     Checkpoints of classifiers' bases lack what lies between the layers and the head (poolers), where they were made for
@@ -421,7 +431,7 @@ def _own_weights(base: nn.Module, layers: Mapping[str, CurveLayer]) -> dict[str,
     """
     names = set(getattr(base, DRAWN_ANEW, ()))
     known = base_parameters(base)
-    if any("SequenceClassification" in kind.__name__ for kind in type(base).__mro__):
+    if classifier:
         tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         names |= {n for n, p in known.items() if not re.search(r"\.\d+\.", n) and id(p) not in tables}
     carried = [f"{name}." for name in layers]

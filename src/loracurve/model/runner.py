@@ -17,6 +17,7 @@ from loracurve.model.base_model import model_window
 from loracurve.model.causal_mask import PlainCausal
 from loracurve.model.compiling import as_written, compile_layers, run_as_they_are
 from loracurve.model.cuda_graphs import Captured, capturing, map_tensors
+from loracurve.model.declared import check_lengths, pad_token
 from loracurve.model.functional import cast_together
 from loracurve.model.fused_norms import fuse_norms
 from loracurve.model.heads import OutputHead
@@ -27,11 +28,9 @@ from loracurve.model.scoring import class_scores
 from loracurve.model.trials import (
     PaddingSide,
     check_causal,
-    check_lengths,
     decodes_in_batches,
     full_precision,
     mixing_layer,
-    pad_token,
     padding_side,
     takes_tree_masks,
 )
@@ -111,7 +110,7 @@ class Runner:
         self._maps = [layer for layer in self.layers.values() if isinstance(layer, CurveLinear)]
         self._cast = False
         self._padding: PaddingSide | None = None
-        self._tried = self._shaped = False
+        self._tried = False
         self._mixing: str | None = None
         self._decoding: bool | None = None
         self._window: tuple[int | None] | None = None
@@ -121,7 +120,6 @@ class Runner:
     def set_shape(self, spec: CurveSpec) -> None:
         """Take the shape of a new curve in the layers; graphs hold the places of the control points before."""
         self.spec = spec
-        self._shaped = True
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -135,8 +133,8 @@ class Runner:
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: the base model's."""
-        own = {id(p) for layer in self.layers.values() for p in layer.factors().values()} if self._shaped else set()
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point() and id(p) not in own)
+        bases = (module for module in self.model.modules() if not isinstance(module, CurveLayer))
+        return next(p.dtype for module in bases for p in module.parameters(recurse=False) if p.is_floating_point())
 
     def coefficients(self, t: Tensor) -> Tensor:
         """c(t) [*t.shape, K] of this curve, in t's dtype."""

@@ -12,6 +12,7 @@ import peft
 import regex
 from torch import nn
 
+from loracurve.model.declared import numbers_of_experts
 from loracurve.system.errors import UserError, one_line
 
 __all__ = ["named_targets"]
@@ -51,7 +52,7 @@ def named_targets(config: peft.LoraConfig, model: nn.Module) -> peft.LoraConfig:
 
 
 def _spell_out_all_linear(config: peft.LoraConfig, model: nn.Module) -> None:
-    sizes = _numbers_of_experts(model.config)
+    sizes = numbers_of_experts(model.config)
     if not sizes and config.layers_to_transform is None:
         return
     find_head: Any = getattr(model, "get_output_embeddings", None)
@@ -75,17 +76,6 @@ def _spell_out_all_linear(config: peft.LoraConfig, model: nn.Module) -> None:
             "all-linear: routers and fused experts stay as they are (%s, ...)", (fused + routers or ["none"])[0]
         )
     config.target_modules = chosen
-
-
-def _numbers_of_experts(config: Any) -> set[int]:
-    """How many experts a config, or one nested in it, speaks of; empty for a model without."""
-    found: set[int] = set()
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            found |= _numbers_of_experts(value)
-        elif "expert" in key and "num" in key and "per_tok" not in key and type(value) is int and value > 1:
-            found.add(value)
-    return found
 
 
 def _matching(pattern: str, names: Iterable[str], option: str) -> list[str]:

@@ -7,7 +7,7 @@ another way, or refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, Literal
@@ -17,22 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from loracurve.model.declared import pad_token, text_config, window_of
 from loracurve.system.errors import UserError, one_line
 from loracurve.tasks.batching import tree_mask
 
 __all__ = [
     "PaddingSide",
     "check_causal",
-    "check_lengths",
     "decodes_in_batches",
     "full_precision",
     "mixing_layer",
-    "pad_token",
+    "next_inputs",
     "padding_side",
     "position_limit",
-    "rescaled_from",
     "takes_tree_masks",
-    "window_of",
 ]
 
 PaddingSide = Literal["right", "left"]
@@ -51,8 +49,7 @@ _FAILURES = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError,
 
 def _trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """[rows, length] pseudo-random tokens without the special ones of the config."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config, text = model.config, text_config(model)
     named = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")]
     for name in ("image", "boi", "eoi", "audio", "video"):  # of models that take more than text
         named += [getattr(config, f"{name}_token_id", None), getattr(config, f"{name}_token_index", None)]
@@ -165,11 +162,11 @@ def padding_side(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     hidden = torch.zeros_like(filled)
     try:
         alone = model(input_ids=row, attention_mask=seen).logits
-        for side in ("right", "left"):
-            order = slice(None) if side == "right" else slice(None, None, -1)
+        sides: dict[PaddingSide, slice] = {"right": slice(None), "left": slice(None, None, -1)}
+        for side, order in sides.items():
             ids, mask = (torch.cat(pair[order], 1) for pair in ([row, filled], [seen, hidden]))
             if _equal(model(input_ids=ids, attention_mask=mask).logits, alone, dtype):
-                return "right" if side == "right" else "left"
+                return side
     except _FAILURES as error:
         raise UserError(f"{name} cannot be run as a sequence classifier: {one_line(error, 200)}") from error
     if not alone.isfinite().all():
@@ -240,6 +237,22 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             module._buffers.update(own)
 
 
+def next_inputs(accepted: Container[str], ids: Tensor, visible: Tensor, cache: Any) -> dict[str, Any]:
+    """What a model takes to continue texts by a cache.
+
+    Args:
+        accepted: names of the arguments of its forward.
+        ids: [N, n] tokens that are not in the cache.
+        visible: [N, T] whether each token so far is text (1) or padding in front (0).
+        cache: what it returned before; None at first.
+    """
+    positions = (visible.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    # Only the last position is read; models that cannot leave out the others compute them all.
+    wanted: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+    inputs = {name: value for name, value in wanted.items() if name in accepted}
+    return inputs | {"input_ids": ids, "attention_mask": visible, "past_key_values": cache, "use_cache": True}
+
+
 @torch.no_grad()
 def decodes_in_batches(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether texts of unlike lengths can be continued together from caches behind padding on the left; False: each by
@@ -256,10 +269,7 @@ def decodes_in_batches(model: nn.Module, dtype: torch.dtype, device: torch.devic
         cache, seen = None, 0
         for length in (7, 1, 1):  # a prompt and two tokens
             seen += length
-            inputs: dict[str, Any] = {"attention_mask": visible[:, :seen], "past_key_values": cache, "use_cache": True}
-            if "position_ids" in accepted:
-                inputs["position_ids"] = (visible[:, :seen].cumsum(-1) - 1).clamp_min(0)[:, -length:]
-            output = model(input_ids=ids[:, seen - length : seen], **inputs)
+            output = model(**next_inputs(accepted, ids[:, seen - length : seen], visible[:, :seen], cache))
             cache = getattr(output, "past_key_values", None)
             if cache is None:
                 raise UserError(f"expected a model that keeps a key-value cache, found {name}; it cannot generate here")
@@ -280,72 +290,6 @@ def decodes_in_batches(model: nn.Module, dtype: torch.dtype, device: torch.devic
     except _FAILURES:
         return False
     return _equal(together, torch.cat(whole), dtype)
-
-
-def pad_token(model: nn.Module) -> int:
-    """The token by which a classifier tells padding from text.
-
-    Raises:
-        UserError: its config has none.
-    """
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad = getattr(text, "pad_token_id", None)
-    pad = getattr(config, "pad_token_id", None) if pad is None else pad
-    if pad is None or pad < 0:
-        raise UserError(
-            f"{type(model).__name__}: expected a padding token in its config, found none; set base.config.pad_token_id "
-            "to the tokenizer's"
-        )
-    return int(pad)
-
-
-def rescaled_from(config: Any) -> int | None:
-    """The length from which on a model scales the positions of a whole batch by its longest row (longrope, dynamic), by
-    what a config or one nested in it says; None where rows do not depend on the length of others so."""
-    found: list[int] = []
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            nested = rescaled_from(value)
-            found += [] if nested is None else [nested]
-        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            kinds = [value, *(v for v in value.values() if isinstance(v, dict))]
-            names = {kind.get("rope_type", kind.get("type")) for kind in kinds}
-            original = next((k[_ORIGINAL] for k in kinds if k.get(_ORIGINAL)), getattr(config, _ORIGINAL, None))
-            if "longrope" in names and original:
-                found.append(int(original))
-            if "dynamic" in names:
-                found.append(int(original or config.max_position_embeddings))
-    return min(found, default=None)
-
-
-_ORIGINAL = "original_max_position_embeddings"
-
-
-def check_lengths(config: Any, shortest: int, longest: int) -> None:
-    """Refuse rows of which some are scaled by the longest of their batch and others, alone, would not be.
-
-    Raises:
-        UserError: as said.
-    """
-    limit = rescaled_from(config)
-    if limit is not None and shortest <= limit < longest:
-        raise UserError(
-            f"this model scales positions by the longest text of a batch from {limit} tokens on: texts of {shortest} "
-            f"and of {longest} tokens would change each other; run them apart, or set max_length to {limit}"
-        )
-
-
-def window_of(config: Any) -> int | None:
-    """The shortest attention window that a config or one nested in it declares, by any attribute called so."""
-    found: list[int] = []
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            nested = window_of(value)
-            found += [] if nested is None else [nested]
-        elif ("window" in key or "chunk_size" in key) and "pattern" not in key and "layers" not in key:
-            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int and v > 0]
-    return min(found, default=None)
 
 
 class _Lookups(TorchFunctionMode):

@@ -57,14 +57,15 @@ def fit_run(
         config = replace(config, model=replace(config.model, trust_remote_code=True))
     on_main(lambda: new_folder(out, resume))
     with main_holds(lambda: locked(out)):
-        return _fit_run(config, out, progress, config.model.trust_remote_code)
+        return _fit_run(config, out, progress)
 
 
-def _fit_run(config: RunConfig, out: Path, progress: bool, trusted: bool) -> dict[str, Any]:
+def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
         raise UserError(
             f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
         )
+    trusted = config.model.trust_remote_code  # with consent, or it would not have come here
     base, task = base_and_task(config, trusted)
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
@@ -98,8 +99,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool, trusted: bool) -> dic
         spread(model, config)
     else:
         if config.adapters:
-            model = CurveModel.from_adapters(base, config.adapters, alignment="none")
-            anchors = model.read_adapters(config.adapters)
+            model = CurveModel.with_adapters(base, config.adapters)
+            anchors = model.control_points()
             spread(model, config)
         else:
             model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
