@@ -9,7 +9,8 @@ tokens decides, whatever the machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import psutil
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from loracurve.curve.quadrature import quadrature
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.predictive import Predictive
+from loracurve.model.cuda_graphs import map_tensors
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
 from loracurve.model.runner import evaluation_mode, without_gradients
+from loracurve.model.states import States
 from loracurve.system.distributed import gathered
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import ROW_TOKENS, Batch, collate, evaluation_batches
@@ -28,6 +31,8 @@ from loracurve.tasks.encoding import Encoded
 
 __all__ = [
     "NoNumbersError",
+    "Read",
+    "Reader",
     "Way",
     "folding_tokens",
     "keeps_precision",
@@ -50,6 +55,25 @@ GPU_LENGTHS = 8
 SPARE = 0.25
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a `Reader` makes of a batch."""
+
+    log_probs: Tensor
+    """[n, E, C] to average over the points"""
+    open_entropy: Tensor | None = None
+    """[n, E], as `Predictive.from_log_probs` takes it"""
+    distance: Tensor | None = None
+    """[E] from the training data"""
+
+
+class Reader(Protocol):
+    """Looks at the last hidden states of each batch beside its log-probabilities."""
+
+    def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
+        """Called once for each batch with the log-probabilities [n, E, C] and states of all points."""
+
+
 def predict_split(
     model: CurveModel,
     encoded: Encoded,
@@ -58,6 +82,7 @@ def predict_split(
     *,
     points: int = 10,
     way: Way = "auto",
+    reader: Reader | None = None,
 ) -> Predictive:
     """Predict a whole split by the average over points of the curve.
 
@@ -70,6 +95,7 @@ def predict_split(
         points: how many where `t` is None; each takes a forward pass for every row.
         way: `points` runs the points together, `merged` folds one after the other into the weights, `auto` takes the
             cheaper one that keeps precision. All give the same predictions up to rounding.
+        reader: what looks at the last hidden states (`inference.unknowns`); None: nothing does.
 
     Returns:
         Predictions of the E rows in their order, on the CPU; of language modelling, of all its target tokens,
@@ -82,11 +108,16 @@ def predict_split(
     if t is None:
         t, own = quadrature("uniform", points, model.spec.segments, closed=model.spec.closed)
         weights = own if weights is None else weights
-    return predict_splits(model, {"": encoded}, t, weights, way)[""]
+    return predict_splits(model, {"": encoded}, t, weights, way, reader)[""]
 
 
 def predict_splits(
-    model: CurveModel, splits: Mapping[str, Encoded], t: Tensor, weights: Tensor | None = None, way: Way = "auto"
+    model: CurveModel,
+    splits: Mapping[str, Encoded],
+    t: Tensor,
+    weights: Tensor | None = None,
+    way: Way = "auto",
+    reader: Reader | None = None,
 ) -> dict[str, Predictive]:
     """Predict several splits at the points t, sorted by length and packed; each point is folded once for all of them.
 
@@ -95,15 +126,16 @@ def predict_splits(
         weights: of the points [n]; equal if None.
         way: `points` runs points together, `merged` one after the other; `auto` takes the cheaper one that keeps
             precision. Language modelling runs its points together: what lies between them is summarised at once.
+        reader: as `predict_split`.
 
     Several processes all call this, predict a share of the examples each, and return the whole.
     """
-    laid_out = {name: laid_out_for(model, encoded) for name, encoded in splits.items()}
+    laid_out = {name: laid_out_for(model, encoded, whole=reader is not None) for name, encoded in splits.items()}
     choice = {name: batches for name, batches in laid_out.items() if splits[name].scoring != "lm"}
     tokens = sum(b.tokens for batches in choice.values() for b in batches)
     pays = way == "auto" and keeps_precision(model) and tokens > folding_tokens(model) and room_for_merged(model)
     merged = way == "merged" or pays
-    done = _merged_log_probs(model, choice, t) if merged and choice else {}
+    done = _merged(model, choice, t, reader is not None) if merged and choice else {}
     out = {}
     for name, encoded in splits.items():
         lm, count = encoded.scoring == "lm", encoded.predictions
@@ -111,9 +143,11 @@ def predict_splits(
         try:
             if name in done:
                 at_points = _in_turn(done[name])
-                out[name] = _collect(model, at_points, batches, len(t), weights, count, True, names=names)
+                out[name] = _collect(
+                    model, at_points, batches, len(t), weights, count, True, names=names, reader=reader
+                )
             else:
-                out[name] = predict(model, batches, t, weights, None, lm, examples=count, shared=True, names=names)
+                out[name] = predict(model, batches, t, weights, None, lm, count, True, names, reader)
         except NoNumbersError as error:
             raise _named_alone(model, encoded, t, error) from None
     return out
@@ -129,6 +163,7 @@ def predict(
     examples: int | None = None,
     shared: bool = False,
     names: Callable[[int], str] = str,
+    reader: Reader | None = None,
 ) -> Predictive:
     """Predict every example of batches at every curve point, in evaluation mode and without gradients.
 
@@ -145,6 +180,7 @@ def predict(
         shared: the batches hold this process's share of the examples (`evaluation_batches`); every process calls this
             and returns the whole.
         names: what an example is called in messages, by its number.
+        reader: as `predict_split`; batches of texts are laid out `whole` for it.
 
     Returns:
         The predictions of examples 0..N-1 in this order, on the CPU.
@@ -158,19 +194,28 @@ def predict(
         batches = [*batches]
         passes = sum(model.runner.passes(batch, len(t)) for batch in batches)
         idle = max(gathered(lambda: passes)) - passes
-    at_points = lambda batch: model.point_log_probs(batch, t)  # noqa: E731
-    return _collect(model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle, names)
+    if reader is None:
+        at_points: _AtPoints = lambda batch: (model.point_log_probs(batch, t), None)  # noqa: E731
+    else:
+        at_points = lambda batch: model.runner.point_states(batch, t)  # noqa: E731
+    return _collect(
+        model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle, names, reader
+    )
 
 
 def predict_folded(model: CurveModel, batches: Iterable[Batch], examples: int, summarise: bool = False) -> Predictive:
     """Inside `Merger.adapter`: predict every example by the one adapter that is folded in; arguments as `predict`."""
-    at_adapter = lambda batch: model.runner.scores(batch, None).log_softmax(-1)  # noqa: E731
+    at_adapter = lambda batch: (model.runner.scores(batch, None).log_softmax(-1), None)  # noqa: E731
     return _collect(model, at_adapter, batches, 1, None, examples, False, summarise)
+
+
+_AtPoints = Callable[[Batch], tuple[Tensor, States | None]]
+"""Log-probabilities [n, E, C] of a batch, and the last hidden states if they are wanted."""
 
 
 def _collect(
     model: CurveModel,
-    at_points: Callable[[Batch], Tensor],
+    at_points: _AtPoints,
     batches: Iterable[Batch],
     points: int,
     weights: Tensor | None,
@@ -180,19 +225,24 @@ def _collect(
     progress: Callable[[int], None] | None = None,
     idle: int = 0,
     names: Callable[[int], str] = str,
+    reader: Reader | None = None,
 ) -> Predictive:
-    """What `predict` returns, of log-probabilities [n, E, C] that `at_points` finds for each batch; `idle` forward
-    passes follow for other processes."""
-    outputs, parts, indices, done = [], [], [torch.zeros(0, dtype=torch.long)], 0
+    """What `predict` returns, of what `at_points` finds for each batch; `idle` forward passes follow for other
+    processes."""
+    outputs: list[Read] = []
+    parts, indices, done = [], [torch.zeros(0, dtype=torch.long)], 0
     with without_gradients(_is_sharded(model)), evaluation_mode(model):
         for batch in batches:
-            log_probs = at_points(batch)
+            log_probs, states = at_points(batch)
             if log_probs.shape[:-1] != (points, len(batch.index)):
                 raise RuntimeError(f"expected [{points}, {len(batch.index)}, C], found {list(log_probs.shape)}")
+            found = Read(log_probs)
+            if reader is not None and states is not None:
+                found = reader.read(log_probs, states, batch)
             if summarise:
-                parts.append(_predictive(log_probs, weights, batch.index, names).summarise(batch.labels).to("cpu"))
+                parts.append(_predictive(found, weights, batch.index, names).summarise(batch.labels).to("cpu"))
             else:
-                outputs.append(log_probs)
+                outputs.append(found)
             indices.append(batch.index)
             done += len(batch.index)
             if progress is not None:
@@ -204,11 +254,11 @@ def _collect(
         # Outside inference mode: its tensors could not take part in later gradients (temperature fits).
         summaries = parts
         for part, index in zip(outputs, indices[1:], strict=False):
-            summaries.append(_predictive(part.cpu(), weights, index, names))
+            summaries.append(_predictive(map_tensors(part, torch.Tensor.cpu), weights, index, names))
         return torch.cat([index.cpu() for index in indices]), summaries
 
-    found = gathered(own) if shared else [own()]
-    order, done = torch.cat([index for index, _ in found]), sum(len(index) for index, _ in found)
+    shares = gathered(own) if shared else [own()]
+    order, done = torch.cat([index for index, _ in shares]), sum(len(index) for index, _ in shares)
     expected = done if examples is None else examples
     if not done or not torch.equal(order.sort().values, torch.arange(expected)):
         missing = set(range(expected)) - set(order.tolist())
@@ -216,7 +266,7 @@ def _collect(
             f"expected each of the examples 0..{expected - 1} once, found {done}, without {sorted(missing)[:5]}; "
             "the batches dropped or repeated some"
         )
-    return Predictive.cat([part for _, parts in found for part in parts]).index(order.argsort())
+    return Predictive.cat([part for _, parts in shares for part in parts]).index(order.argsort())
 
 
 class NoNumbersError(UserError):
@@ -230,13 +280,13 @@ class NoNumbersError(UserError):
         self.numbers = numbers
 
 
-def _predictive(log_probs: Tensor, weights: Tensor | None, index: Tensor, names: Callable[[int], str]) -> Predictive:
-    """Average log-probabilities [n, E, C] of the examples numbered `index` [E]; raises NoNumbersError where they are
-    NaN."""
+def _predictive(read: Read, weights: Tensor | None, index: Tensor, names: Callable[[int], str]) -> Predictive:
+    """Average what was read of the examples numbered `index` [E]; raises NoNumbersError where it is NaN."""
     try:
-        return Predictive.from_log_probs(log_probs, weights)
+        average = Predictive.from_log_probs(read.log_probs, weights, read.open_entropy)
+        return average if read.distance is None else replace(average, distance=read.distance)
     except ValueError:
-        bad = log_probs.isnan().any(-1).any(0)
+        bad = read.log_probs.isnan().any(-1).any(0)
         if not bool(bad.any()):
             raise
         numbers = index.cpu()[bad.cpu()].tolist()
@@ -258,30 +308,41 @@ def _is_sharded(model: CurveModel) -> bool:
     return isinstance(model, CurveModel) and model.runner.sharded
 
 
-def _in_turn(found: Sequence[Tensor]) -> Callable[[Batch], Tensor]:
+def _in_turn(found: Sequence[tuple[Tensor, States | None]]) -> _AtPoints:
     """What was found before, batch by batch."""
     left = iter(found)
     return lambda _: next(left)
 
 
-def _merged_log_probs(model: CurveModel, splits: Mapping[str, Sequence[Batch]], t: Tensor) -> dict[str, list[Tensor]]:
-    """[n, E, C] of every batch of every split, one point after the other."""
-    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in batches] for name, batches in splits.items()}
+def _merged(
+    model: CurveModel, splits: Mapping[str, Sequence[Batch]], t: Tensor, states: bool
+) -> dict[str, list[tuple[Tensor, States | None]]]:
+    """Log-probabilities [n, E, C] of every batch of every split, and last hidden states if wanted, one point after the
+    other."""
+    found: dict[str, list[list[tuple[Tensor, States | None]]]] = {
+        name: [[] for _ in batches] for name, batches in splits.items()
+    }
     with torch.inference_mode(), evaluation_mode(model), model.merger.points() as fold:
         for point in t:
             fold(point)
             for name, batches in splits.items():
                 for rows, batch in zip(found[name], batches, strict=True):
-                    rows.append(model.merger.log_probs(batch))
-        return {name: [torch.cat(rows) for rows in of_split] for name, of_split in found.items()}
+                    rows.append(model.merger.states(batch) if states else (model.merger.log_probs(batch), None))
+        return {name: [_joined(rows) for rows in of_split] for name, of_split in found.items()}
 
 
-def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = ROW_TOKENS) -> list[Batch]:
-    """This process's share of a split in batches of a size that suits the model's device."""
+def _joined(points: Sequence[tuple[Tensor, States | None]]) -> tuple[Tensor, States | None]:
+    log_probs = torch.cat([found for found, _ in points])
+    states = [found for _, found in points if found is not None]
+    return log_probs, States.cat(states) if states else None
+
+
+def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = ROW_TOKENS, whole: bool = False) -> list[Batch]:
+    """This process's share of a split in batches of a size that suits the model's device; `whole` as for `collate`."""
     gpu = model.device.type == "cuda"
     size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
     packing = model.runner.takes_trees(encoded, row_tokens)
-    return [*evaluation_batches(encoded, size, row_tokens, packing, pad_to, shared=True)]
+    return [*evaluation_batches(encoded, size, row_tokens, packing, pad_to, shared=True, whole=whole)]
 
 
 def folding_tokens(model: CurveModel) -> float:

@@ -30,7 +30,13 @@ class Predictive:
     """Predictions for E examples at n points of a curve, or by n members of an ensemble, and their average.
 
     Built by `from_log_probs`. Derived quantities are float64, entropies and divergences in nats; with the average
-    p = sum_i w_i p_i in probability space, ``entropy = expected_entropy + mutual_information``.
+    p = sum_i w_i p_i in probability space,
+
+        entropy = expected_entropy + mutual_information
+        mutual_information = within_points + between_points
+
+    A point may itself be an average p_i = E_w p_iw over models w around it (`inference.laplace`); without such models
+    `within_points` is 0.
     """
 
     weights: Tensor
@@ -42,9 +48,13 @@ class Predictive:
     entropy: Tensor
     """``[E]``, H[p]: total uncertainty"""
     expected_entropy: Tensor
-    """``[E]``, sum_i w_i H[p_i]: aleatoric, what the data leave open"""
+    """``[E]``, sum_i w_i E_w H[p_iw]: aleatoric, what the data leave open"""
     mutual_information: Tensor
-    """``[E]``, H[p] - sum_i w_i H[p_i]: epistemic, between the points, which are whole models"""
+    """``[E]``, H[p] - `expected_entropy`: epistemic, what more training data could settle"""
+    within_points: Tensor
+    """``[E]``, sum_i w_i (H[p_i] - E_w H[p_iw]): the part within the points, large far from the training data"""
+    between_points: Tensor
+    """``[E]``, H[p] - sum_i w_i H[p_i]: the part between the points: the fine-tunes disagree"""
     pairwise_jsd: Tensor
     """``[E]``, mean Jensen-Shannon divergence of the pairs of points; its expectation does not grow with n as that of
     the mutual information does"""
@@ -56,10 +66,18 @@ class Predictive:
     """``[E]``, only if summarised"""
     label_log_probs: Tensor | None = None
     """``[n, E]``, the label's log-probability at each point, only if summarised"""
+    distance: Tensor | None = None
+    """``[E]``, from the training data, where it was measured (`inference.familiarity`)"""
 
     @classmethod
-    def from_log_probs(cls, point_log_probs: Tensor, weights: Tensor | None = None) -> Predictive:
+    def from_log_probs(
+        cls, point_log_probs: Tensor, weights: Tensor | None = None, open_entropy: Tensor | None = None
+    ) -> Predictive:
         """Average normalised log-probabilities ``[n, E, C]`` with weights ``[n]`` (equal if None).
+
+        Args:
+            open_entropy: ``[n, E]``, E_w H[p_iw], where the points are averages over models around them; None: each
+                point is one model.
 
         Raises:
             ValueError: shapes that do not fit, log-probabilities or weights that are NaN or not normalised.
@@ -72,8 +90,10 @@ class Predictive:
         if weights.shape != (n,) or not (weights >= 0).all() or not abs(weights.sum().item() - 1) < 1e-6:
             raise ValueError(f"expected {n} weights >= 0 with sum 1, found {weights.tolist()}")
         weights = weights / weights.sum()
-        chunks = point_log_probs.split(max(1, _CHUNK // (n * classes)), dim=1)
-        columns = [_per_example(chunk.double(), weights) for chunk in chunks]
+        size = max(1, _CHUNK // (n * classes))
+        chunks = point_log_probs.split(size, dim=1)
+        leaving = [None] * len(chunks) if open_entropy is None else open_entropy.split(size, dim=1)
+        columns = [_per_example(chunk.double(), weights, part) for chunk, part in zip(chunks, leaving, strict=True)]
         joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
         return cls(weights=weights, point_log_probs=point_log_probs.float(), **joined)
 
@@ -171,17 +191,22 @@ class Predictive:
 _EXAMPLE_DIM = {f.name: int(f.name in ("point_log_probs", "label_log_probs")) for f in fields(Predictive)[1:]}
 
 
-def _per_example(log_probs: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def _per_example(log_probs: Tensor, weights: Tensor, open_entropy: Tensor | None) -> dict[str, Tensor]:
     if not (log_probs.logsumexp(-1).abs() < 1e-3).all():
         raise ValueError("expected normalised log-probabilities without NaN, found others; apply log_softmax")
     average = mixture_log_probs(log_probs, weights)
     confidence, prediction = average.max(-1)
+    between = jensen_shannon(log_probs, weights)
+    of_points = weights @ entropy(log_probs)
+    expected = of_points if open_entropy is None else weights @ open_entropy.to(weights)
     return {
         "confidence": confidence.exp(),
         "prediction": prediction,
         "entropy": entropy(average),
-        "expected_entropy": weights @ entropy(log_probs),
-        "mutual_information": jensen_shannon(log_probs, weights),
+        "expected_entropy": expected,
+        "mutual_information": between + (of_points - expected),
+        "within_points": of_points - expected,
+        "between_points": between,
         "pairwise_jsd": pairwise_jensen_shannon(log_probs),
         "disagreement": weights @ (log_probs.argmax(-1) != prediction).double(),
     }

@@ -71,11 +71,12 @@ def _tensors(value: Any) -> list[Tensor]:
 class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    output: Tensor
+    output: Any
 
 
 class Captured:
-    """`function(inputs) -> Tensor`, moved to the device, and captured there once a shape of inputs comes back.
+    """`function(inputs) -> tensors`, nested as inputs may be, moved to the device, and captured there once a shape of
+    inputs comes back.
 
     On the CPU, with `enabled` false, or where capture fails (one warning says why), the function simply runs.
 
@@ -88,7 +89,7 @@ class Captured:
 
     def __init__(
         self,
-        function: Callable[[Any], Tensor],
+        function: Callable[[Any], Any],
         device: torch.device,
         enabled: bool = True,
         generators: Callable[[], Sequence[torch.Generator]] = list,
@@ -100,7 +101,7 @@ class Captured:
         self.stream = torch.cuda.Stream(device) if self.enabled else None
         self.pool: Any = None
 
-    def __call__(self, inputs: Any) -> Tensor:
+    def __call__(self, inputs: Any) -> Any:
         if not self.enabled:
             return self.function(map_tensors(inputs, lambda t: t.to(self.device)))
         key = _signature(inputs)
@@ -109,7 +110,7 @@ class Captured:
                 # From pinned memory a copy does not wait for the work before it: the next batch is laid out meanwhile.
                 place.copy_(value if value.is_cuda else value.pin_memory(), non_blocking=True)
             found.graph.replay()
-            return found.output.clone()
+            return map_tensors(found.output, torch.clone)
         assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
         # Gradient accumulation remembers the stream of its first use: warm up on the one that is captured.
@@ -123,7 +124,7 @@ class Captured:
         torch.cuda.current_stream().wait_stream(self.stream)
         return output
 
-    def _capture(self, key: Any, inputs: Any) -> Tensor:
+    def _capture(self, key: Any, inputs: Any) -> Any:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators():
             graph.register_generator_state(generator)
@@ -140,4 +141,4 @@ class Captured:
         self.pool = graph.pool()
         self.graphs[key] = _Graph(graph, _tensors(inputs), output)
         graph.replay()
-        return output.clone()
+        return map_tensors(output, torch.clone)

@@ -12,6 +12,7 @@ from loracurve.curve.lora_space import PREFIX
 from loracurve.model.cuda_graphs import Captured
 from loracurve.model.routes import Layout, Route
 from loracurve.model.runner import Request, Runner
+from loracurve.model.states import States
 from loracurve.tasks.batching import Batch
 
 __all__ = ["Merger"]
@@ -41,7 +42,7 @@ class Merger:
                 layer.merge(c)
             runner.set_route(Route("merged"))
 
-        self._graphs = Captured(runner.log_probs, runner.device)
+        self._graphs = Captured(runner.respond, runner.device)
         try:
             yield fold
         finally:
@@ -50,9 +51,21 @@ class Merger:
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Inside `points`, without gradients: log p(y | x) at the point folded in last, [1, E, C]."""
-        assert self._graphs is not None, "log_probs belongs inside points"
+        log_probs: Tensor = self._respond(batch, False)[0]
+        return log_probs
+
+    def states(self, batch: Batch) -> tuple[Tensor, States]:
+        """`log_probs` and the last hidden states that they come from."""
+        _ = self.runner.last_map  # found before anything is captured
+        log_probs, states = self._respond(batch, True)
+        assert states is not None
+        return log_probs, states
+
+    def _respond(self, batch: Batch, states: bool) -> tuple[Tensor, States | None]:
+        assert self._graphs is not None, "predictions belong inside points"
         mode = (self.runner.model.training, torch.is_inference_mode_enabled())
-        return self._graphs(Request(batch, None, Layout("merged"), mode))
+        found: tuple[Tensor, States | None] = self._graphs(Request(batch, None, Layout("merged"), mode, states))
+        return found
 
     @contextmanager
     def adapter(self, adapter: Mapping[str, Tensor]) -> Iterator[None]:

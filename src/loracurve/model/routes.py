@@ -55,6 +55,10 @@ class Route:
     """[C] rows of the output head that are wanted; None: all."""
     plain: bool = False
     """Whether rows are plain causal ones: every token attends to all before it in its row."""
+    watched: bool = False
+    """Whether what the last map sees and gives is wanted (`seen`)."""
+    seen: tuple[Tensor, Tensor] | None = None
+    """The last map's inputs and outputs in the running pass."""
     shared: Shared | None = None
     """What the siblings of the layer that ran last will want."""
 

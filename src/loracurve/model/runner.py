@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,6 +25,7 @@ from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
 from loracurve.model.routes import Layout, Route, within_segments
 from loracurve.model.scoring import class_scores
+from loracurve.model.states import LastMap, States
 from loracurve.model.trials import (
     PaddingSide,
     check_causal,
@@ -72,6 +73,8 @@ class Request:
     layout: Layout
     mode: tuple[bool, bool]
     """whether the model is in training mode, and whether inference mode is on"""
+    states: bool = False
+    """whether last hidden states are wanted too"""
 
 
 class Runner:
@@ -114,6 +117,7 @@ class Runner:
         self._mixing: str | None = None
         self._decoding: bool | None = None
         self._window: tuple[int | None] | None = None
+        self._last: LastMap | None = None
         self._trees: dict[tuple[Any, ...], bool] = {}
         self._graphs: Captured | None = None
 
@@ -202,6 +206,41 @@ class Runner:
                 self._window = (model_window(self.model),)
         return self._window[0]
 
+    @property
+    def last_map(self) -> LastMap:
+        """The linear map that gives the logits; raises UserError where none does."""
+        if self._last is None:
+            self.try_out()
+            with self.bare():
+                self._last = LastMap(self.model, self.route, self.device)
+        return self._last
+
+    def last_rows(self, t: Tensor, token_ids: Sequence[int] | None, size: int) -> Tensor:
+        """Weight and bias of the last map at points of the curve, [n, C, size + 1] float64.
+
+        Args:
+            t: [n], or coefficients [n, K] of points off the curve.
+            token_ids: the answers of a language model; None: all outputs.
+            size: n_in.
+
+        Raises:
+            UserError: the logits are not proportional to what the map gives.
+        """
+        last, device = self.last_map, self.device
+        if last.scale is None:
+            raise UserError(
+                f"{type(self.model).__name__}: expected logits proportional to what the output head gives, found "
+                "others (soft-capping?): no rows of it give them"
+            )
+        c = t if t.dim() == 2 else self.coefficients(t.to("cpu", torch.float64))
+        ids = None if token_ids is None else torch.tensor(token_ids, device=device)
+        found = []
+        for point in c[:, None]:
+            self.set_route(self._route_for(point, Layout("points"), size + 1))
+            found.append(last.rows(size, ids, self.dtype, device))
+        self.set_route(Route("base"))
+        return torch.stack(found)
+
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Inside the block the model is the base, in evaluation mode, as written, in float32 where that can be."""
@@ -271,7 +310,14 @@ class Runner:
             [n, E, C] float32 (float64 for a float64 base) unnormalised log-probabilities; -inf where an example has no
             such choice.
         """
+        return self._scored(batch, coefficients, layout, False)[0]
+
+    def _scored(
+        self, batch: Batch, coefficients: Tensor | None, layout: Layout | None, states: bool
+    ) -> tuple[Tensor, States | None]:
+        """`scores`, and the last hidden states if wanted."""
         self.try_out()
+        last = self.last_map if states else None
         if not (self.is_classifier or self.vocabulary):
             raise UserError(
                 f"expected a language model or a sequence classifier, found {type(self.model).__name__}, which "
@@ -281,7 +327,7 @@ class Runner:
             coefficients, layout = self.arrange(batch, coefficients)
         rows = batch.input_ids.shape[0]
         if self._mixing is not None and coefficients is not None and coefficients.shape[-2] > 1:
-            return self._one_after_the_other(batch, coefficients, layout)
+            return self._one_after_the_other(batch, coefficients, layout, states)
         if coefficients is not None and coefficients.dim() == 3:
             self.set_route(self._route_for(coefficients[0], layout, rows))
             for layer, own in zip(self.layers.values(), coefficients, strict=True):
@@ -290,6 +336,7 @@ class Runner:
             self.set_route(self._route_for(coefficients, layout, rows, batch.token_units))
         self._cast_factors()
         self.route.plain = batch.ends is batch.visible is batch.attention_mask is None
+        self.route.watched = states
         replicas = layout.replicas
         if batch.positions is not None:
             # Read-outs of every replica; the head is computed there and nowhere else.
@@ -312,11 +359,14 @@ class Runner:
         if not self.is_classifier:
             inputs["use_cache"] = False
         logits = self.model(**self.replication.inputs(inputs)).logits
+        found = None if last is None else last.states(batch, logits, replicas)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return class_scores(batch, logits.view(replicas, -1, logits.shape[-1]))
+        return class_scores(batch, logits.view(replicas, -1, logits.shape[-1])), found
 
-    def _one_after_the_other(self, batch: Batch, coefficients: Tensor, layout: Layout) -> Tensor:
-        """`scores` of a classifier that mixes rows: those of each point by themselves."""
+    def _one_after_the_other(
+        self, batch: Batch, coefficients: Tensor, layout: Layout, states: bool
+    ) -> tuple[Tensor, States | None]:
+        """`_scored` of a classifier that mixes rows: those of each point by themselves."""
         if not self.is_classifier:
             raise self._no_rows()
         rows = batch.input_ids.shape[0]
@@ -330,8 +380,12 @@ class Runner:
                 if isinstance(value := getattr(batch, field.name), Tensor) and value.shape[0] == rows
             }
             point = coefficients[..., place // size : place // size + 1, :]
-            found.append(self.scores(replace(batch, **own), point, Layout("points")))
-        return torch.cat(found, 1).view(layout.replicas, rows, -1)
+            found.append(self._scored(replace(batch, **own), point, Layout("points"), states))
+        scores = torch.cat([part for part, _ in found], 1).view(layout.replicas, rows, -1)
+        if not states:
+            return scores, None
+        read = torch.cat([own.read for _, own in found if own is not None], 1)
+        return scores, States(read.view(layout.replicas, rows, -1))
 
     def _no_rows(self) -> UserError:
         return UserError(
@@ -357,22 +411,39 @@ class Runner:
         Without gradients, shapes that come back are captured in CUDA graphs. Default of `tokens_per_pass`: 16,384 on
         the CPU, 65,536 elsewhere.
         """
+        return torch.cat([log_probs for log_probs, _ in self._at_points(batch, t, tokens_per_pass, False)])
+
+    def point_states(self, batch: Batch, t: Tensor) -> tuple[Tensor, States]:
+        """`point_log_probs` and the last hidden states that they come from; rows of texts are laid out `whole`.
+
+        Raises:
+            UserError: the logits are not what one linear map gives.
+        """
+        found = [*self._at_points(batch, t, None, True)]
+        states = States.cat([part for _, part in found if part is not None])
+        return torch.cat([log_probs for log_probs, _ in found]), states
+
+    def _at_points(
+        self, batch: Batch, t: Tensor, tokens_per_pass: int | None, states: bool
+    ) -> Iterator[tuple[Tensor, States | None]]:
+        """What `respond` gives for each group of points that is run together."""
         t = t.to("cpu", torch.float64)
         c = t if t.dim() == 2 else self.coefficients(t)
         self.try_out()
+        if states:
+            _ = self.last_map  # found before anything is captured
         if self._graphs is None or self._graphs.device != self.device:
-            self._graphs = Captured(self.log_probs, self.device, not self.sharded)
-        run = self.log_probs if torch.is_grad_enabled() else self._graphs
+            self._graphs = Captured(self.respond, self.device, not self.sharded)
+        run = self.respond if torch.is_grad_enabled() else self._graphs
         mode = (self.model.training, torch.is_inference_mode_enabled())
-        outputs = []
         for part in c.split(self._points_in_pass(batch, tokens_per_pass)):
-            request = Request(batch, *self.arrange(batch, part), mode)
-            outputs.append(run(request if run is self._graphs else map_tensors(request, lambda x: x.to(self.device))))
-        return torch.cat(outputs)
+            request = Request(batch, *self.arrange(batch, part), mode, states)
+            yield run(request if run is self._graphs else map_tensors(request, lambda x: x.to(self.device)))
 
-    def log_probs(self, request: Request) -> Tensor:
-        """The log-probabilities that a request asks for, in one pass."""
-        return self.scores(request.batch, request.coefficients, request.layout).log_softmax(-1)
+    def respond(self, request: Request) -> tuple[Tensor, States | None]:
+        """The log-probabilities that a request asks for, in one pass, and the last hidden states if it does."""
+        scores, states = self._scored(request.batch, request.coefficients, request.layout, request.states)
+        return scores.log_softmax(-1), states
 
     def _points_in_pass(self, batch: Batch, tokens_per_pass: int | None = None) -> int:
         if self._mixing is not None and not self.is_classifier:

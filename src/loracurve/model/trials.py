@@ -31,6 +31,7 @@ __all__ = [
     "padding_side",
     "position_limit",
     "takes_tree_masks",
+    "trial_tokens",
 ]
 
 PaddingSide = Literal["right", "left"]
@@ -47,7 +48,7 @@ _MOST_COPIED = 1_000_000_000
 _FAILURES = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def _trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
+def trial_tokens(model: nn.Module, rows: int, length: int, device: torch.device) -> Tensor:
     """[rows, length] pseudo-random tokens without the special ones of the config."""
     config, text = model.config, text_config(model)
     named = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")]
@@ -86,7 +87,7 @@ def check_causal(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"expected a causal language model, found {name}, an encoder and a decoder; use a decoder")
-    rows = _trial_tokens(model, 1, 9, device).repeat(2, 1)
+    rows = trial_tokens(model, 1, 9, device).repeat(2, 1)
     rows[1, -1] = rows[1, 0]
     if int(rows[0, -1]) == int(rows[1, -1]):
         rows[1, -1] = rows[1, 1]
@@ -123,7 +124,7 @@ def takes_tree_masks(model: nn.Module, dtype: torch.dtype, device: torch.device,
     path = max(path, own + 1)
     prefix = path - own
     branches = max(2, -(-(row - prefix) // own))
-    tokens = _trial_tokens(model, 1, prefix + branches * own, device)
+    tokens = trial_tokens(model, 1, prefix + branches * own, device)
     size = tokens.shape[1]
     starts = [prefix + b * own for b in range(branches)]
     depths = [*range(prefix), *[d for _ in starts for d in range(prefix, path)]]
@@ -157,7 +158,7 @@ def padding_side(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     """
     name = type(model).__name__
     pad = pad_token(model)
-    row = _trial_tokens(model, 1, 7, device)
+    row = trial_tokens(model, 1, 7, device)
     filled, seen = torch.full((1, 4), pad, device=device), torch.ones_like(row)
     hidden = torch.zeros_like(filled)
     try:
@@ -186,7 +187,7 @@ def mixing_layer(model: nn.Module, layers: Mapping[str, nn.Module], masked: bool
         layers: by name.
         masked: whether the model wants a mask (classifiers).
     """
-    rows = _trial_tokens(model, 2, 7, device)
+    rows = trial_tokens(model, 2, 7, device)
     seen: dict[str, list[Tensor]] = {}
     note = lambda name: lambda _, args: seen.setdefault(name, []).append(args[0].detach())  # noqa: E731
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
@@ -263,7 +264,7 @@ def decodes_in_batches(model: nn.Module, dtype: torch.dtype, device: torch.devic
     """
     name = type(model).__name__
     accepted = inspect.signature(model.forward).parameters
-    rows, skipped = _trial_tokens(model, 2, 9, device), 3
+    rows, skipped = trial_tokens(model, 2, 9, device), 3
 
     def decoded(ids: Tensor, visible: Tensor) -> Tensor:
         cache, seen = None, 0
@@ -328,7 +329,7 @@ def position_limit(model: nn.Module) -> int | None:
     device = next(model.parameters()).device
     try:
         with _Lookups(words) as lookups:
-            model(input_ids=_trial_tokens(model, 1, _SHORT, device))
+            model(input_ids=trial_tokens(model, 1, _SHORT, device))
     except _FAILURES:
         return None
     return min(lookups.limits, default=None)

@@ -61,6 +61,12 @@ class Batch:
     answer_ids: Tensor | None = None
     """[C] token of each answer (`answer`)"""
     normalise: str = "sum"
+    state_positions: Tensor | None = None
+    """[Q] flat positions in [N T] of each choice's own scored tokens and of the last token before the choices (`text`,
+    laid out `whole`)"""
+    state_owners: Tensor | None = None
+    """[Q] what each of them belongs to: choice, example * C + choice, or E * C + example for the prompt; further numbers
+    fill up the shape"""
     slots: Tensor | None = None
     """[E] slot of each example when several adapters are trained side by side"""
     row_slots: Tensor | None = None
@@ -128,6 +134,7 @@ def collate(
     pad_to: int = 1,
     rows: int | None = None,
     own_points: bool = False,
+    whole: bool = False,
 ) -> Batch:
     """Lay out the examples `numbers` of a split as one batch.
 
@@ -140,6 +147,7 @@ def collate(
         pad_to: row lengths and numbers of read-outs are padded to multiples of this, so that few shapes occur.
         rows: packed examples fill this many rows of like length for each slot, whatever `row_tokens`.
         own_points: each example can lie at a point of its own, in a packed row too, where nothing is shared then.
+        whole: the last tokens of choices are in the row too, where their own hidden states are wanted (`text`).
     """
     examples = encoded.examples
     labels = labels_of([examples[i] for i in numbers])
@@ -157,7 +165,7 @@ def collate(
             for places in of_slots:
                 packed = pack(encoded, [numbers[p] for p in places], row_tokens, not own_points)
                 groups += [[places[p] for p in group] for group in packed]
-        batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to, own_points)
+        batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to, own_points, whole)
     if slots:
         of_examples = torch.tensor(slots)
         if batch.units is not None:
@@ -176,6 +184,7 @@ def _collate_rows(
     packing: bool,
     pad_to: int,
     own_points: bool,
+    whole: bool,
 ) -> Batch:
     """Rows of token chains for language models: one row per group of examples."""
     examples = encoded.examples
@@ -183,6 +192,7 @@ def _collate_rows(
     rows: list[_Row] = []
     units: list[int] = []
     read: list[tuple[int, int, int, int]] = []  # row, place in row, target, owner
+    states: list[tuple[int, int, int]] = []  # row, place in row, owner
     example_rows = torch.zeros(len(numbers), dtype=torch.long)
     width = encoded.most_choices if branching else 1
     for group in groups:
@@ -207,16 +217,21 @@ def _collate_rows(
                     row.chain(example.prompt, 0)
                     rows.append(row)
                     units.append(p)
-                branch = row.chain(choice[:-1], len(example.prompt))
+                branch = row.chain(choice if whole and branching else choice[:-1], len(example.prompt))
                 places = [asks, *range(branch, branch + len(choice) - 1)]
                 skipped = example.given[c] if example.given else 0
                 scored = list(zip(places, choice, strict=True))[skipped:]
                 read += [(len(rows) - 1, place, token, p * width + c) for place, token in scored]
+                own = range(branch + skipped, branch + len(choice))
+                states += [(len(rows) - 1, place, p * width + c) for place in own]
+            states.append((len(rows) - 1, max(asks, 0), len(numbers) * width + p))
             row.close(start, stop)
             row.owners += [p] * (len(row.tokens) - len(row.owners))
         row.close(0, prefix)
     read.sort(key=lambda entry: entry[3])  # in the examples' order, whatever rows they lie in
     batch = _tensors(encoded, numbers, labels, rows, units, read, example_rows, width, pad_to)
+    if whole and branching:
+        _read_states(batch, states, len(numbers) * (width + 1), pad_to)
     if own_points and len(groups) < len(numbers):
         size = batch.input_ids.shape[1]
         batch.token_units = torch.tensor([r.owners + [0] * (size - len(r.owners)) for r in rows])
@@ -270,6 +285,13 @@ def _tensors(
     return batch
 
 
+def _read_states(batch: Batch, states: list[tuple[int, int, int]], owners: int, pad_to: int) -> None:
+    """Note where hidden states (row, place, owner) are read."""
+    states = states + [(0, 0, owners)] * (_padded(len(states), pad_to) - len(states))
+    row, place, owner = (torch.tensor(column) for column in zip(*states, strict=True))
+    batch.state_positions, batch.state_owners = row * batch.input_ids.shape[1] + place, owner
+
+
 def _padded(size: int, multiple: int) -> int:
     """`size` rounded up to a multiple, of larger ones for larger sizes: four in each octave, a quarter more at most."""
     if multiple > 1:
@@ -302,11 +324,12 @@ def evaluation_batches(
     packing: bool = True,
     pad_to: int = 1,
     shared: bool = False,
+    whole: bool = False,
 ) -> Iterator[Batch]:
     """All examples of a split, sorted by length, in batches of at most `tokens_per_batch` padded tokens.
 
-    No example is dropped; one longer than the budget is a batch of its own. `pad_to` as for `collate`. With `shared`,
-    several processes have a share of the examples each, of like lengths.
+    No example is dropped; one longer than the budget is a batch of its own. `pad_to` and `whole` as for `collate`. With
+    `shared`, several processes have a share of the examples each, of like lengths.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.examples[i].prompt), encoded.examples[i].prompt))
     order = [*share(order)] if shared else order
@@ -321,5 +344,5 @@ def evaluation_batches(
             if stop > start and needed > tokens_per_batch:
                 break
             stop += 1
-        yield collate(encoded, order[start:stop], row_tokens, packing, pad_to=pad_to)
+        yield collate(encoded, order[start:stop], row_tokens, packing, pad_to=pad_to, whole=whole)
         start = stop
