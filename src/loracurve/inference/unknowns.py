@@ -1,0 +1,147 @@
+"""What a curve does not know: Gaussians at its points and the distance from its training data, in one pass.
+
+Both look at the last hidden states that a prediction computes anyway. They are built once, from training rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loracurve.inference.config import UnknownsConfig
+from loracurve.inference.familiarity import Familiarity, fit_familiarity
+from loracurve.inference.hidden_states import SplitStates, states_of
+from loracurve.inference.laplace import Gaussians, fit_gaussians, marginal_tau, validation_tau
+from loracurve.inference.prediction import Read, predict_splits
+from loracurve.inference.predictive import Predictive
+from loracurve.model.curve_model import CurveModel
+from loracurve.model.states import States
+from loracurve.system.errors import UserError
+from loracurve.tasks.batching import Batch
+from loracurve.tasks.encoding import Encoded
+
+__all__ = ["Unknowns", "fit_unknowns"]
+
+logger = logging.getLogger("loracurve")
+
+_MOST_TOKENS = 20_000
+"""Target tokens of language modelling whose states are kept."""
+
+
+@dataclass(frozen=True)
+class Unknowns:
+    """Gaussians and familiarity at n points; a reader of predictions there."""
+
+    gaussians: Gaussians | None
+    familiarity: Familiarity | None
+    on_base: bool = False
+    """whether familiarity is that of the untouched base's state, which is then run as one point more"""
+
+    def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
+        """As `prediction.Reader`."""
+        own = states
+        if self.on_base:
+            own, states, log_probs = states.at(slice(-1, None)), states.at(slice(-1)), log_probs[:-1]
+        distance = None if self.familiarity is None else self.familiarity.distance(own)
+        if self.gaussians is None:
+            return Read(log_probs, distance=distance)
+        return replace(self.gaussians.read(log_probs, states, batch), distance=distance)
+
+    def predict(
+        self, model: CurveModel, splits: dict[str, Encoded], t: Tensor, weights: Tensor | None = None
+    ) -> dict[str, Predictive]:
+        """`predict_splits` at the points that this was built for, with its three parts of uncertainty and distances."""
+        return predict_splits(model, splits, self.places(model, t), weights, reader=self)
+
+    def places(self, model: CurveModel, t: Tensor) -> Tensor:
+        """Where to predict: t [n], and the base as one more where it is wanted, [n + 1, K] coefficients."""
+        return _with_base(model, t) if self.on_base else t
+
+
+def _with_base(model: CurveModel, t: Tensor) -> Tensor:
+    """Coefficients of 0 are adapters of 0: the base."""
+    c = t if t.dim() == 2 else model.coefficients(t)
+    return torch.cat([c, c.new_zeros(1, c.shape[1])])
+
+
+def fit_unknowns(
+    model: CurveModel,
+    train: Encoded,
+    validation: Encoded,
+    t: Tensor,
+    weights: Tensor | None,
+    config: UnknownsConfig,
+    total: int | None = None,
+) -> Unknowns:
+    """Build both from rows of the training and validation splits.
+
+    Args:
+        model: with a curve.
+        train: rows of the training split, at most as many as `config.rows`.
+        validation: rows that were not trained on.
+        t: the points of the average [n], or coefficients [n, K]; weights: theirs [n].
+        config: options.
+        total: rows that were trained on; those of `train` if None.
+
+    Raises:
+        UserError: as `fit_gaussians` and `fit_familiarity`; where only the Gaussians cannot be had, they are left out
+            with a line in the log, if `config.gaussians` is `auto`.
+    """
+    on_base = config.familiarity == "base"
+    where = _with_base(model, t) if on_base else t
+    states, known = states_of(model, train, where), states_of(model, validation, where)
+    own = slice(-1) if on_base else slice(None)
+    gaussians = None
+    if config.gaussians != "none":
+        try:
+            gaussians = _gaussians(model, train, states.at(own), known.at(own), t, weights, config, total)
+        except UserError as error:
+            if config.gaussians != "auto":
+                raise
+            logger.warning("without Gaussians: %s", error)
+    familiarity = None
+    if config.familiarity != "none":
+        of = slice(-1, None) if on_base else slice(None)
+        familiarity = _familiarity(train, states.at(of), known.at(of), None if on_base else weights, config)
+    return Unknowns(gaussians, familiarity, on_base)
+
+
+def _gaussians(
+    model: CurveModel,
+    train: Encoded,
+    states: SplitStates,
+    known: SplitStates,
+    t: Tensor,
+    weights: Tensor | None,
+    config: UnknownsConfig,
+    total: int | None,
+) -> Gaussians:
+    size = states.states.read.shape[-1]
+    rows = torch.zeros(len(t), 1, size + 1)
+    if states.states.choices is None and train.scoring != "lm":
+        rows = model.runner.last_rows(t, train.answer_ids, size)
+    found = fit_gaussians(states, rows, total)
+    if config.tau > 0:
+        return replace(found, tau=config.tau)
+    if config.rule == "marginal" and found.form != "choices":
+        return replace(found, tau=marginal_tau(found))
+    return replace(found, tau=validation_tau(found, known, weights))
+
+
+def _familiarity(
+    train: Encoded, states: SplitStates, known: SplitStates, weights: Tensor | None, config: UnknownsConfig
+) -> Familiarity:
+    # Choices of a row's own are no classes that rows share.
+    shared = train.scoring in ("head", "answer") and all(e.n_choices == len(train.classes) for e in train.examples)
+    if train.scoring == "lm":
+        states, known = (_thinned(s) for s in (states, known))
+    found = fit_familiarity(states, weights, len(train.classes) if shared else 0, config.measure)
+    return replace(found, known=found.distance(known.states).cpu().sort().values)
+
+
+def _thinned(states: SplitStates) -> SplitStates:
+    step = -(-len(states) // _MOST_TOKENS)
+    return states.index(torch.arange(0, len(states), step))
