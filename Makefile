@@ -5,7 +5,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test conformance lint format mypy wheel docs audit clean
+.PHONY: help env quickstart test conformance fuzz lint format mypy wheel docs audit clean
 
 BIN := $(VENV)/bin
 BASIC := $(VENV)/.ready-basic
@@ -14,9 +14,11 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 CHECK := build/wheel-check
 DOCS := .venv-docs
 AUDIT := .venv-audit
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check .
+MYPY := $(BIN)/mypy
 
 help:
-	@echo "make quickstart | test | conformance | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make quickstart | test | conformance | fuzz | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
 	@echo "make test ONLY=training, or ONLY=\"training model\": the tests of some packages alone, without lint and mypy"
 
 env: $(READY)
@@ -47,24 +49,32 @@ $(READY): $(BASIC)
 quickstart: $(BASIC)
 	@$(BIN)/loracurve quickstart
 
-# ONLY names folders of tests: `make test ONLY="training model"`.
-test: env $(if $(ONLY),,lint mypy)
-	@$(BIN)/python -m pytest -q -n $(WORKERS) $(addprefix tests/,$(ONLY))
+# ONLY names folders of tests: `make test ONLY="training model"`. Lint and mypy run beside the tests. A worker begins with
+# a row of neighbours, which share what they make, and takes over others' tests when it is through.
+test: env
+	@failed=; $(if $(ONLY),,{ $(LINT) && $(MYPY); } & checks=$$!;) \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(addprefix tests/,$(ONLY)) || failed=tests; \
+	$(if $(ONLY),,wait $$checks || failed="$$failed lint-or-mypy";) \
+	[ -z "$$failed" ] || { echo "failed: $$failed"; exit 1; }
 
-# All architectures in all cases (half an hour), where `make test` takes a few of each; writes docs/supported.md.
+# All architectures in all cases (half an hour), where `make test` takes one of each; writes docs/supported.md.
 conformance: env
 	@LORACURVE_CONFORMANCE=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/conformance
 
+# Every kind of file that is read from strangers, FUZZ_SECONDS (60) each, FUZZ_WORKERS (2) at a time. What it finds goes
+# into tests/fuzz/corpus, which `make test` reads again. FUZZ="checkpoint rows" names some.
+fuzz: env
+	@cd tests && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m fuzz.run $(FUZZ)
+
 lint: env
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+	@$(LINT)
 
 format: env
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 mypy: env
-	@$(BIN)/mypy
+	@$(MYPY)
 
 # Installs the wheel where the source tree cannot be seen. The environment's other packages are lent by a .pth file;
 # .pth files inside the folder it names (the editable install's is one) are not followed.

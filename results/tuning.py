@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loracurve.system.escaping import markdown_cell
+
 Record = dict[str, Any]
 SETS = ("sst2", "ag_news", "subj", "cr", "mrpc", "rte", "cola", "wic")
 AT_HALF = ("ag_news", "cr")  # final.yaml: 5e-4, the others 1e-3; every length is in units of its steps
@@ -58,7 +60,7 @@ def interval(rows: dict[tuple[Any, ...], Record], better: Record, worse: Record)
 
 
 def table(head: list[str], body: Iterable[list[str]]) -> None:
-    for line in (head, ["---"] * len(head), *body):
+    for line in (head, ["---"] * len(head), *(map(markdown_cell, cells) for cells in body)):
         print("|", " | ".join(line), "|")
     print()
 

@@ -7,19 +7,33 @@ import os
 # Tests never fetch anything: what is not installed is skipped.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# The workers of pytest-xdist, and what they start, would fight over the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Their assertions are explained too where they fail.
 pytest.register_assert_rewrite("helpers")
 from helpers.made_runs import QUICK, SCAN, SCORED, Maker, base_folder, command, config_file, data_folder  # noqa: E402
 from helpers.places import PREPARED  # noqa: E402
 
-torch.set_num_threads(1)  # the workers of pytest-xdist would fight over the cores
+torch.set_num_threads(1)
+
+# How long an example takes says something about the machine alone.
+settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("timeless")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage, one for each cell of a suite, need not walk all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

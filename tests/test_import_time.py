@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from helpers.kills import ended, forked
 from helpers.places import ROOT
+from helpers.processes import ran
 
 import loracurve
 from loracurve.cli import main
@@ -29,7 +31,7 @@ LIGHT = [
 def loaded_by(code: str) -> set[str]:
     """The heavy packages that are there after `code`, in a process of its own."""
     show = f"{code}\nimport sys; print('LOADED', *(m for m in {HEAVY!r} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True)
+    done = ran([sys.executable, "-c", show])
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split()[1:])
 
@@ -39,9 +41,11 @@ def test_the_face_and_the_options_import_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"import loracurve{module}")
 
 
-def test_all_public_names_need_no_extra() -> None:
+def test_packages_and_old_modules_are_attributes_and_all_public_names_need_no_extra() -> None:
+    """`import loracurve` alone made them attributes when it loaded them all."""
     names = ", ".join(name for name in loracurve.__all__)
-    assert not loaded_by(f"from loracurve import {names}") & {"fastapi", "ray", "datasets"}
+    code = f"import loracurve as lc; assert lc.runs and lc.metrics.accuracy\nfrom loracurve import {names}"
+    assert not loaded_by(code) & {"fastapi", "ray", "datasets"}
 
 
 @pytest.mark.parametrize(
@@ -128,10 +132,16 @@ def test_new_places_warn_nobody() -> None:
         assert bezier.gram and paths.Path
 
 
-def test_an_old_module_runs_as_the_new_one() -> None:
+def test_an_old_module_runs_as_the_new_one(tmp_path: Path) -> None:
     """`python -m loracurve.harness` is the command of `loracurve.runs.lm_eval`, which here misses its program."""
-    done = subprocess.run([sys.executable, "-m", "loracurve.harness"], capture_output=True, text=True)
-    assert done.returncode == 2 and "expected the package lm-eval" in done.stderr, done.stderr
+
+    def program() -> None:
+        sys.argv, sys.modules["lm_eval"] = ["harness"], None  # type: ignore[assignment]
+        sys.modules.pop("loracurve.harness", None)
+        runpy.run_module("loracurve.harness", run_name="__main__", alter_sys=True)
+
+    code, said = ended(forked(program, tmp_path / "said")), (tmp_path / "said").read_text()
+    assert code == 2 and "expected the package lm-eval" in said, said
 
 
 def test_command_lines_with_defaults_of_retired_options_work(tmp_path: Path) -> None:
@@ -149,10 +159,3 @@ def test_command_lines_with_defaults_of_retired_options_work(tmp_path: Path) -> 
 def test_retired_values_are_refused_on_the_command_line(word: str) -> None:
     with pytest.raises(UserError, match=f"^{word[2:].partition('=')[0]}: .*commit 94813ef still has it"):
         without_retired_words(["--config", "any.yaml", word])
-
-
-def test_packages_and_old_modules_are_attributes() -> None:
-    """`import loracurve` alone made them attributes when it loaded them all."""
-    code = "import loracurve as lc; assert lc.runs and lc.metrics.accuracy"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """The command `loracurve`: options are made from the signatures and dataclasses of `commands`, the table of commands.
 
 Nothing heavy is imported before the options are known to be right. Exit codes: 0 done, 2 the input is wrong (one line
-on standard error), 1 a fault of ours.
+on standard error), 130 interrupted, 1 a fault of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -29,10 +31,12 @@ from loracurve.serving.config import ServeConfig
 from loracurve.system import distributed
 from loracurve.system.consent import FLAG, VARIABLE, remote_code
 from loracurve.system.errors import UserError, nearest, one_line
+from loracurve.system.escaping import visible
 from loracurve.system.options import Parser, parse
+from loracurve.system.paths import check_given, is_path_error, reason
 from loracurve.system.version import __version__
 
-__all__ = ["COMMANDS", "Command", "main", "spell_out"]
+__all__ = ["COMMANDS", "Command", "main", "spell_out", "with_dashes"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ def _suite_words(words: list[str]) -> list[str]:
     if not words or words[0].startswith("-"):
         raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
     return config_arguments(words[0], [w.replace("--tables-only", "--tables_only") for w in words[1:]])
+
+
+# Arguments of commands that are paths, or names in their place.
+_PATHS = ("run", "runs", "out", "input", "html", "task", "adapters", "base")
 
 
 COMMANDS: dict[str, Command] = {
@@ -124,16 +132,20 @@ def _run(arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
+    parameters = [p for p in inspect.signature(command.run).parameters.values()]
+    flags = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
+    words = with_dashes(words, command.lists, flags)
     if distributed.is_launched() and not command.shared:
         raise UserError(f"{name}: expected one process, found several; start it without torchrun or accelerate launch")
     if command.leading and words and not words[0].startswith("-"):
         words.insert(0, command.leading)
     words = command.prepare(words)
-    parameters = [p for p in inspect.signature(command.run).parameters.values()]
-    flags = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
     with redirect_stderr(StringIO()):  # the parser prints usage with its errors; one line says it
         values = parse(_command_parser(name), spell_out(words, command.lists, flags))
     given = {p.name: values[p.name] for p in parameters if p.name in values}
+    for option in (option for option in _PATHS if given.get(option) is not None):
+        for path in given[option] if isinstance(given[option], list) else [given[option]]:
+            check_given(option, path)
     if command.options is not None:
         built = command.options(**{f.name: values[f.name] for f in fields(command.options)})
         given = {parameters[0].name: built} | {n: v for n, v in given.items() if n != parameters[0].name}
@@ -142,21 +154,36 @@ def _run(arguments: Sequence[str]) -> None:
         command.run(**given)
 
 
+class _Visible(logging.Formatter):
+    """Names and paths in messages do nothing to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log = logging.StreamHandler()
+    log.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    with _interruptions(until_the_end=arguments is None):
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
         distributed.join()
         with nullcontext() if distributed.is_main() else _silence():
-            _run(sys.argv[1:] if arguments is None else arguments)
+            _run(arguments)
         distributed.leave()
     except UserError as error:
-        if distributed.speaks_first():
-            print(f"loracurve: {one_line(error)}", file=sys.stderr, flush=True)
-            distributed.told()
-        return 2
+        return _tell(str(error))
+    except OSError as error:
+        if is_path_error(error):
+            return _tell(f"cannot use {error.filename or 'the disk'}: {reason(error)}; mend it or choose another path")
+        return _break()
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -166,10 +193,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 130
     except Exception:
-        if distributed.speaks_first():
-            raise
-        return 1  # another process has told its fault, of which this may be no more than a consequence
+        return _break()
     return 0
+
+
+def _tell(text: str) -> int:
+    """Say what is wrong with the input, in one line, once for all processes."""
+    if distributed.speaks_first():
+        print(f"loracurve: {one_line(text)}", file=sys.stderr, flush=True)
+        distributed.told()
+    return 2
+
+
+def _break() -> int:
+    """Raise the error that is being handled, a fault of ours."""
+    if distributed.speaks_first():
+        raise
+    return 1  # another process has told its fault, of which this may be no more than a consequence
+
+
+@contextmanager
+def _interruptions(until_the_end: bool) -> Iterator[None]:
+    """The first Ctrl-C is a KeyboardInterrupt, for which everything is left in order. One more ends the process where
+    it stands: files are old or whole, locks end with it, and what is unfinished is removed by the next start.
+
+    Args:
+        until_the_end: whether the process ends with the command.
+    """
+    by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not by_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def first(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, _end)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if not until_the_end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: object) -> None:
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # the cursor, which progress bars hide
+    os._exit(130)
 
 
 @contextmanager
@@ -190,6 +261,24 @@ def _quieten_upstream() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def with_dashes(words: Sequence[str], lists: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Values and paths that begin with a dash as the parser takes them: `--out -x` as `--out=-x`, and a path that is
+    there, `-run`, as `./-run`. Options of ours have two dashes, `-h` aside."""
+    out: list[str] = []
+    option = ""  # that takes the next word
+    for word in words:
+        dashed = len(word) > 1 and word[0] == "-" != word[1] and word != "-h"
+        if dashed and option and option not in lists:
+            out[-1] = f"{option}={word}"
+        else:
+            out.append(f"./{word}" if dashed and os.path.lexists(word) else word)
+        if word.startswith("--"):
+            option = "" if "=" in word or word in ("--", *flags) else word
+        elif option not in lists:
+            option = ""
+    return out
 
 
 def spell_out(arguments: Sequence[str], lists: Sequence[str], flags: Sequence[str]) -> list[str]:

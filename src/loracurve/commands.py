@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,9 +18,12 @@ from loracurve.inference.config import GenerateConfig, Measure
 from loracurve.landscape.config import ScanConfig
 from loracurve.runs.config import RunConfig
 from loracurve.serving.config import ServeConfig
-from loracurve.system.distributed import on_main
+from loracurve.system.distributed import main_holds, on_main
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
+from loracurve.system.folders import locked, results_file, results_folder
+from loracurve.system.paths import exists, is_file, writable
+from loracurve.system.ranges import Amount, NonNegative, OpenShare, Points, Seed, Share
 
 __all__ = [
     "bench_command",
@@ -40,8 +44,8 @@ __all__ = [
 def bench_command(
     suite: SuiteConfig,
     out: str = "runs/bench",
-    jobs: int = 0,
-    seconds: float | None = None,
+    jobs: Amount = 0,
+    seconds: NonNegative | None = None,
     retry: bool = False,
     tables_only: bool = False,
     executor: Executor = "processes",
@@ -66,21 +70,22 @@ def bench_command(
     from loracurve.bench.tables.write import write_tables
 
     folder = Path(out)
-    if tables_only and not (folder / "suite.yaml").is_file():
+    if tables_only and not is_file(folder / "suite.yaml"):
         raise UserError(f"{out}: expected the folder of a suite that was run, found none; run it without --tables_only")
     suite = suite_of(vars(suite))
     try:
         if not tables_only:
             run_suite(suite, folder, jobs, seconds, retry, progress=True, executor=executor, address=address)
     finally:
-        if (folder / "suite.yaml").is_file():
-            tables = write_tables(suite, folder, page=True)
+        if is_file(folder / "suite.yaml"):
+            with locked(folder):
+                tables = write_tables(suite, folder, page=True)
             missing = sum(len(t.rows) for t in tables if t.name == "left_out")
             total = len(cells_of(suite)) + len(scans_of(suite))
             print(f"{total - missing} of {total} cells have results; tables.md and report.html are in {folder}")
 
 
-def quickstart_command(out: str = "runs/quickstart", resume: bool = False, seed: int = 0) -> None:
+def quickstart_command(out: str = "runs/quickstart", resume: bool = False, seed: Seed = 0) -> None:
     """Fit a curve to a real 135M model on word sentiment and judge it: about three minutes on two CPU cores.
 
     Args:
@@ -111,7 +116,7 @@ def fit_command(config: RunConfig, out: str, resume: bool = False) -> None:
 def evaluate_command(
     run: str,
     task: str | None = None,
-    points: int | None = None,
+    points: Points | None = None,
     weights: Literal["uniform", "arc-length", "likelihood"] | None = None,
     inference: Literal["curve", "tunnel"] | None = None,
     split: str = "test",
@@ -140,7 +145,7 @@ def evaluate_command(
 
 
 def predict_command(
-    run: str, input: str, out: str | None = None, points: int | None = None, base: str | None = None
+    run: str, input: str, out: str | None = None, points: Points | None = None, base: str | None = None
 ) -> None:
     """Predict rows of a JSONL file: one JSON line each with probabilities and uncertainty.
 
@@ -153,26 +158,25 @@ def predict_command(
     """
     from loracurve.runs.predict import predict_file
 
-    on_main(lambda: _check_new(out))
-    text = predict_file(run, Path(input), points, base)
-    if out is None:
-        sys.stdout.write(text)
-    else:
-        on_main(lambda: atomic_write(Path(out), lambda p: p.write_text(text)))
-        print(f"Written to {out}", file=sys.stderr)
+    with main_holds(lambda: _in_place_of(out)):
+        text = predict_file(run, Path(input), points, base)
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            on_main(lambda: atomic_write(Path(out), lambda p: p.write_text(text)))
+            print(f"Written to {out}", file=sys.stderr)
 
 
-def _check_new(out: str | None) -> None:
-    if out is not None and Path(out).exists():
-        raise UserError(f"{out} exists already; choose another --out")
+def _in_place_of(out: str | None, option: str = "--out") -> AbstractContextManager[Path | None]:
+    return nullcontext() if out is None else results_file(Path(out), option)
 
 
 def export_command(
     run: str,
     out: str | None = None,
-    points: int | None = None,
+    points: Points | None = None,
     best: bool = False,
-    t: float | None = None,
+    t: Share | None = None,
     base: str | None = None,
 ) -> None:
     """Write points of a curve as ordinary PEFT adapter folders.
@@ -191,17 +195,15 @@ def export_command(
         raise UserError("export: expected --out FOLDER for the adapters, found none")
     if best + (t is not None) + (points is not None) > 1:
         raise UserError("expected one of --points, --best and --t, found several; give one")
-    if t is not None and not 0 <= t <= 1:
-        raise UserError(f"t: expected a number in [0, 1], found {t}")
     for line in export_run(run, Path(out), points, best, t, base):
         print(line)
 
 
 def calibrate_command(
     run: str,
-    risk: float = 0.05,
-    delta: float = 0.1,
-    alpha: float = 0.1,
+    risk: OpenShare = 0.05,
+    delta: OpenShare = 0.1,
+    alpha: OpenShare = 0.1,
     measure: Literal["entropy", "mutual_information"] = "entropy",
     input: str | None = None,
     base: str | None = None,
@@ -219,12 +221,12 @@ def calibrate_command(
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.runs.predict import calibrate_run
-    from loracurve.runs.run import open_run
+    from loracurve.runs.run import check_run, open_run
 
-    for name, value in (("risk", risk), ("delta", delta), ("alpha", alpha)):
-        if not 0 < value < 1:
-            raise UserError(f"{name}: expected a number between 0 and 1, found {value}")
-    for line in calibrate_run(open_run(run, base=base), risk, delta, alpha, measure, Path(input) if input else None):
+    check_run(Path(run))
+    with writable(Path(run)):
+        opened = open_run(run, base=base)
+    for line in calibrate_run(opened, risk, delta, alpha, measure, None if input is None else Path(input)):
         print(line)
 
 
@@ -235,7 +237,7 @@ def generate_command(
     input: str | None = None,
     out: str | None = None,
     html: str | None = None,
-    points: int | None = None,
+    points: Points | None = None,
     colour: Measure = "mutual_information",
     base: str | None = None,
 ) -> None:
@@ -257,18 +259,16 @@ def generate_command(
 
     if (prompt is None) == (input is None):
         raise UserError("generate: expected --prompt TEXT or --input FILE.jsonl, found both or neither")
-    for file in (out, html):
-        if file is not None and Path(file).exists():
-            raise UserError(f"{file} exists already; choose another --out or --html")
-    rows = prompts_of(prompt, input)
-    generations = generate_texts(run, rows, options, points, base)
-    if html is not None:
-        write_generations(Path(html), generations, Path(run).resolve().name)
-    lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
-    if out is not None:
-        atomic_write(Path(out), lambda p: p.write_text(lines))
-    elif prompt is None:
-        sys.stdout.write(lines)
+    with _in_place_of(out), _in_place_of(html, "--html"):
+        rows = prompts_of(prompt, input)
+        generations = generate_texts(run, rows, options, points, base)
+        if html is not None:
+            write_generations(Path(html), generations, Path(run).resolve().name)
+        lines = "".join(json.dumps({"id": r.id, **g.record()}) + "\n" for r, g in zip(rows, generations, strict=True))
+        if out is not None:
+            atomic_write(Path(out), lambda p: p.write_text(lines))
+        elif prompt is None:
+            sys.stdout.write(lines)
     if prompt is not None:
         print_generation(generations[0], colour)
     for file in (out, html):
@@ -299,43 +299,48 @@ def scan_command(
     from loracurve.landscape.subject import adapters_to_scan
     from loracurve.landscape.survey import scan_to_folder
     from loracurve.report.terminal import print_barriers
+    from loracurve.runs.run import check_run
     from loracurve.runs.scan import run_to_scan
 
     if (run is None) == (adapters is None):
         raise UserError("expected a run directory or --adapters A B C --task T, found both or neither")
     folder = Path(out) if out else Path(run, "scan") if run else Path("scan")
-    if adapters is not None:
-        if task is None:
-            raise UserError("expected the adapters' data, found no --task; give --task FOLDER")
-        subject = adapters_to_scan(adapters, task, base, scoring, options.dtype)
-    else:
-        assert run is not None
+    if adapters is not None and task is None:
+        raise UserError("expected the adapters' data, found no --task; give --task FOLDER")
+    if run is not None:
         for name, value in (("task", task), ("scoring", scoring)):
             if value is not None:
                 raise UserError(f"--{name} goes with --adapters; a run has its own")
-        subject = run_to_scan(run, options.dtype, base)
-    print_barriers(scan_to_folder(subject, folder, options))
+        check_run(Path(run))
+    with results_folder(folder):
+        if run is not None:
+            subject = run_to_scan(run, options.dtype, base)
+        else:
+            assert adapters is not None and task is not None
+            subject = adapters_to_scan(adapters, task, base, scoring, options.dtype)
+        print_barriers(scan_to_folder(subject, folder, options))
     print(f"Written to {folder}")
 
 
 def report_command(runs: list[str], out: str | None = None, overwrite: bool = False) -> None:
-    """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF in RUN/figures.
+    """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF.
 
     Args:
         runs: run directories or folders of scans, side by side on the page; they come first, without --runs.
-        out: the page. Default: RUN/report.html for one run, report.html for several.
+        out: the page, with its figures in PAGE-figures beside it. Default: RUN/report.html, with figures in
+            RUN/figures; for several runs report.html.
         overwrite: replace a page that is there.
     """
     from loracurve.report.page import write_page
 
     page = Path(out) if out else Path(runs[0], "report.html") if len(runs) == 1 else Path("report.html")
-    if page.exists() and not overwrite:
+    if exists(page) and not overwrite:
         raise UserError(f"{page} exists already; choose another --out, or replace it by --overwrite")
     write_page([Path(run) for run in runs], page)
     print(f"Written to {page}")
 
 
-def serve_command(options: ServeConfig, run: str, points: int | None = None, base: str | None = None) -> None:
+def serve_command(options: ServeConfig, run: str, points: Points | None = None, base: str | None = None) -> None:
     """Answer HTTP requests for predictions and texts, with a page to try it: RUN [--port N].
 
     Args:

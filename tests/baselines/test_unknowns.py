@@ -22,7 +22,7 @@ from loracurve.system.errors import UserError
 def test_gaussians_of_an_ensemble_are_those_of_its_members(setting: Setting) -> None:
     test, train = setting.task.encode("test"), setting.task.encode("train")
     plain = Ensemble(3).fit(setting)
-    found = LaplaceCurve(of=Ensemble(3)).fit(setting)
+    found = LaplaceCurve(of=Ensemble(3), rule="marginal").fit(setting)
     predicted = found.predict(test)
     assert plain.along is not None
     plain.along.put_into(setting.model)

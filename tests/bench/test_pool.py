@@ -38,7 +38,7 @@ def test_cells_that_could_not_run_beside_others_run_once_more_alone(
     assert said == ["1 cell could not run beside others: once more, one at a time"]
 
 
-def test_akilled_or_done_process_costs_its_cell_a_try_and_no_other_cell(
+def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["first", "always", "one", "two", "three"]
@@ -47,7 +47,7 @@ def test_akilled_or_done_process_costs_its_cell_a_try_and_no_other_cell(
 
     def in_pool(suite: Any, cells: list[Cell], out: Path, jobs: int, end: Any, say: Any) -> Spread:
         tried.append(len(cells))
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as workers:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as workers:  # where nothing is imported
             return spread(cells, jobs, lambda cell: workers.submit(killed_or_done, cell, str(tmp_path)), end, say)
 
     monkeypatch.setattr(pool, "_in_one_pool", in_pool)

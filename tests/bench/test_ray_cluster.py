@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-import psutil
 import pytest
+from helpers.kills import ended, forked
 from helpers.places import ROOT
+from helpers.processes import end_group
 from helpers.suites import bytes_of, little
-from helpers.waiting import until
 
 from loracurve.baselines.single import Single
 from loracurve.bench.provenance import plain
@@ -22,6 +21,7 @@ from loracurve.bench.ray_cluster import shares
 from loracurve.bench.runner import run_suite
 from loracurve.bench.suite import cells_of
 from loracurve.bench.tables.write import write_tables
+from loracurve.cli import main
 from loracurve.system.errors import UserError
 from loracurve.training.config import LoopConfig
 
@@ -61,57 +61,55 @@ def test_what_a_cluster_needs_is_told_in_one_line(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out").exists()
 
 
-def test_no_cluster_at_the_address(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", cache(set))  # others may run one on this machine
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
     with pytest.raises(UserError, match="address: expected that of a running Ray cluster, found 'auto'"):
         run_suite(little(tmp_path), tmp_path / "out", executor="ray", address="auto")
 
 
-def workers(driver: psutil.Process) -> dict[str, psutil.Process]:
-    """The cells that Ray's workers are at, by the names that it gives their processes."""
-    found = {}
-    for process in driver.children(recursive=True):
-        with_title = ""
-        try:
-            with_title = process.cmdline()[0]
-        except (psutil.NoSuchProcess, psutil.ZombieProcess, IndexError):
-            continue
-        if with_title.startswith("ray::made / "):
-            found[with_title.removeprefix("ray::")] = process
-    return found
+KILLS_ITSELF = """
+import os, pathlib, signal
+
+mark, replace = pathlib.Path(__file__).with_name("killed"), os.replace
+
+def replace_or_die(source, target, **options):
+    replace(source, target, **options)
+    if "anchors/made/1/work-" in str(target) and str(target).endswith("/checkpoint.json") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace_or_die
+"""
+"""What Python does when it starts: the first process that has saved a checkpoint of these anchors is killed."""
 
 
 def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     """Two workers, each at the anchors of one seed; one is killed amid its training, its cell is run again."""
     pytest.importorskip("ray")
     suite = little(tmp_path, methods={"one": Single()}, seeds=[0, 1])
-    suite = replace(suite, training=LoopConfig(steps=30, batch_size=4, learning_rate=1e-2, checkpoint_every=2))
+    suite = replace(suite, training=LoopConfig(steps=4, batch_size=4, learning_rate=1e-2, checkpoint_every=2))
     (tmp_path / "suite.yaml").write_text(json.dumps(plain(suite)))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "loracurve.cli", "bench", str(tmp_path / "suite.yaml"), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--executor", "ray", "--jobs", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "RAY_ADDRESS": ""},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    driver = psutil.Process(process.pid)
-    second = "made / seed 1 / one"
-    busy: dict[str, psutil.Process] = {}
+    (tmp_path / "sitecustomize.py").write_text(KILLS_ITSELF)
+    out, told = tmp_path / "out", tmp_path / "told"
+    words = ["bench", tmp_path / "suite.yaml", "--out", out, "--executor", "ray", "--jobs", "2"]
 
-    def at_work() -> bool:
-        nonlocal busy
-        busy = workers(driver)
-        begun = list((out / "anchors/made/1").glob("work-*/checkpoint.json"))
-        return second in busy and bool(begun)  # the other worker may have begun earlier, and be done
+    def bench() -> None:
+        os.setsid()
+        os.environ |= {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "RAY_ADDRESS": ""}
+        # However long a busy machine takes to start a process.
+        os.environ |= dict.fromkeys(["RAY_worker_register_timeout_seconds", "RAY_raylet_start_wait_time_s"], "600")
+        sys.exit(main([str(word) for word in words]))
 
-    until(at_work, "a worker amid its anchors", lambda: process.poll() is None, seconds=240)
-    assert all("seed 0" in cell for cell in busy if cell != second)  # the other worker may be a cell ahead
-    busy[second].send_signal(signal.SIGKILL)
-    assert not (out / "anchors" / "made" / "1" / "anchors.json").exists()  # so it was at work
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    driver = forked(bench, told)
+    try:
+        code = ended(driver)
+    finally:
+        end_group(driver)
+    said = told.read_text()
+    assert code == 0 and (tmp_path / "killed").exists(), said
     fitted = [line.partition(": fitted")[0] for line in said.splitlines() if ": fitted" in line]
     assert sorted(fitted) == sorted(map(str, cells_of(suite)))  # each once
     assert not [*out.rglob("work-*"), *out.rglob(".*.tmp")]

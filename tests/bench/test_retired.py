@@ -104,24 +104,24 @@ def test_a_curve_inside_another_method_is_read_too(tmp_path: Path) -> None:
     assert made_with(recorded, suite, Cell("made", 0, "m"))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_running_its_cell_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    options, named = OPTIONS[name]
-    retired = method_from({"method": "curve", **options}, "m", "methods.m")
-    suite = little(tmp_path, methods={"m": retired, "curve": anchored(units=4)})
+def test_running_its_cell_is_refused_in_one_line(tmp_path: Path) -> None:
+    retired = {name: method_from({"method": "curve", **o}, name, "methods.m") for name, (o, _) in OPTIONS.items()}
+    suite = little(tmp_path, methods=retired | {"curve": anchored(units=4)})
     said: list[str] = []
-    with pytest.raises(UserError, match="1 failed .*/ m: "):
+    with pytest.raises(UserError, match=f"{len(OPTIONS)} failed .*/ smooth: "):
         run_suite(suite, tmp_path / "out", jobs=1, say=said.append)
-    (refused,) = [line for line in said if " / m: " in line]
-    assert refused.startswith("made / seed 0 / m: failed: ") and "\n" not in refused
-    assert named in refused and f"commit {LAST_COMMIT} still has it" in refused
-    record = record_of(suite, Cell("made", 0, "m"), tmp_path / "out")
-    assert record is not None and record["status"] == "failed" and named in record["reason"]
-    assert [r[2] for t in write_tables(suite, tmp_path / "out") if t.name == "left_out" for r in t.rows] == ["m"]
+    for name, (_, named) in OPTIONS.items():
+        (refused,) = [line for line in said if f" / {name}: " in line]
+        assert refused.startswith(f"made / seed 0 / {name}: failed: ") and "\n" not in refused
+        assert named in refused and f"commit {LAST_COMMIT} still has it" in refused
+        record = record_of(suite, Cell("made", 0, name), tmp_path / "out")
+        assert record is not None and record["status"] == "failed" and named in record["reason"]
+    (left_out,) = [table for table in write_tables(suite, tmp_path / "out") if table.name == "left_out"]
+    assert [row[2] for row in left_out.rows] == [*OPTIONS]
     # The suite is kept beside its results: what is written there is read back.
     (tmp_path / "again.yaml").write_text(json.dumps(plain(suite)))
     again = load_suite(tmp_path / "again.yaml")
-    assert plain(again.methods["m"]) == plain(retired)
+    assert {name: plain(again.methods[name]) for name in retired} == {n: plain(m) for n, m in retired.items()}
 
 
 @pytest.mark.parametrize("suite", [*shipped("suites"), *sorted((RESULTS / "suites").glob("*.yaml"))], ids=str)

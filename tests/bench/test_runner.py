@@ -6,21 +6,18 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from helpers.kills import killed
 from helpers.made import write_rows
-from helpers.places import ROOT
 from helpers.suites import anchored, bytes_of, little
-from helpers.waiting import until
 
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
@@ -199,31 +196,22 @@ def test_shifted_sets_need_the_same_classes(tmp_path: Path) -> None:
     assert len(said) == 4 and all("expected the classes of made" in s for s in said)
 
 
-def start(suite: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "loracurve.cli", "bench", str(suite), "--out", str(out), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
-    until(condition, "a checkpoint before the suite ends", lambda: process.poll() is None)
-
-
 def test_a_killed_suite_goes_on_to_the_same_bytes(finished: tuple[SuiteConfig, Path], tmp_path: Path) -> None:
     reference, whole = finished
     suite, out = tmp_path / "suite.yaml", tmp_path / "out"
     suite.write_text(json.dumps(plain(reference)))
-    first = start(suite, out)
-    wait_for(lambda: list((out / "anchors/made/0").glob("work-*/checkpoint.json")), first)  # amid the anchors' training
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert not list(out.glob("cells/*/*/*/cell.json"))
-    second = start(suite, out)
-    wait_for(
-        lambda: list((out / "cells/made/0/curve").glob("work-*/training/checkpoint.json")), second
-    )  # amid the curve's
-    second.send_signal(signal.SIGKILL)
-    second.wait()
+
+    def bench() -> None:
+        assert main(["bench", str(suite), "--out", str(out)]) == 0
+
+    def removes_checkpoints(of: str) -> Callable[[str, str], bool]:
+        """The first loop has saved its second checkpoint, and not ended."""
+        return lambda name, path: name == "unlink" and fnmatch(path, f"{out}/{of}/checkpoint-*")
+
+    assert killed(bench, removes_checkpoints("anchors/made/0/work-*"))
+    assert list(out.glob("anchors/made/0/work-*/checkpoint.json")) and not list(out.glob("cells/*/*/*/cell.json"))
+    assert killed(bench, removes_checkpoints("cells/made/0/curve/work-*/training"))
+    assert list(out.glob("cells/made/0/curve/work-*/training/checkpoint.json"))
     assert list(out.glob("cells/*/*/*/cell.json")) and not (out / "metrics.parquet").exists()
     run_suite(reference, out, jobs=1)
     write_tables(reference, out)
@@ -280,7 +268,7 @@ def test_the_paper_suite_runs_on_the_same_architecture(tmp_path: Path) -> None:
     kinds = {"winogrande_s", "winogrande_m", "arc_challenge", "arc_easy", "openbookqa", "boolq", "mmlu_anatomy"}
     names = [*suite.tasks, "mmlu_anatomy"]
     for name in names:
-        write_rows(tmp_path / name, {"train": 12, "validation": 6, "test": 6}, choice=name in kinds)
+        write_rows(tmp_path / name, {"train": 12, "validation": 6, "test": 6}, name in kinds, start=f"{name}: ")
     short = {"steps": None, "batch_size": None}
     suite = replace(
         suite,

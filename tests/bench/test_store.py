@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from loracurve.bench.store import STEPS, _packed, _unpacked, read_predictions, write_cell_predictions
+from loracurve.bench.store import STEPS, WIDE, _packed, _unpacked, read_predictions, write_cell_predictions
+from loracurve.inference.information import entropy
 from loracurve.inference.predictive import Predictive
 from loracurve.tasks.encoding import Encoded, Example
 
@@ -50,3 +52,36 @@ def test_packed_log_odds_come_back_however_far_they_jump(tmp_path: Path) -> None
     again = torch.from_numpy(_unpacked(_packed(missing.numpy())))
     assert torch.equal(again.isneginf(), missing.isneginf())
     torch.testing.assert_close(again[1, :, 0], missing[1, :, 0], atol=0.5 / STEPS, rtol=0)
+
+
+def test_parts_of_uncertainty_and_distances_come_back(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for classes in (3, WIDE + 1):
+        sets = {}
+        for name in ("validation", "test", "ood:x"):
+            log_probs = torch.randn(4, 30, classes, generator=draw).log_softmax(-1)
+            left = 0.5 * entropy(log_probs.double())
+            distance = torch.randn(30, generator=draw, dtype=torch.float64)
+            sets[name] = replace(Predictive.from_log_probs(log_probs, None, left), distance=distance)
+        names = tuple(map(str, range(classes)))
+        encoded = {
+            n: Encoded(
+                [Example(f"{n}-{i}", (), (), i % classes, classes) for i in range(30)], "head", None, names, "sum", 0
+            )
+            for n in sets
+        }
+        write_cell_predictions(tmp_path / "p.parquet", sets, encoded)
+        found = read_predictions(tmp_path / "p.parquet").sets
+        for name, predictive in sets.items():
+            assert len(found[name].weights) == (4 if classes == 3 else 1)
+            for part in (
+                "entropy",
+                "expected_entropy",
+                "within_points",
+                "between_points",
+                "mutual_information",
+                "distance",
+            ):
+                mine, other = getattr(found[name], part), getattr(predictive, part)
+                torch.testing.assert_close(mine, other, atol=0.02, rtol=0)
+            torch.testing.assert_close(found[name].probs, predictive.probs, atol=0.01, rtol=0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import combinations, product
 from zlib import crc32
 
 ALL = os.environ.get("LORACURVE_CONFORMANCE") == "all"
-"""whether the whole matrix runs, or a few cases of each family"""
+"""whether the whole matrix runs, or a case of each family"""
 WRITES = ALL or os.environ.get("LORACURVE_CONFORMANCE") == "table"
 """whether the page of results is written"""
 
@@ -88,13 +88,30 @@ def covering(axes: dict[str, list[str]], seed: int) -> list[tuple[str, ...]]:
     return rows
 
 
-def cases_of(family: str, kind: str, without: Set[str] = frozenset()) -> Iterator[Case]:
-    """The cases of a family: all of its covering design, or two, one of them in float32; `without`: axis values that it
-    has not."""
-    axes = {axis: [value for value in values if value not in without] for axis, values in AXES[kind].items()}
-    rows = covering(axes, crc32(family.encode()))
-    if not ALL:
-        exact = next(row for row in rows if "float32" in row)
-        rows = [exact, next(row for row in rows if "float32" not in row)]
-    for row in rows:
-        yield Case(family, *row)
+Kinds = Mapping[str, tuple[str, Set[str]]]
+"""Kinds of families, and axis values that they have not."""
+
+
+def cases_of(families: Kinds) -> dict[str, list[Case]]:
+    """The cases of each family: all of its covering design or, where not `ALL`, one of it."""
+    designs = {}
+    for name, (kind, without) in families.items():
+        axes = {axis: [value for value in values if value not in without] for axis, values in AXES[kind].items()}
+        designs[name] = [Case(name, *row) for row in covering(axes, crc32(name.encode()))]
+    return designs if ALL else _one_of_each(designs, families)
+
+
+def _one_of_each(designs: dict[str, list[Case]], families: Kinds) -> dict[str, list[Case]]:
+    """The families of a kind cover all pairs of values together; where nothing is missing, float32 is the sharpest."""
+    covered: set[tuple[str, str, str]] = set()
+    out = {}
+    for name, cases in designs.items():
+        kind, _ = families[name]
+
+        def pairs(case: Case, kind: str = kind) -> set[tuple[str, str, str]]:
+            return {(kind, a, b) for a, b in combinations((getattr(case, axis) for axis in AXES[kind]), 2)}
+
+        best = max(cases, key=lambda case: (len(pairs(case) - covered), case.dtype == "float32"))  # noqa: B023
+        covered |= pairs(best)
+        out[name] = [best]
+    return out

@@ -29,9 +29,10 @@ covering design of cases: every pair of values of these axes occurs.
 - precision: float32, bfloat16, 4-bit base.
 
 *Equal*: log-probabilities are those of plain transformers with PEFT, one row at a time, within {limit:g} of their size
-in float32 (the number is the largest difference found), or, where rounding alone is behind more, in float64. *Refused*: an error of one line, shown here; where only some
-cases are refused, these are named in front. *Not yet*: what is known to be wrong. Prompts that leave no room for new
-tokens are refused for all, and so is folding into a 4-bit base. `make conformance` runs all cases and writes this page.
+in float32 (the number is the largest difference found), or, where rounding alone is behind more, in float64. *Refused*:
+an error of one line, shown here; where only some cases are refused, these are named in front. *Not yet*: what is known
+to be wrong. Prompts that leave no room for new tokens are refused for all, and so is folding into a 4-bit base. `make
+conformance` runs all cases and writes this page.
 """
 
 

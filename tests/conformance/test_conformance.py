@@ -174,11 +174,14 @@ def _refusals(case: Case) -> list[tuple[str, str]]:
     return [refusal for refusal in found if refusal is not None]
 
 
+CASES = cases_of({name: (family.kind, family.without) for name, family in FAMILIES.items()})
+
+
 def _parameters() -> list[Any]:
     out = []
-    for name, family in FAMILIES.items():
-        for case in cases_of(name, family.kind, family.without):
-            wrong = None if _too_long(case) else known(family.wrong, case)
+    for name, cases in CASES.items():
+        for case in cases:
+            wrong = None if _too_long(case) else known(FAMILIES[name].wrong, case)
             marks = [pytest.mark.xfail(strict=True, reason=wrong[1])] if wrong is not None else []
             out.append(pytest.param(case, id=str(case), marks=marks))
     return out
@@ -203,7 +206,7 @@ def test_equal_or_refused(case: Case, tmp_path: Path, record_property: Callable[
 @pytest.mark.parametrize("kind", AXES)
 def test_every_pair_of_axis_values_occurs(kind: str) -> None:
     axes = AXES[kind]
-    cases = [c for name, f in FAMILIES.items() if f.kind == kind for c in cases_of(name, kind, f.without)]
+    cases = [case for name, of in CASES.items() if FAMILIES[name].kind == kind for case in of]
     for one, other in combinations(axes, 2):
         found = {(getattr(case, one), getattr(case, other)) for case in cases}
         assert found == {*product(axes[one], axes[other])}

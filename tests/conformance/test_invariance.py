@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from helpers.alone import CASES, LABELS, POINTS, TEXTS, Case, log_probs_of, make
 from helpers.made_runs import QUICK, base_folder, command, config_file, tree_hash
 from helpers.matrix import KINDS, SHAPES, curve_of
 from helpers.places import ROOT
+from helpers.processes import ran
 from helpers.ranks import together
 from helpers.read_runs import read
 from helpers.tiny import lora_config, random_points, tiny
@@ -618,9 +618,9 @@ def test_a_run_of_another_user_in_another_place_predicts_the_same(
         if own_process:
             environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
             program = [sys.executable, "-m", "loracurve", *words]
-            ran = subprocess.run(program, cwd=home, env=environment, capture_output=True, text=True)
-            assert ran.returncode == 0, ran.stderr
-            found = records_of(ran.stdout)
+            done = ran(program, cwd=home, env=environment)
+            assert done.returncode == 0, done.stderr
+            found = records_of(done.stdout)
         else:
             monkeypatch.chdir(home)
             monkeypatch.setenv("HOME", str(home))

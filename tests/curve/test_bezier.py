@@ -13,7 +13,7 @@ from loracurve.curve import bezier
 from loracurve.curve.quadrature import gauss_legendre
 from loracurve.curve.spec import number_of_control_points
 
-few = settings(deadline=None, max_examples=40)
+few = settings(max_examples=40)
 segments_, degrees, seeds = st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31)
 
 

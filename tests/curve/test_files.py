@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import lora_config, random_points, tiny
+from safetensors.torch import load_file, save_file
 
 from loracurve.curve.files import load_curve
 from loracurve.curve.retired import LAST_COMMIT
@@ -43,3 +44,31 @@ def test_a_curve_that_uses_a_retired_option_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match=f"curve_config.json: .*smooth: .*commit {LAST_COMMIT} still has it") as said:
         load_curve(saved)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (2.0**64, torch.float32, "of at most 9.2e.18 in size, found 1.8e.19 in "),
+        (-3e38, torch.bfloat16, "of at most 9.2e.18 in size, found 3e.38 in "),
+        (float("nan"), torch.float32, "found others in "),
+        (float("inf"), torch.float16, "found others in "),
+    ],
+)
+def test_numbers_whose_products_are_infinite_are_refused(
+    value: float, dtype: torch.dtype, said: str, saved: Path
+) -> None:
+    file = saved / "control_points.safetensors"
+    points = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    name = sorted(points)[0]
+    points[name].view(-1)[3] = value
+    save_file(points, file)
+    with pytest.raises(UserError, match=f"control_points.safetensors: expected finite .* {said}{name}$"):
+        load_curve(saved)
+
+
+def test_large_numbers_of_half_precision_are_read(saved: Path) -> None:
+    file = saved / "control_points.safetensors"
+    points = {name: torch.full_like(tensor, 65504, dtype=torch.float16) for name, tensor in load_file(file).items()}
+    save_file(points, file)
+    assert all(bool((tensor == 65504).all()) for tensor in load_curve(saved)[2].values())

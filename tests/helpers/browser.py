@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from helpers.waiting import until
+from helpers.waiting import SECONDS, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -62,7 +62,7 @@ class Browser:
 
     def _receive(self) -> Any:
         while b"\0" not in self.buffer:
-            ready, _, _ = select.select([self.read], [], [], 60)
+            ready, _, _ = select.select([self.read], [], [], SECONDS)
             part = os.read(self.read, 65536) if ready else b""
             assert part, "the browser says nothing"
             self.buffer += part
@@ -75,9 +75,9 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def until(self, script: str, seconds: float = 30) -> Any:
+    def until(self, script: str) -> Any:
         """The value of an expression as soon as it is true."""
-        return until(lambda: self.run(script), script, seconds=seconds)
+        return until(lambda: self.run(script), script)
 
     def screenshot(self, path: Path) -> None:
         """What the page looks like, as PNG."""

@@ -18,8 +18,8 @@ WORDS = {0: ["bad", "poor", "dull", "awful"], 1: ["good", "great", "fine", "love
 FILLERS = ["the film is", "a truly", "it was", "this story feels rather", "quite", "i found the music"]
 
 
-def write_rows(folder: Path, sizes: dict[str, int], choice: bool = False, lm: bool = False) -> Path:
-    """A data folder: the label is which list the last word comes from."""
+def write_rows(folder: Path, sizes: dict[str, int], choice: bool = False, lm: bool = False, start: str = "") -> Path:
+    """A data folder: the label is which list the last word comes from. Texts begin with `start`."""
     draw = torch.Generator().manual_seed(5)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -30,7 +30,7 @@ def write_rows(folder: Path, sizes: dict[str, int], choice: bool = False, lm: bo
         rows = []
         for i in range(size):
             label = int(torch.randint(2, (1,), generator=draw))
-            text = f"{pick(FILLERS)} {pick(WORDS[label])}"
+            text = f"{start}{pick(FILLERS)} {pick(WORDS[label])}"
             if lm:
                 row = {"id": f"{split}-{i}", "prompt": text, "completion": [" no it is", " yes indeed"][label]}
             elif choice:

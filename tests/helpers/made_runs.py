@@ -48,8 +48,8 @@ def base_folder(folder: Path, architecture: str) -> Path:
     return folder
 
 
-def data_folder(folder: Path, scoring: str, sizes: dict[str, int] | None = None) -> Path:
-    return write_rows(folder, sizes or SIZES, choice=scoring in ("letter", "text"), lm=scoring == "lm")
+def data_folder(folder: Path, scoring: str, sizes: dict[str, int] | None = None, start: str = "") -> Path:
+    return write_rows(folder, sizes or SIZES, scoring in ("letter", "text"), scoring == "lm", start)
 
 
 def config_file(path: Path, model: Path, data: Path, scoring: str) -> Path:

@@ -37,7 +37,7 @@ def little(folder: Path, **changes: object) -> SuiteConfig:
     """A suite of seconds on made data."""
     if not (folder / "made").is_dir():
         write_rows(folder / "made", SIZES)
-        write_rows(folder / "other", {"train": 2, "validation": 2, "test": 9})
+        write_rows(folder / "other", {"train": 2, "validation": 2, "test": 9}, start="and ")
     options: dict[str, object] = {
         "model": ModelConfig(TINY),
         "tasks": {"made": SuiteTask(scoring="label", shift=["other"], ood=["other"])},

@@ -268,7 +268,7 @@ def test_conformal_coverage_of_ties_under_the_worst_noise(alpha):
 
 @pytest.mark.parametrize("risk,delta", [(0.0, 0.1), (1.0, 0.1), (0.1, 0.0), (0.1, math.nan)])
 def test_bad_levels_are_refused(risk, delta):
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match=r"expected a number in \(0, 1\)"):
         selective_threshold(torch.zeros(3), torch.zeros(3).bool(), risk, delta)
     with pytest.raises(UserError, match="alpha"):
         conformal_quantile(torch.ones(1, 1), torch.zeros(1, dtype=torch.long), 1.5)

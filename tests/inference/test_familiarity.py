@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, shrunk_covariance
 from torch import Tensor
 
 from loracurve.inference.familiarity import cosine_distance, fit_familiarity, p_values
 from loracurve.inference.hidden_states import SplitStates
+from loracurve.inference.metrics import auroc
 from loracurve.model.states import States
 from loracurve.system.errors import UserError
 
@@ -35,10 +37,9 @@ def test_distances_are_relative_mahalanobis() -> None:
     expected = torch.zeros(9, dtype=torch.float64)
     for i, state in enumerate(train.states.read):
         means = torch.stack([state[train.labels == c].mean(0) for c in range(3)])
-        within = torch.from_numpy(
-            LedoitWolf(assume_centered=True).fit(state - means[train.labels]).covariance_
-        ).double()
-        whole = torch.from_numpy(LedoitWolf().fit(state).covariance_).double()
+        fitted = LedoitWolf().fit(state.double())
+        own = np.cov((state - means[train.labels]).double().numpy(), rowvar=False, bias=True)
+        within, whole = (torch.from_numpy(c) for c in (shrunk_covariance(own, fitted.shrinkage_), fitted.covariance_))
         of_classes = torch.stack([mahalanobis(h[i], mean, within) for mean in means])
         expected += weights[i] * (of_classes.amin(0) - mahalanobis(h[i], state.mean(0), whole))
     torch.testing.assert_close(found.distance(States(h)), expected, rtol=1e-4, atol=1e-4)
@@ -96,3 +97,17 @@ def test_what_cannot_be() -> None:
         fit_familiarity(replace(train, states=States(train.states.read * torch.inf)))
     with pytest.raises(ValueError, match="states at 2 points, found 1"):
         fit_familiarity(train).distance(States(train.states.read[:1]))
+
+
+def test_what_is_far_from_all_is_unfamiliar_in_many_dimensions() -> None:
+    draw = torch.Generator().manual_seed(0)
+    # As in networks: classes far apart in one direction, all else small. With an intensity each the sign was wrong.
+    scale = torch.logspace(1, -2, 60)
+    known = torch.randn(1, 600, 60, generator=draw) * scale
+    known[..., 0] += 60 * (torch.arange(600) % 2) - 30
+    train = SplitStates(torch.zeros(1, 300, 2).log_softmax(-1), States(known[:, :300]), torch.arange(300) % 2)
+    foreign = known[:, 300:] + 3 * torch.randn(1, 300, 60, generator=draw) * scale
+    found = fit_familiarity(train, classes=2)
+    scores = torch.cat([found.distance(States(known[:, 300:])), found.distance(States(foreign))])
+    value = auroc(scores, torch.arange(600) >= 300).value
+    assert value is not None and value > 0.95

@@ -21,6 +21,7 @@ from loracurve.inference.generation import Generation, choose_tokens, generate
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import LARGEST, SMALLEST
 from loracurve.tasks.tokens import leading_tokens, tokenise
 
 T = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
@@ -241,10 +242,10 @@ def test_coefficients_beside_the_curve_and_no_trace_in_the_model() -> None:
 def test_what_cannot_be_decoded_is_said_in_one_line() -> None:
     model, _, tokenizer = build("qwen2")
     for options, message in (
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1, found 0"),
         ({"temperature": -1.0}, "temperature: expected a number >= 0"),
         ({"temperature": math.nan}, "temperature: expected a number >= 0, found nan"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected a number above 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p: expected a number in \(0, 1\], found 0.0"),
         ({"top_p": 0.9}, "top_p: expected 1 with temperature 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -267,3 +268,23 @@ def test_progress_counts_the_steps_of_each_batch() -> None:
     seen: list[int] = []
     generate(model, tokenizer, PROMPTS, GenerateConfig(max_new_tokens=2, batch_size=2), T, progress=seen.append)
     assert seen == [1, 2, 1, 2] and all(b - a in (1, -1) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_that_are_no_numbers_are_refused(temperature: float) -> None:
+    model, _, tokenizer = build("qwen2")
+    with torch.no_grad():
+        for point in model.factors:
+            point.fill_(1e30)
+    with pytest.raises(UserError, match="generate: the model's outputs are no numbers"):
+        generate(model, tokenizer, PROMPTS, GenerateConfig(max_new_tokens=2, temperature=temperature))
+
+
+def test_the_lowest_and_highest_temperatures_have_their_limits() -> None:
+    log_probs = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    draws = torch.tensor([0.999], dtype=torch.float64)
+    assert choose_tokens(log_probs, GenerateConfig(temperature=SMALLEST), draws).tolist() == [1], "greedy"
+    flat = [
+        choose_tokens(log_probs, GenerateConfig(temperature=LARGEST), torch.tensor([u])).item() for u in (0.1, 0.5, 0.9)
+    ]
+    assert sorted(flat) == [0, 1, 2], "each a third"

@@ -90,7 +90,7 @@ def test_a_prompt_is_printed_and_written_as_one_page(
     page = _Tokens(text)
     assert len(page.tokens) == 4 or "cut at" not in text
     assert "null: {&#34;&lt;b&gt;&#34;: 1} &amp;amp;" in text
-    assert not page.addresses and "http" not in text and "<script" not in text, "the file is complete in itself"
+    assert not page.addresses and "://" not in text and "<script" not in text, "the file is complete in itself"
 
 
 def test_colours_follow_the_measure_that_was_asked_for(
@@ -126,10 +126,10 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([run, "--prompt=a", f"--html={taken}"], "taken.html exists already"),
         ([run, f"--input={rows}"], "rows.jsonl, line 1: expected a field 'prompt'"),
         ([run, "--prompt=a", "--max_new_tokens=511"], "expected at most 512 tokens with 511 new ones, found "),
-        ([run, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens: expected at least 1, found 0"),
+        ([run, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens: expected a whole number >= 1, found 0"),
         ([run, "--prompt=a", "--weights=some"], "weights: expected one of 'fixed', 'sequence'"),
         ([run, "--prompt=a", "--temprature=1"], "unknown option temprature; did you mean 'temperature'"),
-        ([run, "--prompt=a", "--points=0"], "points: expected at least 1, found 0"),
+        ([run, "--prompt=a", "--points=0"], "points: expected a whole number in [1, 100000], found 0"),
         ([tmp_path / "head", "--prompt=a"], "found a classifier; use loracurve predict"),
         ([tmp_path, "--prompt=a"], "expected a run directory with a fitted curve"),
     ):

@@ -164,7 +164,7 @@ def test_shipped_configs_run(path: Path, fitted: Maker, tmp_path: Path) -> None:
     scoring = config.task.scoring
     architecture = "encoder" if scoring == "head" else "llama" if scoring == "text" else "qwen2"
     data = data_folder(tmp_path / "data", scoring if scoring == "text" else "label")
-    ood = data_folder(tmp_path / "other", "label", {"train": 1, "validation": 1, "test": 5})
+    ood = data_folder(tmp_path / "other", "label", {"train": 1, "validation": 1, "test": 5}, "and ")
     # Only what stands for the real thing is replaced; everything else is the file's.
     small = [f"--{part}_training.{option}" for part in ("anchor", "curve") for option in ("steps=2", "batch_size=3")]
     command(

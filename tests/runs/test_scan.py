@@ -86,7 +86,7 @@ def test_scan_of_adapters(scored_runs: dict[str, Path], tmp_path: Path) -> None:
         (["--adapters", "a", "--task", "t"], "at least 2 folders, found 1"),
         (["--adapters", "a", "b"], "found no --task"),
         (["RUN", "--task", "t"], "--task goes with --adapters"),
-        (["RUN", "--points", "2"], "points: expected at least 3, found 2"),
+        (["RUN", "--points", "2"], "points: expected a whole number in [3, 100000], found 2"),
         (["RUN", "--paths", "straigth"], "paths"),
         (["RUN", "--pionts", "3"], "unknown option pionts; did you mean 'points'"),
         (["nowhere"], "nowhere: expected a run directory"),

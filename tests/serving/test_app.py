@@ -101,7 +101,7 @@ VALUES = st.recursive(
 FIELDS = st.sampled_from(["id", "text", "text2", "label", "prompt", "choices"])
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.sampled_from(["/predict", "/generate"]),
     VALUES
@@ -124,6 +124,21 @@ def test_whatever_is_sent_is_answered(client: Any, path: str, value: Any, cut: i
 def test_other_content_types_and_hosts_are_refused(client: Any) -> None:
     answer = client.post("/predict", content=b"a=b", headers={"Content-Type": "text/plain"})
     assert answer.status_code == 415 and "found 'text/plain'" in answer.json()["error"]
+    body = json.dumps({"rows": ROWS[:1]}).encode()
+    for kind, status in (
+        ("Application/JSON", 200),
+        ('application/json; charset="UTF-8"', 200),
+        ("application/json;Charset=utf-8; x=y", 200),
+        ("application/json; charset=latin-1", 415),
+        ("application/jsonx", 415),
+    ):
+        assert client.post("/predict", content=body, headers={"Content-Type": kind}).status_code == status
+    zipped = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = client.post("/predict", content=body, headers=zipped)
+    assert answer.status_code == 415 and "found it encoded by 'gzip'" in answer.json()["error"]
+    twice = [("Content-Type", "text/plain"), ("Content-Type", "application/json")]
+    answer = client.post("/predict", content=body, headers=twice)
+    assert answer.status_code == 400 and answer.json() == {"error": "expected one header content-type, found several"}
     for host, status in (("evil.example", 421), ("localhost:80", 200), ("[::1]:80", 200), ("127.0.0.1", 200)):
         assert client.get("/health", headers={"Host": host}).status_code == status
 
@@ -137,6 +152,10 @@ def test_a_token_guards_all_that_speaks_of_the_run(run: Run) -> None:
         for sent in ("", "Bearer other", "a-secret-word", "Basic a-secret-word"):
             answer = client.post("/predict", json={"rows": ROWS[:1]}, headers={"Authorization": sent})
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        for bad in (b"Bearer \xff\xfe-secret", "Bearer ä-secret".encode(), b"bearer", b"Bearer a-secret-word x"):
+            assert client.get("/run", headers={b"Authorization": bad}).status_code == 401
+        for scheme in ("bearer ", "BEARER ", "BeArEr  "):
+            assert client.get("/run", headers={"Authorization": scheme + "a-secret-word"}).status_code == 200
         good = {"Authorization": "Bearer a-secret-word"}
         assert client.post("/predict", json={"rows": ROWS[:1]}, headers=good).status_code == 200
         assert client.get("/run", headers=good).json()["classes"] == ["negative", "positive"]
@@ -161,22 +180,27 @@ def test_full_queues_and_late_answers(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Engine, "work", slow)
     monkeypatch.setattr("loracurve.serving.app.asyncio", SimpleNamespace(**vars(asyncio) | {"wait": wait}))
-    options = ServeConfig(max_queue=1, timeout_s=600, batch_wait_ms=0)
+    options = ServeConfig(max_queue=1, timeout_s=600)
     with testclient.TestClient(make_app(run, options), base_url="http://127.0.0.1") as client:
-        with ThreadPoolExecutor() as pool:
-            first = pool.submit(client.post, "/predict", json={"rows": ROWS[:1]})
-            assert running.wait(SECONDS)
-            second = pool.submit(client.post, "/predict", json={"rows": ROWS[:1]})
-            until(lambda: "loracurve_queue_length 1.0" in client.get("/metrics").text, "one waits")
-            third = client.post("/predict", json={"rows": ROWS[:1]})
-            assert third.status_code == 429 and third.headers["retry-after"] == "1"
-            assert "fewer than 1 waiting requests" in third.json()["error"]
-            over.set()
-            for late in (first, second):
-                assert late.result().status_code == 503
-                assert "no answer within 600 s" in late.result().json()["error"]
-        over.clear()
-        release.set()
+        try:
+            with ThreadPoolExecutor() as pool:
+                try:
+                    first = pool.submit(client.post, "/predict", json={"rows": ROWS[:1]})
+                    assert running.wait(SECONDS)
+                    second = pool.submit(client.post, "/predict", json={"rows": ROWS[:1]})
+                    until(lambda: "loracurve_queue_length 1.0" in client.get("/metrics").text, "one waits")
+                    third = client.post("/predict", json={"rows": ROWS[:1]})
+                    assert third.status_code == 503 and int(third.headers["retry-after"]) >= 1
+                    assert "expected at most 1 waiting rows, found more; try again in" in third.json()["error"]
+                finally:
+                    over.set()
+                for late, message in ((first, "no answer within 600 s"), (second, "not begun within 60 s")):
+                    assert late.result().status_code == 503
+                    assert message in late.result().json()["error"]
+                    assert ("retry-after" in late.result().headers) == (late is second)
+            over.clear()
+        finally:
+            release.set()
         assert client.post("/predict", json={"rows": ROWS[:1]}).status_code == 200
 
 

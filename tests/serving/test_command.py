@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from helpers.made_runs import tree_hash
+from helpers.processes import started
 from helpers.served import ROWS, TEXTS, same
 from helpers.waiting import SECONDS, until
 
@@ -31,9 +33,9 @@ pytest.importorskip("prometheus_client")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port=70000"], "port: expected a port from 0 to 65535, found 70000"),
-        (["--max_queue=0"], "max_queue: expected at least 1, found 0"),
-        (["--timeout_s=0"], "timeout_s: expected seconds above 0, found 0"),
+        (["--port=70000"], "port: expected a whole number in [0, 65535], found 70000"),
+        (["--max_queue=0"], "max_queue: expected a whole number >= 1, found 0"),
+        (["--timeout_s=0"], "timeout_s: expected a number > 0, found 0"),
         (["--host=0.0.0.0"], "host: expected this machine's own address, such as 127.0.0.1, found 0.0.0.0"),
         (["--token_file=nowhere"], "token_file: expected a text file with a token, found nowhere"),
         (["--token_file=SHORT"], "token_file: expected 8 or more ASCII characters without blanks"),
@@ -64,35 +66,47 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 class Served:
     """The command in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        limits = ["--max_body_bytes=20000", "--read_timeout_s=1", "--batch_wait_ms=200", "--timeout_s=120"]
-        arguments = [sys.executable, "-m", "loracurve.cli", "serve", str(folder), "--port=0", *limits]
-        self.process = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-        )
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert found, line + self.process.stderr.read()
+        assert found, line + process.stderr.read()
         self.port = int(found[1])
 
     def ask(self, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        if body is None:
-            connection.request("GET", path)
-        else:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        connection.close()
+        sent = b"" if body is None else json.dumps(body).encode()
+        head = (
+            HEAD % path[1:].encode() if body is not None else b"GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\n" % path.encode()
+        )
+        with socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS) as connection:
+            # At once: this client is not slow, however busy the machine is.
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(sent) + sent)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            text = answer.read().decode()
         return answer.status, text if path == "/metrics" else json.loads(text)
 
-    def batches(self) -> int:
-        """How many batches it has begun."""
-        found = re.search(r"^loracurve_batch_requests_count (\d+)", self.ask("/metrics")[1], re.MULTILINE)
+    def figure(self, name: str) -> float:
+        """The value of one of its metrics."""
+        found = re.search(rf"^{name} ([\d.]+)", self.ask("/metrics")[1], re.MULTILINE)
         assert found
-        return int(found[1])
+        return float(found[1])
+
+    def batches(self) -> float:
+        """How many batches it has begun."""
+        return self.figure("loracurve_batch_requests_count")
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """A client that asks for a long text is served inside the block, and goes away then."""
+        before = self.batches()
+        body = json.dumps({"prompts": [TEXTS[0]] * 200, "max_new_tokens": 250}).encode()
+        with socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS) as connection:
+            connection.sendall(HEAD % b"generate" + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: self.batches() > before, "it is being made")
+            yield
 
     def clients(self) -> set[int]:
         """Ports of those that are connected to it."""
@@ -102,8 +116,7 @@ class Served:
         """What comes back for bytes as they stand, up to the server's closing, and after how many seconds."""
         started = time.monotonic()
         with socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS) as connection:
-            for part in parts:
-                connection.sendall(part)
+            connection.sendall(b"".join(parts))
             answer = b""
             while part := _received(connection):
                 answer += part
@@ -122,28 +135,30 @@ HEAD = b"POST /%s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\
 
 def test_a_real_server(folder: Path, predicted: list[dict[str, Any]]) -> None:
     before = tree_hash(folder)
-    served = Served(folder)
-    try:
+    limits = ["--max_body_bytes=20000", "--read_timeout_s=1", "--timeout_s=600"]
+    limits += ["--max_wait_s=600", "--batch_tokens=4096"]
+    words = [sys.executable, "-m", "loracurve.cli", "serve", folder, "--port=0", *limits]
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        served = Served(process)
         _clients_share_batches(served, predicted)
         _bad_clients_are_survived(served)
         status, answer = served.ask("/predict", {"rows": ROWS})
         assert status == 200
         same(answer["predictions"], predicted)
         _it_ends_well(served)
-    finally:
-        served.process.kill()
-        served.process.communicate()
     assert tree_hash(folder) == before
 
 
 def _clients_share_batches(served: Served, predicted: list[dict[str, Any]]) -> None:
     with ThreadPoolExecutor(len(ROWS)) as pool:
-        answers = list(pool.map(lambda row: served.ask("/predict", {"rows": [row]}), ROWS))
+        with served.busy():
+            asked = [pool.submit(served.ask, "/predict", {"rows": [row]}) for row in ROWS]
+            until(lambda: served.figure("loracurve_queue_length") == len(ROWS), "all wait")
+        answers = [one.result(SECONDS) for one in asked]
     assert [status for status, _ in answers] == [200] * len(ROWS)
     same([answer["predictions"][0] for _, answer in answers], predicted)
-    assert 1 <= served.batches() < len(ROWS), "several clients ran together"
-    figures = served.ask("/metrics")[1]
-    assert f"loracurve_batch_requests_sum {len(ROWS)}.0" in figures
+    assert served.batches() == 2, "they ran together, after the long one"
+    assert served.figure("loracurve_batch_requests_sum") == 1 + len(ROWS)
 
 
 def _bad_clients_are_survived(served: Served) -> None:
@@ -157,6 +172,13 @@ def _bad_clients_are_survived(served: Served) -> None:
         assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400")), answer
     answer, _ = served.raw(HEAD % b"predict" + b"Content-Length: 99999999999\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413") and b'{"error":' in answer
+    # A client that waits to be told to go on is told so, unless its head is refused already.
+    for kind, begin in ((b"json", b"HTTP/1.1 100 "), (b"xml", b"HTTP/1.1 415 ")):
+        head = (HEAD % b"predict").replace(b"json", kind) + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        assert served.raw(head, b"{")[0].startswith(begin)
+    for twice in (b"Content-Type: text/plain\r\n", b"Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"):
+        answer, _ = served.raw(HEAD % b"predict" + twice + b"Content-Length: 2\r\n\r\n{}")
+        assert answer.startswith(b"HTTP/1.1 400") and b"expected one header" in answer
     chunk = b"2000\r\n" + b"x" * 0x2000 + b"\r\n"
     answer, _ = served.raw(HEAD % b"predict" + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 3, b"0\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413")
@@ -181,14 +203,17 @@ def _bad_clients_are_survived(served: Served) -> None:
         while part := _received(connection):
             got += len(part)
     assert 0 < got < 700 * 10_000
-    # One that goes away while its text is being made: the next answer need not wait for all of it.
-    body, before = json.dumps({"prompts": [TEXTS[0]] * 200, "max_new_tokens": 250}).encode(), served.batches()
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        connection.sendall(HEAD % b"generate" + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        until(lambda: served.batches() > before, "it is being made")
+    # One that goes away while it waits leaves the queue. One that goes away while its text is being made: the next
+    # answer need not wait for all of it.
+    with served.busy():
+        with socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS) as waiting:
+            body = json.dumps({"rows": ROWS}).encode()
+            waiting.sendall(HEAD % b"predict" + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: served.figure("loracurve_queue_rows") == len(ROWS), "it waits")
+        until(lambda: served.figure("loracurve_queue_rows") == 0, "it has left")
     assert served.ask("/predict", {"rows": ROWS[:1]})[0] == 200
     figures = served.ask("/metrics")[1]
-    assert 'loracurve_requests_total{path="/generate",status="499"} 1.0' in figures
+    assert 'loracurve_requests_total{path="/generate",status="499"} 2.0' in figures
     assert 'kind="generated"' not in figures, "its text was not made to the end"
 
 

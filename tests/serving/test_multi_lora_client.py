@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
 from helpers.places import ROOT
+from helpers.waiting import SECONDS
 from transformers import PreTrainedTokenizerFast
 
 from loracurve.inference.prediction import predict_split
@@ -116,10 +118,12 @@ class _Handler(BaseHTTPRequestHandler):
 def running(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -263,10 +267,12 @@ def test_a_server_that_misbehaves_is_told_in_one_line(
 ) -> None:
     server.mood = mood
     server.answered.clear()
-    client = ServedCurve(server.url, exported[1], timeout=0.3 if mood == "slow" else 20)
-    with pytest.raises(UserError, match=message) as said:
-        client.choices("Text: a\nLabel:", [" negative", " positive"])
-    server.answered.set()
+    client = ServedCurve(server.url, exported[1], timeout=0.3 if mood == "slow" else SECONDS)  # it never answers
+    try:
+        with pytest.raises(UserError, match=message) as said:
+            client.choices("Text: a\nLabel:", [" negative", " positive"])
+    finally:
+        server.answered.set()
     assert "\n" not in str(said.value)
     if mood in ("no logprobs", "broken"):
         with pytest.raises(UserError, match="logprobs|status 500"):
@@ -290,8 +296,9 @@ def test_what_is_wrong_before_anything_is_asked(
         ServedCurve(server.url, tmp_path)
     with pytest.raises(UserError, match="at least two different answers"):
         ServedCurve(server.url, exported[1]).choices("a", [" one", " one"])
-    with pytest.raises(UserError, match="expected a server, found none"):
-        ServedCurve("http://127.0.0.1:9", exported[1], timeout=2).next_token("a")
+    with socket.socket() as silent, pytest.raises(UserError, match="expected a server, found none"):
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        ServedCurve(f"http://127.0.0.1:{silent.getsockname()[1]}", exported[1], timeout=SECONDS).next_token("a")
 
 
 def test_many_prompts_are_several_requests(

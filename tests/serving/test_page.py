@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
+from helpers.waiting import SECONDS
 
 from loracurve.runs.run import open_run
 from loracurve.serving.config import ServeConfig
@@ -34,7 +35,7 @@ def served(folder: Path, token: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(SECONDS)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -13,8 +13,8 @@ from loracurve.tasks.task import load_task
 def test_config_errors() -> None:
     for options, said in (
         ({"scoring": "leter"}, "did you mean 'letter'"),
-        ({"scoring": "letter", "limit_train": 0}, "positive number"),
-        ({"scoring": "letter", "validation_fraction": 1.5}, "between 0 and 1"),
+        ({"scoring": "letter", "limit_train": 0}, "limit_train: expected a whole number >= 1, found 0"),
+        ({"scoring": "letter", "validation_fraction": 1.5}, r"validation_fraction: expected a number in \(0, 1\)"),
         ({"scoring": "letter", "prompt": "{text}", "template": "x"}, "found both"),
         ({"scoring": "letter", "answers": ["A"]}, "give prompt too"),
         ({"scoring": "label", "prompt": "{text}", "answers": "no"}, "answers: expected a list with one text"),

@@ -6,10 +6,10 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.made_runs import QUICK, SIZES, base_folder, command, config_file, data_folder, tree_hash
+from helpers.processes import ran
 from safetensors.torch import load_file, save_file
 
 from loracurve.cli import main
+from loracurve.runs.config import load_config
 from loracurve.system.files import read_json
-from loracurve.system.tensors import read_tensors
+from loracurve.training.config import LoopConfig
+from loracurve.training.loop import learning_rate_factor
+from loracurve.training.step import Stepper
 
 
 class World:
@@ -107,17 +111,23 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["fit", "CONFIG", "--out", "OUT", "--curve.degree=1"], "curve.degree: expected at least 2"),
         (["fit", "CONFIG", "--out", "OUT", "--curve.kind=free", "--curve.segments=0"], "segments.*0"),
         (["fit", "CONFIG", "--out", "OUT", "--curve.kind=free", "--adapters=[a,b]"], "set curve.kind to anchored"),
-        (["fit", "CONFIG", "--out", "OUT", "--curve_training.steps=0"], "steps: expected a positive number, found 0"),
-        (["fit", "CONFIG", "--out", "OUT", "--curve_training.points=0"], "points: expected at least 1, found 0"),
+        (
+            ["fit", "CONFIG", "--out", "OUT", "--curve_training.steps=0"],
+            "curve_training.steps: expected a whole number >= 1, found 0",
+        ),
+        (
+            ["fit", "CONFIG", "--out", "OUT", "--curve_training.points=0"],
+            r"points: expected a whole number in \[1, 100000\], found 0",
+        ),
         (["fit", "CONFIG", "--out", "OUT", "--curve_training.objective.weight=0.5"], "objective.weight: expected 0"),
         (
             ["fit", "CONFIG", "--out", "OUT", "--evaluation.points=0", "--anchor_training.steps=1"],
-            "points: expected at least 1, found 0",
+            r"points: expected a whole number in \[1, 100000\], found 0",
         ),
         (["evaluate"], "run"),
         (["evaluate", "RUN", "--point=3"], "unknown option point; did you mean 'points'"),
         (["evaluate", "RUN", "--points=many"], "points.*many"),
-        (["evaluate", "RUN", "--points=0"], "points: expected at least 1, found 0"),
+        (["evaluate", "RUN", "--points=0"], r"points: expected a whole number in \[1, 100000\], found 0"),
         (["evaluate", "RUN", "--weights=likely"], "weights.*likelihood.*likely"),
         (["evaluate", "RUN", "--split=tset"], "no split 'tset'.*did you mean 'test'"),
         (["evaluate", "RUN", "--task=nowhere"], "nowhere"),
@@ -126,8 +136,8 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["export", "RUN", "--out", "OUT", "--t=2"], r"t: expected a number in \[0, 1\], found 2"),
         (["export", "RUN", "--out", "OUT", "--t=0.5", "--points=2"], "expected one of --points, --best and --t"),
         (["export", "RUN", "--out", "OUT", "--best", "--points=2"], "expected one of --points, --best and --t"),
-        (["calibrate", "RUN", "--risk=2"], "risk: expected a number between 0 and 1, found 2"),
-        (["calibrate", "RUN", "--alpha=0"], "alpha: expected a number between 0 and 1, found 0"),
+        (["calibrate", "RUN", "--risk=2"], r"risk: expected a number in \(0, 1\), found 2"),
+        (["calibrate", "RUN", "--alpha=0"], r"alpha: expected a number in \(0, 1\), found 0"),
         (["calibrate", "RUN", "--measure=variance"], "measure.*entropy.*variance"),
         (["predict", "RUN"], "input"),
         (["predict", "RUN", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -143,9 +153,7 @@ def test_options_that_are_wrong(arguments: list[str], message: str, world: World
 
 def test_a_real_process_says_one_line_and_exits_with_2(world: World) -> None:
     missing = world / "missing"
-    done = subprocess.run(
-        [sys.executable, "-m", "loracurve.cli", "evaluate", str(missing)], capture_output=True, text=True
-    )
+    done = ran([sys.executable, "-m", "loracurve.cli", "evaluate", missing])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         f"loracurve: {missing}: expected a run directory with a fitted curve, found none; make one with loracurve fit\n"
@@ -410,7 +418,8 @@ def test_results_are_never_written_over(world: World, refused: Refused) -> None:
         below = refused(*arguments, "--out", file / "below")
         assert "choose another --out" in below and "notes.txt" in below
     assert "notes.txt" in refused("predict", world.run, test, "--out", file / "below")
-    assert "differs from this configuration" in refused(*fit, "--out", world.run, "--resume", "--lora.r=3")
+    said = refused(*fit, "--out", world.run, "--resume", "--lora.r=3")
+    assert "config.yaml: lora.r: expected 2, as it was so far, found 3" in said
 
 
 def test_calibration_needs_rows_and_classes(world: World, refused: Refused) -> None:
@@ -433,25 +442,40 @@ def test_language_modelling_has_no_classes_to_predict(world: World, refused: Ref
 
 
 @pytest.mark.parametrize("part", ["anchor", "curve"])
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(
-    part: str, world: World, refused: Refused
+def test_a_loss_that_is_not_finite_names_the_step_and_a_lower_rate_goes_on(
+    part: str, world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wild = [f"--{part}_training.learning_rate=1e30", f"--{part}_training.max_grad_norm=0"]
-    fit = ["fit", world.config, "--out", world.out, *QUICK, f"--{part}_training.steps=20", *wild]
-    said = refused(*fit)
-    found = re.search(r"the loss is .* at step (\d+); the last good state is in (\S+); lower learning_rate", said)
-    assert found, said
+    steps = [f"--{part}_training.steps=6", f"--{part}_training.checkpoint_every=2"]
+    fit = ["fit", world.config, "--out", world.out, *QUICK, *steps]
     folder = world.out / ("anchors" if part == "anchor" else "training")
-    assert Path(found[2]) == folder
-    state = read_json(folder / "checkpoint.json")
-    assert state["step"] == int(found[1]) - 1
-    tensors = read_tensors(folder / state["tensors"])
-    assert all(torch.isfinite(t).all() for n, t in tensors.items() if n.endswith(("best", "point")))
-    assert not (world.out / "metrics.json").exists() and not (world.out / "curve").exists()
-    # The checkpoint loads: resuming meets the same wall at the same step and loses nothing either.
-    assert f"at step {found[1]};" in refused(*fit, "--resume")
-    again = read_tensors(folder / read_json(folder / "checkpoint.json")["tensors"])
-    assert all(torch.equal(again[n], t) for n, t in tensors.items() if n.endswith(("best", "point")))
+    step = Stepper.__call__
+
+    def run_away(self: Stepper, parts: Any, factor: float) -> Any:
+        result = step(self, parts, factor)
+        return result * math.nan if self.config.eps == 1e-7 and factor == factors[-2] else result
+
+    eps = f"--{part}_training.eps=1e-7"
+    factors = [learning_rate_factor(LoopConfig(steps=6), number) for number in range(6)]
+    kept = f"the last good state, of step 4, is in {folder}; lower learning_rate and go on (fit: --resume)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "__call__", run_away)
+        assert f"the loss is not finite at step 5; {kept}" in refused(*fit, eps)
+        assert read_json(folder / "checkpoint.json")["step"] == 4
+        assert not (world.out / "metrics.json").exists() and not (world.out / "curve").exists()
+        assert "at step 5;" in refused(*fit, eps, "--resume"), "the same wall"
+    rate = f"{part}_training.learning_rate"
+    assert f"{rate}: expected at most 0.01, as it was so far, found 0.02" in refused(
+        *fit, eps, "--resume", f"--{rate}=0.02"
+    )
+    command(*fit, eps, "--resume", f"--{rate}=0.001")
+    change = {"step": 4, "option": rate, "before": 0.01, "now": 0.001, "part": f"{part}_training"}
+    assert read_json(world.out / "metrics.json")["training"]["changes"] == [change]
+    assert getattr(load_config(world.out / "config.yaml"), f"{part}_training").learning_rate == 0.001
+    rates = [entry["learning_rate"] for entry in read_json(folder / "history.json")]
+    assert rates == [f * (0.01 if i < 4 else 0.001) for i, f in enumerate(factors)]
+    finished = "learning_rate: expected 0.001, with which all 6 steps were taken, found 0.0001"
+    assert finished in refused(*fit, eps, "--resume", f"--{rate}=0.0001")
+    assert getattr(load_config(world.out / "config.yaml"), f"{part}_training").learning_rate == 0.001
 
 
 @pytest.mark.parametrize("when", ["checkpoint", "curve", "predictions"])

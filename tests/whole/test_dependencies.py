@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.places import ROOT
+from helpers.processes import ran
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -124,7 +124,7 @@ def test_pins_are_what_is_installed() -> None:
 def test_imports_are_declared_and_what_is_declared_is_imported() -> None:
     pytest.importorskip("deptry")
     command = [sys.executable, "-m", "deptry", "src", "--no-ansi"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = ran(command, cwd=ROOT)
     assert said.returncode == 0, said.stderr
 
 
@@ -135,7 +135,7 @@ def test_the_library_loads_without_its_extras() -> None:
     modules = sorted({m for n, p in optional.items() if n not in needed for m in modules_of(p)})
     assert {"ray", "trl", "fastapi", "ivon"} <= set(modules)
     code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import loracurve.cli, loracurve.training.trainer"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    said = ran([sys.executable, "-c", code])
     assert said.returncode == 0, said.stderr
 
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers.made import made_task, shared_points, vocabulary
 from helpers.made_runs import QUICK, base_folder, config_file, data_folder
+from helpers.processes import ran
 from helpers.ranks import together
 from helpers.tiny import lora_config, random_points, tiny
 from torch import Tensor
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_all(tmp_path: Path) -> None:
 
     def stopped(rank: int) -> str:
         with pytest.raises(UserError) as error:
-            curve(task, CurveSpec(1, 2), False, tmp_path / "run", steps=50, learning_rate=1e300, max_grad_norm=0)
+            curve(task, CurveSpec(1, 2), False, tmp_path / "run", steps=50, learning_rate=1e30, max_grad_norm=0)
         return str(error.value)
 
     first, second = together(stopped, tmp_path / "ranks")
@@ -330,13 +330,8 @@ def test_a_fault_of_one_process_ends_the_launcher(inputs: list[str], tmp_path: P
         "sys.exit(main(['fit', config, *sys.argv[2:]]))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*launch, str(script), *inputs, "--out", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = [*launch, script, *inputs, "--out", tmp_path / "run"]
+    found = ran(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert found.returncode != 0
     said = [line for line in found.stderr.splitlines() if line.startswith("loracurve: ")]
     assert len(said) == 1 and ".missing" in said[0]

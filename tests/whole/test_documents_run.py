@@ -32,7 +32,7 @@ def python_in(document: str) -> list[str]:
 def test_the_suite_of_the_bench_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("sst2", "ag_news"):
-        write_rows(tmp_path / "my-data" / name, {"train": 12, "validation": 8, "test": 8})
+        write_rows(tmp_path / "my-data" / name, {"train": 12, "validation": 8, "test": 8}, start=f"{name} ")
     (block,) = python_in("docs/bench.md")
     short = 'data_folder="my-data", anchors=5, samples=3, training=lc.LoopConfig(steps=2, batch_size=4)'
     exec(block.replace('"my-model"', repr(TINY)).replace('data_folder="my-data"', short), {})

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
+from fuzz.limits import in_time, little_memory, read_or_refused
+from fuzz.mutations import mutated, spoiled
+from fuzz.targets import TARGETS, shared_world
+from helpers.made_runs import command, tree_hash
 from helpers.suites import little
 from helpers.tiny import tiny
 from helpers.tokenizers_made import qwen_style
@@ -32,11 +30,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from loracurve.baselines.single import Single
-from loracurve.bench.config import slug
+from loracurve.bench.config import SuiteTask, slug
 from loracurve.bench.runner import run_suite
-from loracurve.bench.store import read_predictions, record_of
-from loracurve.bench.suite import cells_of, load_suite
-from loracurve.bench.tables.write import write_tables
+from loracurve.bench.store import read_predictions
+from loracurve.bench.suite import load_suite
 from loracurve.cli import main
 from loracurve.curve.files import load_adapter, load_curve
 from loracurve.model.base_model import load_base
@@ -44,18 +41,16 @@ from loracurve.model.config import ModelConfig
 from loracurve.model.curve_model import CurveModel
 from loracurve.runs.config import load_config
 from loracurve.runs.identity import IDENTITY, read_identity
-from loracurve.runs.predict import read_calibration
 from loracurve.runs.run import open_run
-from loracurve.serving.multi_lora_client import ServedCurve
 from loracurve.system import consent
-from loracurve.system.errors import UserError, one_line
+from loracurve.system.errors import UserError
 from loracurve.system.files import read_json
 from loracurve.system.tables import read_table
 from loracurve.system.tensors import read_tensors
 from loracurve.tasks.classes import RecordedTask
 from loracurve.tasks.dataset import read_dataset, read_rows
 from loracurve.tasks.task import settled_dataset
-from loracurve.training.checkpoint import LoopState, load_checkpoint
+from loracurve.training.checkpoint import checksum
 
 FUZZ = settings(
     max_examples=100,
@@ -64,121 +59,18 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-SCALARS = st.sampled_from(
-    [
-        None,
-        True,
-        -1,
-        0,
-        7,
-        2**31,
-        2**63,
-        10**30,
-        -0.5,
-        1e308,
-        "",
-        "x",
-        "../../x",
-        "/etc/passwd",
-        "a\0b",
-        "\ud800",
-        "\x1b[2J",
-    ]
-)
-VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.sampled_from(["a", "r", ".."]), SCALARS))
+DRAWS = st.randoms(use_true_random=False)
 
 
 @pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """2 GiB more than now at most: what takes more raises MemoryError, which no test allows."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@contextlib.contextmanager
-def in_time(seconds: float = 10) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
+def within_limits() -> Iterator[None]:
+    with little_memory():
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def read_or_refused(read: Callable[[], object]) -> str | None:
-    """What a UserError says, as the command line prints it; None where the file was read. Other errors are faults."""
-    with in_time(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            read()
-        except UserError as error:
-            said = one_line(error)
-            assert said and said.isprintable() and len(said) <= 600
-            return said
-    return None
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(p for k, v in inner for p in places(v, (*path, k)))]
-
-
-@st.composite
-def mutated(draw: st.DrawFn, original: Any) -> Any:
-    """JSON with some of its values replaced, taken out, or joined by others."""
-    value = copy.deepcopy(original)
-    for _ in range(draw(st.integers(1, 2))):
-        path = draw(st.sampled_from(places(value)))
-        if not path:
-            value = draw(VALUES) if draw(st.integers(0, 9)) == 0 else value
-            continue
-        *way, last = path
-        holder = value
-        for key in way:
-            holder = holder[key]
-        if draw(st.integers(0, 3)) == 0:
-            del holder[last]
-        else:
-            holder[last] = draw(VALUES)
-    return value
-
-
-def spoiled(content: bytes, draw: random.Random) -> bytes:
-    """Bytes changed, cut off or doubled."""
-    out = bytearray(content)
-    kind = draw.randrange(4)
-    if kind == 0:
-        return bytes(out[: draw.randrange(len(out))])
-    if kind == 1:
-        start = draw.randrange(len(out))
-        return bytes(out[:start] + out[start // 2 :])
-    for _ in range(draw.randint(1, 8)):
-        # Headers stand in front and footers at the end.
-        where = draw.choice(
-            [draw.randrange(min(64, len(out))), draw.randrange(len(out)), -draw.randint(1, min(64, len(out)))]
-        )
-        out[where] = draw.randrange(256)
-    return bytes(out)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, data, config.yaml, run (calibrated) and bench in one folder."""
-    folder = tmp_path_factory.mktemp("hostile")
-    base, data = base_folder(folder / "base", "qwen2"), data_folder(folder / "data", "letter")
-    config_file(folder / "config.yaml", base, data, "letter")
-    command("fit", folder / "config.yaml", "--out", folder / "run", *QUICK)
-    command("calibrate", folder / "run")
-    suite = little(folder / "sets", methods={"one": Single()})
-    run_suite(suite, folder / "bench", jobs=1, say=lambda _: None)
-    return folder
+def made() -> Path:
+    return shared_world()
 
 
 @pytest.fixture
@@ -199,8 +91,9 @@ def test_curve_configs(world: Path) -> None:
     outcomes = set()
 
     @settings(FUZZ, max_examples=40)
-    @given(mutated(original))
-    def check(value: Any) -> None:
+    @given(DRAWS)
+    def check(draw: random.Random) -> None:
+        value = mutated(original, draw)
         file.write_text(json.dumps(value))
         outcomes.add(read_or_refused(lambda: curve_model(folder)) is None)
 
@@ -231,8 +124,9 @@ def test_identities(world: Path) -> None:
     outcomes = set()
 
     @FUZZ
-    @given(mutated(original))
-    def check(value: Any) -> None:
+    @given(DRAWS)
+    def check(draw: random.Random) -> None:
+        value = mutated(original, draw)
         file.write_text(json.dumps(value))
         outcomes.add(read_or_refused(load) is None)
 
@@ -255,8 +149,9 @@ def test_adapter_configs(world: Path) -> None:
     assert read_or_refused(load) is None
 
     @FUZZ
-    @given(mutated(original))
-    def check(value: Any) -> None:
+    @given(DRAWS)
+    def check(draw: random.Random) -> None:
+        value = mutated(original, draw)
         file.write_text(json.dumps(value))
         read_or_refused(load)
 
@@ -315,8 +210,9 @@ def test_rows_and_their_description(world: Path) -> None:
     about = json.loads(meta.read_text())
 
     @FUZZ
-    @given(mutated(json.loads(lines[3])))
-    def check_row(value: Any) -> None:
+    @given(DRAWS)
+    def check_row(draw: random.Random) -> None:
+        value = mutated(json.loads(lines[3]), draw)
         file.write_text(
             "\n".join([*lines[:3], json.dumps(value), *lines[4:]]), encoding="utf-8", errors="surrogatepass"
         )
@@ -340,8 +236,9 @@ def test_rows_and_their_description(world: Path) -> None:
     file.write_text("\n".join(lines))
 
     @FUZZ
-    @given(mutated(about))
-    def check_meta(value: Any) -> None:
+    @given(DRAWS)
+    def check_meta(draw: random.Random) -> None:
+        value = mutated(about, draw)
         meta.write_text(json.dumps(value))
         read_or_refused(lambda: read_dataset(world / "data"))
 
@@ -353,8 +250,9 @@ def test_configs(world: Path, tmp_path: Path) -> None:
     original = yaml.safe_load(file.read_text())
 
     @settings(FUZZ, max_examples=25)
-    @given(mutated(original))
-    def check(value: Any) -> None:
+    @given(DRAWS)
+    def check(draw: random.Random) -> None:
+        value = mutated(original, draw)
         file.write_text(json.dumps(value))
         read_or_refused(lambda: load_config(file))
 
@@ -422,45 +320,18 @@ def test_reasonable_aliases_stay(made: Path, tmp_path: Path) -> None:
     assert (config.anchor_training.steps, config.curve_training.steps) == (7, 7)
 
 
-def json_of(world: Path, what: str) -> tuple[Path, Callable[[], object]]:
-    """A JSON file and what reads it."""
-    if what == "calibration":
-        return world / "run" / "calibration.json", lambda: read_calibration(world / "run")
-    if what == "index":
-        index = world / "index.json"
-        index.write_text(json.dumps([{"folder": f"point-{i}", "t": i / 1, "weight": 0.5} for i in (0, 1)]))
-        return index, lambda: ServedCurve("http://localhost:1", index)
-    if what == "cell":
-        suite = little(world / "sets", methods={"one": Single()})
-        cell = cells_of(suite)[0]
-
-        def tables() -> None:
-            if record_of(suite, cell, world / "bench") is not None:
-                write_tables(suite, world / "bench")
-
-        return cell.folder(world / "bench") / "cell.json", tables
-    folder = world / "run" / "training"
-    points = [p for p in read_tensors(next(folder.glob("checkpoint-*"))).items() if p[0].endswith(".point")]
-    factors = [torch.zeros_like(p).requires_grad_() for _, p in sorted(points, key=lambda p: int(p[0].split(".")[0]))]
-
-    def load() -> None:
-        optimizer = torch.optim.AdamW(factors)
-        state = LoopState(0, [p.detach().clone() for p in factors], [0.0], [0], [0], [])
-        load_checkpoint(folder, factors, optimizer, state)
-
-    return folder / "checkpoint.json", load
-
-
 @pytest.mark.parametrize("what", ["calibration", "index", "checkpoint", "cell"])
 def test_json_files(what: str, world: Path) -> None:
-    file, read = json_of(world, what)
+    target = TARGETS[what](world)
+    file, read = target.file, target.read
     text = file.read_text()
     assert read_or_refused(read) is None
     outside = tree_hash(world / "base")
 
     @settings(FUZZ, max_examples=20 if what == "cell" else 100)
-    @given(mutated(json.loads(text)))
-    def check(value: Any) -> None:
+    @given(DRAWS)
+    def check(draw: random.Random) -> None:
+        value = mutated(json.loads(text), draw)
         file.write_text(json.dumps(value))
         read_or_refused(read)
 
@@ -486,12 +357,13 @@ def test_json_files(what: str, world: Path) -> None:
 
 
 def test_checkpoints_read_nothing_outside_their_folder(world: Path) -> None:
-    file, read = json_of(world, "checkpoint")
-    values = json.loads(file.read_text())
-    shutil.copy(file.parent / values["tensors"], world / values["tensors"])
+    target = TARGETS["checkpoint"](world)
+    values = json.loads(target.file.read_text())
+    shutil.copy(target.file.parent / values["tensors"], world / values["tensors"])
     for name in (f"../../{values['tensors']}", str(world / values["tensors"]), "", ".", 7):
-        file.write_text(json.dumps(values | {"tensors": name}))
-        assert "does not fit this run" in str(read_or_refused(read))
+        other = values | {"tensors": name}
+        target.file.write_text(json.dumps(other | {"sha256": checksum(other)}))
+        assert f"with tensors {name!r}" in str(read_or_refused(target.read))
 
 
 def test_tables(world: Path) -> None:
@@ -513,6 +385,7 @@ def test_tables(world: Path) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.json", "environment.json", "config.yaml", "predictions.parquet"])
 def test_reports_of_spoiled_runs(name: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(world / "run" / "scan")  # whose figures take long
     file = world / "run" / name
     content, draw = file.read_bytes(), random.Random(5)
     bad = [b"[]", b"{}", spoiled(content, draw)]
@@ -532,7 +405,8 @@ def test_names_of_tasks_and_methods_stay_inside_the_suite(tmp_path: Path) -> Non
         part = slug(name)
         assert part not in ("", ".", "..") and "/" not in part and "\0" not in part and len(part) < 200
     assert slug("anchored, flat and JSD") == "anchored_flat_and_JSD" and slug("mmlu.v2") == "mmlu.v2"
-    suite = little(tmp_path / "sets", methods={"../../../up": Single(), "..": Single(keep="last")})
+    made = {"made": SuiteTask(scoring="label")}
+    suite = little(tmp_path / "sets", tasks=made, methods={"../../../up": Single(), "..": Single(keep="last")})
     before = tree_hash(tmp_path / "sets")
     run_suite(suite, tmp_path / "out", jobs=1, say=lambda _: None)
     assert {p.name for p in tmp_path.iterdir()} == {"sets", "out"} and tree_hash(tmp_path / "sets") == before

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of training, saving and bench: what is left always goes on to the same bits."""
+"""kill -9 at random events of training, saving and bench: what is left always goes on to the same bits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from helpers.kills import calls_of, ended, finished, forked, killed
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
 from helpers.suites import bytes_of, little
 from helpers.waiting import until
@@ -38,42 +37,6 @@ from loracurve.training.config import LoopConfig
 
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 OFTEN = ["--anchor_training.checkpoint_every=1", "--curve_training.checkpoint_every=1"]
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Do `work` in a child of this process, which has imported everything already; its process number."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    with contextlib.suppress(BaseException):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        torch.set_num_threads(1)
-        work()
-        code = 0
-    os._exit(code)
-
-
-def killed(work: Callable[[], object], delay: float) -> bool:
-    """Do `work` in a child and kill -9 that after `delay` seconds; whether it had not ended by itself."""
-    child = forked(work)
-    end = time.monotonic() + delay
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0, "what was left could not be gone on with"
-            return False
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-
-
-def finished(work: Callable[[], object]) -> None:
-    _, status = os.waitpid(forked(work), 0)
-    assert os.waitstatus_to_exitcode(status) == 0, "what was left could not be gone on with"
 
 
 def whole_files_only(folder: Path) -> None:
@@ -96,14 +59,11 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def run(fit: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """An uninterrupted run, and the seconds that it takes."""
+def run(fit: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """An uninterrupted run, and how often one calls the storage."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    command(*fit(out))  # the first one also fills caches
-    again = out.with_name("again")
-    started = time.monotonic()
-    finished(lambda: command(*fit(again)))
-    return out, time.monotonic() - started
+    command(*fit(out))
+    return out, calls_of(lambda: command(*fit(out.with_name("again"))))
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -119,66 +79,39 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def kill_until(
-    kills: int, seconds: float, seed: int, work: Callable[[Path], object], check: Callable[[Path], None], folder: Path
+    kills: int, calls: int, seed: int, work: Callable[[Path], object], check: Callable[[Path], None], folder: Path
 ) -> None:
-    """Kill `work` `kills` times; whenever it ends before, `check` what it made and begin anew; at last let it end."""
+    """Kill `work` `kills` times, each at one of `calls` calls of the storage; whenever it ends before, `check` what it
+    made and begin anew; at last let it end."""
     draw, attempt = random.Random(seed), 0
     while kills:
         out = folder / str(attempt)
-        if killed(lambda: work(out), draw.uniform(0.02, seconds)):  # noqa: B023
+        if killed(lambda: work(out), draw.randint(1, calls)):  # noqa: B023
             kills -= 1
             if out.is_dir():
                 whole_files_only(out)
         else:
             check(out)
             attempt += 1
-            assert attempt < 20, "it is always faster than the kill"
     finished(lambda: work(out))
     check(out)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "kills", "part"), [(0, 5, 1), (1, 8, 8)])
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(
-    seed: int, run: tuple[Path, float], fit: Callable[[Path], list[str]], tmp_path: Path
+    seed: int, kills: int, part: int, run: tuple[Path, int], fit: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
-    whole, seconds = run
+    """Anywhere in what is left of a run, and again and again before much was done."""
+    whole, calls = run
 
     def check(out: Path) -> None:
         assert results(out) == results(whole)
 
-    kill_until(4, seconds, seed, lambda out: command(*fit(out)), check, tmp_path)
-
-
-def test_a_run_killed_within_its_writes_goes_on_to_the_same_bits(
-    run: tuple[Path, float], fit: Callable[[Path], list[str]], tmp_path: Path
-) -> None:
-    draw, out = random.Random(0), tmp_path / "run"
-    calls = {"fsync": os.fsync, "replace": os.replace, "open": os.open, "unlink": os.unlink}
-
-    def work(left: int) -> None:
-        """A fit that kills itself at its `left`-th call of the storage to the operating system."""
-
-        def dying(name: str, *arguments: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return calls[name](*arguments, **options)
-
-        for name in calls:
-            setattr(files.os, name, partial(dying, name))
-        command(*fit(out))
-
-    for _ in range(6):
-        _, status = os.waitpid(forked(lambda: work(draw.randint(1, 40))), 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-        whole_files_only(out)
-    finished(lambda: command(*fit(out)))
-    assert results(out) == results(run[0])
+    kill_until(kills, calls // part, seed, lambda out: command(*fit(out)), check, tmp_path)
 
 
 def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
-    """One step after the other is saved, as fast as it goes; every kill leaves one of them, whole."""
+    """One step after the other is saved; every kill leaves one of them, whole."""
     factors = [torch.zeros(3, 200, 200, requires_grad=True)]
     optimizer = torch.optim.AdamW(factors, lr=1.0, weight_decay=0.0)
     factors[0].grad = torch.ones_like(factors[0])
@@ -187,8 +120,8 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     def state() -> LoopState:
         return LoopState(0, [torch.zeros_like(factors[0])], [math.inf], [0], [0], [])
 
-    def save(start: int) -> None:
-        for step in range(start, start + 10_000):
+    def save(folder: Path, start: int, stop: int) -> None:
+        for step in range(start, stop):
             with torch.no_grad():
                 factors[0].fill_(step)
                 optimizer.state[factors[0]]["exp_avg"].fill_(step)
@@ -200,30 +133,24 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
                 [0],
                 [{"step": i + 1, "nll": 0.5} for i in range(step)],
             )
-            save_checkpoint(tmp_path, factors, optimizer, done)
+            save_checkpoint(folder, factors, optimizer, done)
 
-    draw, reached = random.Random(0), 1
-    save_checkpoint(
-        tmp_path, factors, optimizer, LoopState(1, [factors[0].clone()], [1.0], [1], [0], [{"step": 1, "nll": 0.5}])
-    )
-    for _ in range(15):
-        child, next_ones = forked(lambda: save(reached)), reached + draw.randint(1, 5)  # noqa: B023
-        saved = lambda: max((int(p.stem.split("-")[1]) for p in tmp_path.glob("checkpoint-*")), default=0)  # noqa: E731
-        until(lambda: saved() >= next_ones, "some were saved")  # noqa: B023
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    draw, reached, folder = random.Random(0), 1, tmp_path / "kept"
+    calls = calls_of(lambda: save(tmp_path / "counted", 1, 6))
+    save(folder, 1, 2)
+    for _ in range(25):
+        assert killed(lambda: save(folder, reached, reached + 7), draw.randint(1, calls))  # noqa: B023
         found = state()
-        load_checkpoint(tmp_path, factors, optimizer, found)
+        load_checkpoint(folder, factors, optimizer, found)
         assert found.step >= reached
-        assert [p.name for p in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{found.step}.safetensors"]
-        if found.step > reached:
-            for tensor in (factors[0], found.best[0], optimizer.state[factors[0]]["exp_avg"]):
-                assert bool((tensor == found.step).all())
-            assert found.best_nll == [float(found.step)] and len(found.history) == found.step
+        assert [p.name for p in folder.glob("checkpoint-*")] == [f"checkpoint-{found.step}.safetensors"]
+        for tensor in (factors[0], found.best[0], optimizer.state[factors[0]]["exp_avg"]):
+            assert bool((tensor == found.step).all())
+        assert found.best_nll == [float(found.step)] and len(found.history) == found.step
         reached = found.step
-    assert reached > 15, "many were saved between the kills"
-    with locked(tmp_path):
-        assert not list(tmp_path.glob(".*.tmp"))
+    assert reached > 25, "many were saved between the kills"
+    with locked(folder):
+        assert not list(folder.glob(".*.tmp"))
 
 
 def test_a_suite_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -233,17 +160,14 @@ def test_a_suite_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Pa
         run_suite(suite, out, jobs=1, say=QUIET)
         write_tables(suite, out)
 
-    work(tmp_path / "whole")
-    started = time.monotonic()
-    finished(lambda: work(tmp_path / "again"))
-    seconds = time.monotonic() - started
+    calls = calls_of(lambda: work(tmp_path / "whole"))
     expected = bytes_of(tmp_path / "whole")
 
     def check(out: Path) -> None:
         assert bytes_of(out) == expected
         assert not list(out.rglob("work-*")), "checkpoints of what is done are gone"
 
-    kill_until(4, seconds, 0, work, check, tmp_path / "killed")
+    kill_until(4, calls, 0, work, check, tmp_path / "killed")
 
 
 def test_leftovers_beside_done_cells_are_removed(tmp_path: Path) -> None:
@@ -270,14 +194,16 @@ def held(folder: Path) -> Iterator[int]:
 
     child = forked(hold)
     lock = folder / LOCK
-    until(lambda: lock.exists() and lock.read_text() == f"{child}\n", "the other process has the lock")
-    yield child
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        until(lambda: lock.exists() and lock.read_text() == f"{child}\n", "the other process has the lock")
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
 
 
 def test_a_second_process_is_kept_out_and_a_killed_one_is_not_in_the_way(
-    run: tuple[Path, float], fit: Callable[[Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, int], fit: Callable[[Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Path(shutil.copytree(run[0], tmp_path / "run"))
     suite = little(tmp_path)
@@ -314,7 +240,7 @@ def test_a_fresh_run_may_begin_where_one_was_killed_at_once(fit: Callable[[Path]
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
 def test_disks_that_are_full_or_read_only_cost_one_line(
     fault: int,
-    run: tuple[Path, float],
+    run: tuple[Path, int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

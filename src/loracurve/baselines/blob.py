@@ -23,6 +23,7 @@ from loracurve.baselines.method import Fitted, Setting, fit_notes, from_adapters
 from loracurve.baselines.single_adapter_loop import AdamW, NllAt, OneAdapter, fresh_adapter, train
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import Positive, check_ranges
 from loracurve.training.config import LoopConfig
 
 __all__ = ["BLoB", "divergence_weight", "gaussian_divergence"]
@@ -49,11 +50,11 @@ def divergence_weight(step: int, batches: int, reweighted: bool) -> float:
 class BLoB:
     """A Gaussian over the entries of A, trained by backpropagation through its samples."""
 
-    prior_std: float = 0.2
+    prior_std: Positive = 0.2
     """Standard deviation of the prior of each entry of A."""
-    initial: float = 0.05
+    initial: Positive = 0.05
     """G starts uniformly between `initial` / sqrt(2) and `initial`; the standard deviation is its square."""
-    divergence_rate: float = 0.02
+    divergence_rate: Positive = 0.02
     """Peak rate of gradient descent on the divergence; follows the schedule of the learning rate."""
     reweighted: bool = True
     """Weigh the divergence by 2^i for the i-th batch of an epoch instead of equally."""
@@ -61,9 +62,7 @@ class BLoB:
     """Average over samples of A, or take its mean (one forward pass)."""
 
     def __post_init__(self) -> None:
-        for name in ("prior_std", "initial", "divergence_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        check_ranges(self)
         if self.predict not in ("samples", "mean"):
             raise UserError(f"predict: expected samples or mean, found {self.predict!r}")
 

@@ -12,6 +12,7 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.inference.config import EvaluationConfig, TunnelConfig
 from loracurve.inference.model_average import average_of
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.ranges import NonNegative, Positive, check_ranges
 from loracurve.training.config import FitConfig, LoopConfig
 from loracurve.training.fit import fit
 
@@ -28,13 +29,13 @@ class Curve:
     curve: CurveConfig = field(default_factory=CurveConfig)
     training: dict[str, Any] = field(default_factory=dict)
     """Options of the curve's training (those of `FitConfig`) that differ from one fine-tune's."""
-    units: float | None = None
+    units: Positive | None = None
     """The curve's own training in units of one fine-tune; sets training.steps."""
     quadrature: Rule = "uniform"
     """uniform, gauss-legendre or monte-carlo points."""
     weights: Literal["uniform", "arc-length", "likelihood"] = "uniform"
     """Weights of the points."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """T of the likelihood weights; 0: fitted to the validation NLL of the average."""
     inference: Literal["curve", "tunnel"] = "curve"
     """curve: average points of the curve. tunnel: as many posterior samples in a tube around it."""
@@ -42,9 +43,10 @@ class Curve:
     """The tube and its sampler."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         with_changes(FitConfig(steps=10**6), self.training, "training")  # a suite's own steps are not known yet
-        if self.units is not None and (self.units <= 0 or "steps" in self.training):
-            raise UserError("units: expected a positive number and no training.steps, which it sets; leave one out")
+        if self.units is not None and "steps" in self.training:
+            raise UserError("units: expected no training.steps, which it sets; leave one out")
 
     def fit(self, setting: Setting) -> Fitted:
         """Train the curve; raises UserError for options that do not go together or suit the curve."""

@@ -11,6 +11,7 @@ from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
 from loracurve.inference.information import mixture_log_probs
 from loracurve.inference.prediction import point_nll
 from loracurve.system.errors import UserError
+from loracurve.system.ranges import Positive, Slots, check_ranges
 
 __all__ = ["ConvexMix", "Ensemble", "LongerEnsemble", "mixture_weights"]
 
@@ -19,8 +20,11 @@ __all__ = ["ConvexMix", "Ensemble", "LongerEnsemble", "mixture_weights"]
 class Ensemble:
     """The average of the first anchors' probabilities."""
 
-    members: int = 3
+    members: Slots = 3
     """Number of anchors."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def fit(self, setting: Setting) -> Fitted:
         return from_adapters(setting, setting.first(self.members), float(self.members))
@@ -30,12 +34,13 @@ class Ensemble:
 class LongerEnsemble:
     """An ensemble whose members share a larger budget: the control for a curve's extra steps."""
 
-    members: int = 3
+    members: Slots = 3
     """Number of adapters."""
-    units: float = 5.0
+    units: Positive = 5.0
     """Training of all members together, in units of one fine-tune."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.units < self.members:
             raise UserError(f"units: expected at least one for each of {self.members} members, found {self.units}")
 
@@ -48,8 +53,11 @@ class LongerEnsemble:
 class ConvexMix:
     """The convex mix of the anchors' probabilities of the lowest validation NLL."""
 
-    members: int = 3
+    members: Slots = 3
     """Number of anchors."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def fit(self, setting: Setting) -> Fitted:
         anchors = setting.first(self.members)

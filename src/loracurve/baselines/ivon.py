@@ -16,6 +16,7 @@ from loracurve.baselines.method import Fitted, Setting, fit_notes, from_adapters
 from loracurve.baselines.single_adapter_loop import NllAt, OneAdapter, fresh_adapter, train
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import stream_seed
+from loracurve.system.ranges import Count, NonNegative, PartBelowOne, Positive, check_ranges
 
 __all__ = ["IVON"]
 
@@ -27,27 +28,25 @@ RATE = 0.3  # At 1 a small model does not leave the majority class on some tasks
 class IVON:
     """A diagonal Gaussian over all weights of an adapter, trained by IVON."""
 
-    learning_rate: float = 0.0
+    learning_rate: NonNegative = 0.0
     """Peak learning rate; follows the schedule of the fine-tune. 0: `RATE` times the fine-tune's own divided by
     `clip_radius`, so that the longest steps are 0.3 times as long (they take 3e-5 beside AdamW's 5e-5)."""
-    effective_samples: float = 1e7
+    effective_samples: Positive = 1e7
     """Effective sample size: the posterior's precision is this times (Hessian + weight_decay). Far above the number of
     examples: a cold posterior. They take 1e6 to 1e8 by task."""
-    hessian: float = 3e-4
+    hessian: Positive = 3e-4
     """Start of the diagonal Hessian; they take 3e-4 or 1e-3 by task."""
-    betas: tuple[float, float] = (0.9, 0.99999)
+    betas: tuple[PartBelowOne, PartBelowOne] = (0.9, 0.99999)
     """Decay rates of gradient and Hessian averages."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Precision of the prior, divided by the effective sample size."""
-    clip_radius: float = 1e-3
+    clip_radius: Positive = 1e-3
     """A weight moves by at most the learning rate times this in a step."""
-    passes: int = 1
+    passes: Count = 1
     """Weight samples, and so forward-backward passes, in a training step."""
 
     def __post_init__(self) -> None:
-        for name in ("effective_samples", "hessian", "clip_radius", "passes"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        check_ranges(self)
 
     def fit(self, setting: Setting) -> Fitted:
         """Train one adapter from scratch; raises UserError where ivon-opt is not installed."""

@@ -24,6 +24,7 @@ from loracurve.baselines.peft_model import AnswerHead, ClassLogits
 from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import Amount, NonNegative, check_ranges
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["INSTALL", "Laplace"]
@@ -39,22 +40,21 @@ INSTALL = (
 class Laplace:
     """A Gaussian around one anchor with Kronecker-factored curvature."""
 
-    anchor: int = 0
+    anchor: Amount = 0
     """Number of the anchor."""
     weights: Literal["all", "last_layer"] = "all"
     """all: every LoRA weight. last_layer: the last linear map (of a head, the answer tokens' rows)."""
     predict: Literal["mc", "probit", "bridge"] = "mc"
     """From the linearised model's Gaussian logits to probabilities: samples, or one of two closed-form approximations,
     which give no spread between samples."""
-    prior_precision: float = 0.0
+    prior_precision: NonNegative = 0.0
     """Precision of the prior of each weight. 0: the marginal likelihood of the training data chooses it."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name, valid in (("weights", ("all", "last_layer")), ("predict", ("mc", "probit", "bridge"))):
             if getattr(self, name) not in valid:
                 raise UserError(f"{name}: expected one of {', '.join(valid)}, found {getattr(self, name)!r}")
-        if not self.prior_precision >= 0:
-            raise UserError(f"prior_precision: expected a number of at least 0, found {self.prior_precision}")
 
     def fit(self, setting: Setting) -> Fitted:
         """Compute the curvature; raises UserError where laplace-torch is missing or the scoring has no class logits."""

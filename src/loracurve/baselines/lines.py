@@ -14,6 +14,7 @@ from loracurve.landscape.config import PathName
 from loracurve.landscape.paths import Path, anchor_paths
 from loracurve.landscape.scan import lay_out, predict_merged
 from loracurve.system.errors import UserError
+from loracurve.system.ranges import Slots, check_ranges
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["Line"]
@@ -26,10 +27,11 @@ class Line:
     path: PathName = "straight"
     """straight: A and B as trained; balanced, procrustes, balanced+procrustes: aligned first; delta_w: the products;
     norm_matched: straight, each update rescaled to the norm between the ends'."""
-    anchors: int = 3
+    anchors: Slots = 3
     """Number of anchors."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.path == "curve":
             raise UserError("path: expected an untrained path, found curve; use the method curve")
 

@@ -19,8 +19,8 @@ from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.layers import CurveLinear
-from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import OpenShare, check_ranges
 
 __all__ = ["MCDropout", "masked_adapters"]
 
@@ -29,12 +29,11 @@ __all__ = ["MCDropout", "masked_adapters"]
 class MCDropout:
     """One adapter trained with dropout, averaged over dropout masks."""
 
-    dropout: float = 0.1
+    dropout: OpenShare = 0.1
     """Probability that an input feature of an adapter is dropped, while training and at test."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.dropout < 1:
-            raise UserError(f"dropout: expected a probability between 0 and 1, found {self.dropout}; try 0.1")
+        check_ranges(self)
 
     def fit(self, setting: Setting) -> Fitted:
         """Train one adapter with dropout from scratch."""

@@ -6,6 +6,7 @@ the method differs. Most of them end as a set of adapters, which run side by sid
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from loracurve.training.config import LoopConfig
 from loracurve.training.fit import fit_anchors
 from loracurve.training.loop import FitResult
 
-__all__ = ["Fitted", "Method", "Setting", "along_curve", "fine_tune", "fit_notes", "from_adapters"]
+__all__ = ["Along", "Fitted", "Method", "Setting", "Shelf", "along_curve", "fine_tune", "fit_notes", "from_adapters"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Setting:
     """for checkpoints of a method's own training, which then goes on where it was cut off; None: keep none"""
     progress: bool = False
     """show a bar while training"""
+    shelf: Shelf = field(default_factory=lambda: Shelf())
+    """methods of this task and seed that were fitted before"""
 
     @property
     def unit(self) -> int:
@@ -62,6 +65,45 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Along:
+    """Points of a curve, or adapters as slots, that are averaged."""
+
+    spec: CurveSpec
+    points: ControlPoints
+    t: Tensor
+    """[n], or coefficients [n, K] of points off the curve"""
+    weights: Tensor | None
+    """[n]; equal if None"""
+
+    def put_into(self, model: CurveModel) -> None:
+        """Put the curve into the model, once: captured graphs go with it."""
+        if model.spec is not self.spec:
+            model.set_curve(self.spec, self.points)
+
+
+class Shelf:
+    """Methods of one task and seed by their options, so that what is built on one does not fit it again."""
+
+    def __init__(self) -> None:
+        self.saved = 0.0
+        """seconds of fitting that were not spent again"""
+        self._fitted: dict[str, tuple[Fitted, float]] = {}
+
+    def fit(self, method: Method, setting: Setting) -> Fitted:
+        """`method.fit(setting)`, kept if it is an average of points."""
+        key = repr(method)
+        if key in self._fitted:
+            fitted, seconds = self._fitted[key]
+            self.saved += seconds
+            return fitted
+        started = time.perf_counter()
+        fitted = method.fit(setting)
+        if fitted.along is not None:
+            self._fitted[key] = fitted, time.perf_counter() - started
+        return fitted
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A fitted method."""
 
@@ -73,6 +115,8 @@ class Fitted:
     """training in units of one fine-tune: examples x forward-backward passes"""
     notes: dict[str, Any] = field(default_factory=dict)
     """what the fit found, for the record; JSON-able"""
+    along: Along | None = None
+    """the points that it averages, if it is an average of points"""
 
 
 class Method(Protocol):
@@ -105,12 +149,13 @@ def along_curve(
 ) -> Fitted:
     """The average of the points t [n] of a curve, with `weights` [n] (equal if None)."""
 
+    along = Along(spec, points, t, weights)
+
     def predict(encoded: Encoded) -> Predictive:
-        if setting.model.spec is not spec:  # captured graphs go with the curve: it is put in once
-            setting.model.set_curve(spec, points)
+        along.put_into(setting.model)
         return predict_split(setting.model, encoded, t, weights)
 
-    return Fitted(predict, len(t), cost, notes or {})
+    return Fitted(predict, len(t), cost, notes or {}, along)
 
 
 def fine_tune(setting: Setting, training: LoopConfig, adapters: int = 1) -> Fitted:

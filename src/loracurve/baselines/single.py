@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loracurve.baselines.method import Fitted, Setting, fine_tune, from_adapters
+from loracurve.system.ranges import NonNegative, check_ranges
 
 __all__ = ["Single"]
 
@@ -16,8 +17,11 @@ class Single:
 
     keep: Literal["best", "last"] = "best"
     """best: early stopping at the best validation NLL; last: the last step."""
-    weight_decay: float | None = None
+    weight_decay: NonNegative | None = None
     """Decoupled weight decay; the maximum a posteriori under a Gaussian prior. Default: the anchors'."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def fit(self, setting: Setting) -> Fitted:
         decay = setting.training.weight_decay if self.weight_decay is None else self.weight_decay

@@ -19,6 +19,7 @@ from loracurve.baselines.method import Fitted, Setting, from_adapters
 from loracurve.baselines.single_adapter_loop import AdamW, NllAt, OneAdapter, train
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import Amount, Count, Positive, Rank, check_ranges
 from loracurve.training.config import LoopConfig
 
 __all__ = ["SWAG", "Iterates"]
@@ -99,26 +100,25 @@ class _Collecting:
 class SWAG:
     """Stochastic weight averaging with a diagonal plus low-rank Gaussian, around one anchor."""
 
-    anchor: int = 0
+    anchor: Amount = 0
     """Number of the anchor that training goes on from."""
-    steps: int = 0
+    steps: Amount = 0
     """Steps of further training; 0: as many as a fine-tune has."""
-    rate: float = 0.5
+    rate: Positive = 0.5
     """Constant learning rate, as a multiple of the fine-tune's peak."""
-    collect: int = 20
+    collect: Count = 20
     """Iterates that are collected, evenly over the steps."""
-    rank: int = 10
+    rank: Rank = 10
     """Deviations kept for the low-rank part."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Factor on the covariance."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.rank < 2 or self.collect < self.rank:
             raise UserError(
                 f"rank, collect: expected 2 <= rank <= collect, found {self.rank} and {self.collect}; collect more"
             )
-        if not self.rate > 0 or not self.scale > 0:
-            raise UserError(f"rate, scale: expected positive numbers, found {self.rate} and {self.scale}")
 
     def fit(self, setting: Setting) -> Fitted:
         """Go on training from an anchor; raises UserError for an anchor that is not there or too few steps."""

@@ -20,7 +20,7 @@ class TemperatureScaled:
     """The method, with its options."""
 
     def fit(self, setting: Setting) -> Fitted:
-        fitted = self.of.fit(setting)
+        fitted = setting.shelf.fit(self.of, setting)
         validation = setting.task.encode("validation")
         temperature = fit_temperature(fitted.predict(validation).log_probs, validation.labels)
 

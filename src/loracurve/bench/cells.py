@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from loracurve.baselines.curve import Curve
-from loracurve.baselines.method import Fitted, Setting
+from loracurve.baselines.method import Fitted, Setting, Shelf
 from loracurve.bench.anchor_scan import along_curve, scan_anchors
 from loracurve.bench.config import LANDSCAPE, SuiteConfig
 from loracurve.bench.memory import NO_MEMORY, PeakMemory, free_memory, out_of_memory
@@ -46,6 +46,7 @@ class Group:
         self.suite, self.task, self.seed, self.out, self.progress = suite, task, seed, out, progress
         self._shared: Shared | UserError | None = None
         self._anchors: ControlPoints | None = None
+        self._shelf = Shelf()
 
     @property
     def shared(self) -> Shared:
@@ -71,6 +72,7 @@ class Group:
     def close(self) -> None:
         """Let go of the model, before the next one is loaded."""
         self._shared = self._anchors = None
+        self._shelf = Shelf()
         free_memory()
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -106,11 +108,13 @@ class Group:
         training = self.suite.training_of(self.task, self.seed)
         work = folder / f"work-{fingerprint(self.suite, cell)}"  # a checkpoint of other options is never gone on with
         model, task, samples = self.shared.model, self.shared.task, self.suite.samples
-        setting = Setting(model, task, self.anchors(), training, samples, self.seed, work, self.progress)
+        shelf, saved = self._shelf, self._shelf.saved
+        setting = Setting(model, task, self.anchors(), training, samples, self.seed, work, self.progress, shelf)
         with PeakMemory() as memory:
             started = time.perf_counter()
-            fitted = method_of(self.suite, cell.method).fit(setting)
-            fit_seconds, started = time.perf_counter() - started, time.perf_counter()
+            fitted = shelf.fit(method_of(self.suite, cell.method), setting)
+            now = time.perf_counter()
+            fit_seconds, started = now - started + shelf.saved - saved, now
             predicted = {name: fitted.predict(encoded) for name, encoded in self.shared.sets.items()}
             predict_seconds = time.perf_counter() - started
         write_cell_predictions(folder / "predictions.parquet", predicted, self.shared.sets)

@@ -8,9 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loracurve.curve.config import LoraOptions
-from loracurve.landscape.config import PATHS, PathName
+from loracurve.landscape.config import PATHS, PathName, PathPoints
 from loracurve.model.config import Dtype, ModelConfig
 from loracurve.system.errors import UserError
+from loracurve.system.ranges import (
+    Amount,
+    Count,
+    NonNegative,
+    Points,
+    PointsOrNone,
+    Positive,
+    Rows,
+    Seed,
+    Slots,
+    check_ranges,
+)
 from loracurve.tasks.config import Scoring, TaskConfig
 from loracurve.training.config import LoopConfig
 
@@ -25,32 +37,27 @@ def _default_paths() -> list[PathName]:
 class LandscapeConfig:
     """What is scanned for every task and seed of a suite."""
 
-    pairs: int = 0
+    pairs: Amount = 0
     """Pairs of neighbouring anchors (first and second, second and third, ...) between which paths are scanned; 0: no
     scan, and no figures along curves."""
     paths: list[PathName] = field(default_factory=_default_paths)
     """Which paths: straight (in A and B), delta_w, balanced, procrustes, balanced+procrustes, norm_matched."""
-    points: int = 11
+    points: PathPoints = 11
     """Points on each path between two anchors, both ends included."""
-    rows: int = 200
+    rows: Amount = 200
     """Use at most this many validation and as many test rows, the same ones for all seeds; 0: all."""
     dtype: Dtype = "float32"
     """Dtype of the base weights during the scan (on a GPU products are rounded to TF32). `auto` keeps the model's;
     merged bfloat16 weights move the loss by rounding."""
-    sharpness: int = 5
+    sharpness: PointsOrNone = 5
     """Points of each trained curve at which the loss under noise is computed, both ends included; 0: none."""
-    noise: float = 0.1
+    noise: NonNegative = 0.1
     """That noise, relative to the rows of A and the columns of B, once norm is split evenly between A and B."""
-    local_rows: int = 64
+    local_rows: Count = 64
     """Training rows for the loss under noise."""
 
     def __post_init__(self) -> None:
-        if self.pairs < 0 or self.rows < 0 or self.sharpness < 0:
-            found = f"{self.pairs}, {self.rows} and {self.sharpness}"
-            raise UserError(f"landscape: expected pairs, rows and sharpness >= 0, found {found}")
-        if self.points < 3 or self.local_rows < 1:
-            found = f"{self.points} and {self.local_rows}"
-            raise UserError(f"landscape: expected points >= 3 and local_rows >= 1, found {found}")
+        check_ranges(self, "landscape")
         wrong = [p for p in self.paths if p == "curve" or p not in PATHS]
         if wrong or not self.paths:
             untrained = ", ".join(p for p in PATHS if p != "curve")
@@ -76,12 +83,12 @@ class SuiteTask(TaskConfig):
     """Data sets of the same label space, put into the same prompt: accuracy and calibration under shift."""
     ood: list[str] = field(default_factory=list)
     """Data sets of another label space, put into the same prompt: detection. A pattern such as mmlu_* joins several;
-    NAME:SPLIT takes another split than test."""
-    steps: int | None = None
+    NAME:SPLIT takes another split than test; held_out: the classes that `held_out` leaves out."""
+    steps: Count | None = None
     """Steps of one fine-tune. Default: the suite's."""
-    batch_size: int | None = None
+    batch_size: Rows | None = None
     """Examples in a step. Default: the suite's."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Peak learning rate. Default: the suite's."""
 
     def __post_init__(self) -> None:
@@ -109,18 +116,18 @@ class SuiteConfig:
     """Shipped or own YAML file of defaults for all that follows: default, blob, laplace_lora, authors."""
     data_folder: str | None = None
     """Folder of data sets; names that are not in it are looked up on the hub."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     """Seeds of initial draws and data order; the data are the same for all."""
-    anchors: int = 10
+    anchors: Slots = 10
     """Adapters fine-tuned for each task and seed in one pass and shared by the methods; together the deep ensemble that
     deep-ensemble equivalents refer to."""
-    samples: int = 10
+    samples: Points = 10
     """Forward passes that a prediction may take."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: LoopConfig = field(default_factory=LoopConfig)
-    train_rows: int = 500
+    train_rows: Amount = 500
     """Training rows that are predicted too, for the diversity on them; 0: none."""
-    ood_rows: int = 1000
+    ood_rows: Count = 1000
     """Rows of each further set at most, drawn by the hash of their ids."""
     references: list[str] = field(default_factory=list)
     """Methods that all others are compared with. Default: ensembles of 5 and of all anchors, where they take part."""
@@ -128,11 +135,10 @@ class SuiteConfig:
     """Paths between the anchors of every task and seed, scanned after its cells, and figures along trained curves."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name in ("tasks", "methods", "seeds"):
             if not getattr(self, name):
                 raise UserError(f"{name}: expected at least one, found none")
-        if self.anchors < 1 or self.samples < 1:
-            raise UserError(f"expected anchors and samples >= 1, found {self.anchors} and {self.samples}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: expected different ones, found {self.seeds}")
         if self.landscape.pairs >= self.anchors:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -63,8 +65,30 @@ def _in_one_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, en
         places.put(gpus[job % len(gpus)] if gpus else "")
     # Beside a GPU more threads would only wait for each other.
     threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
-        return spread(cells, jobs, lambda cell: pool.submit(run_cell, suite, cell, out), end, say)
+
+        def submit(cell: Cell) -> Future[Result]:
+            with _without_interrupts():
+                return pool.submit(run_cell, suite, cell, out)
+
+        try:
+            return spread(cells, jobs, submit, end, say)
+        except BaseException:  # an interruption: nobody waits until the cells are done, which go on from checkpoints
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()).difference(others):
+                process.kill()
+            raise
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start inside never see a Ctrl-C, which the terminal sends to all: this one decides for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass

@@ -53,6 +53,8 @@ def run_on_ray(
     local: dict[str, Any] = {}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Cells are the work: they do not stand back behind whatever else runs here, as Ray's workers do.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         local = {"num_cpus": max(os.cpu_count() or 1, jobs), "object_store_memory": 10**8, "include_dashboard": False}
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray's own default is without end
     try:

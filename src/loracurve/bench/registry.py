@@ -13,8 +13,10 @@ from loracurve.baselines.laplace import Laplace
 from loracurve.baselines.lines import Line
 from loracurve.baselines.mc_dropout import MCDropout
 from loracurve.baselines.single import Single
+from loracurve.baselines.sngp import SNGP
 from loracurve.baselines.swag import SWAG
 from loracurve.baselines.temperature import TemperatureScaled
+from loracurve.baselines.unknowns import FamiliarityOf, LaplaceCurve
 from loracurve.system.errors import UserError, nearest
 
 __all__ = ["METHODS", "ONE_MODE", "method_class", "method_name"]
@@ -34,10 +36,13 @@ METHODS: dict[str, type[Any]] = {
     "blob": BLoB,
     "flat_lora": FlatLoRA,
     "curve": Curve,
+    "laplace_curve": LaplaceCurve,
+    "familiarity": FamiliarityOf,
+    "sngp": SNGP,
 }
 
 # Methods that train one adapter and stay around it.
-ONE_MODE = ("single", "mc_dropout", "swag", "laplace", "ivon", "blob", "flat_lora")
+ONE_MODE = ("single", "mc_dropout", "swag", "laplace", "ivon", "blob", "flat_lora", "sngp")
 
 
 def method_class(name: str) -> type[Any]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from loracurve.bench.cells import Group, Outcome, Say, run_one
 from loracurve.bench.config import Executor, SuiteConfig
@@ -26,14 +25,17 @@ from loracurve.bench.suite import Cell, cells_of, scans_of
 from loracurve.system.consent import consented
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
+from loracurve.system.escaping import visible
 from loracurve.system.files import atomic_write, write_json
 from loracurve.system.folders import has_results, locked
+from loracurve.system.paths import exists, is_file, is_folder
+from loracurve.system.yaml_files import dump_yaml
 
 __all__ = ["prepare", "run_suite"]
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
@@ -42,15 +44,15 @@ def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
     Raises:
         UserError: a cell in it was made with other options.
     """
-    if has_results(out) and not (out / "suite.yaml").is_file():
+    if has_results(out) and not is_file(out / "suite.yaml"):
         raise UserError(f"{out}: expected the folder of a suite, found other files; choose another --out")
     cells = [*cells_of(suite), *scans_of(suite)]
     for cell in cells:
         if record_of(suite, cell, out) is not None:
             remove_work(cell.folder(out))
-    text = yaml.safe_dump(plain(suite), sort_keys=False)
+    text = dump_yaml(plain(suite))
     atomic_write(out / "suite.yaml", lambda p: p.write_text(text))
-    if not (out / "environment.json").is_file():
+    if not is_file(out / "environment.json"):
         write_json(out / "environment.json", environment())
     return cells
 
@@ -84,7 +86,7 @@ def run_suite(
             where cells failed or could not run now, which ones.
         RuntimeError: cells broke by a fault of ours; all others have been run.
     """
-    if Path(out).exists() and not Path(out).is_dir():
+    if exists(out) and not is_folder(out):
         raise UserError(f"{out}: expected a folder for results, found a file; choose another --out")
     consented(suite.model.trust_remote_code, "the suite")
     if executor == "ray":

@@ -21,10 +21,12 @@ from loracurve.model.base_model import model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError, is_passing
 from loracurve.system.files import read_json, write_json
+from loracurve.system.paths import entries, is_file, is_folder
 from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.tasks.dataset import Dataset, Row, subset
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.hub_datasets import HUB
+from loracurve.tasks.ood import HELD_OUT
 from loracurve.tasks.task import Task, load_task, open_dataset
 from loracurve.training.fit import fit_anchors
 
@@ -75,7 +77,10 @@ def open_sets(
         sets["train"] = task.encode_rows(subset(task.dataset.rows("train"), suite.train_rows), "train rows")
     for kind, names in (("shift", options.shift), ("ood", options.ood)):
         for other in names:
-            rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
+            if kind == "ood" and other == HELD_OUT:
+                rows = subset(task.dataset.rows(HELD_OUT), suite.ood_rows)
+            else:
+                rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
             short = f"{kind}:{other.rstrip('*_')}"
             sets[short] = task.encode_rows(rows, short) if kind == "shift" else task.encode_foreign(rows, short)
     return task, sets
@@ -83,7 +88,7 @@ def open_sets(
 
 def _place(suite: SuiteConfig, data: str) -> str:
     """A data set's folder, in the suite's folder if it is there."""
-    if suite.data_folder and (Path(suite.data_folder) / data).is_dir():
+    if suite.data_folder and is_folder(Path(suite.data_folder) / data):
         return str(Path(suite.data_folder) / data)
     return data
 
@@ -93,7 +98,7 @@ def _rows_of(suite: SuiteConfig, entry: str, like: Dataset | None) -> list[Row]:
     name, _, split = entry.partition(":")
     names = [name]
     if "*" in name:
-        there = [p.name for p in Path(suite.data_folder).iterdir()] if suite.data_folder else [*HUB]
+        there = [p.name for p in entries(suite.data_folder)] if suite.data_folder else [*HUB]
         names = sorted(n for n in there if fnmatch(n, name))
         if not names:
             raise UserError(f"{entry}: expected data sets of such names, found none; give --data_folder")
@@ -126,13 +131,13 @@ def train_anchors(
     """
     folder = anchors_folder(out, name, seed)
     options = options_of(suite, task=name, seed=seed)
-    if (folder / "anchors.json").is_file():
+    if is_file(folder / "anchors.json"):
         if not made_with(_options_in(folder / "anchors.json"), suite, task=name, seed=seed):
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
         remove_work(folder)
         return read_tensors(folder / "anchors.safetensors")
     failed = folder / "failed.json"
-    if failed.is_file() and _options_in(failed) == options:
+    if is_file(failed) and _options_in(failed) == options:
         raise UserError(str(read_json(failed).get("reason")))
     spec = CurveSpec.slots(suite.anchors)
     shared.model.set_curve(spec, shared.model.fresh_points(spec))

@@ -2,9 +2,11 @@
 
 A cell's predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those
 of every class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed`
-says. Numbers of points and classes and the weights of the points are in the file's metadata. Against steps of 1/128,
-which take a seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example
-by some 1e-4, AUROC by 1e-4 to 4e-4.
+says; of tasks with more than `WIDE` classes those of the average alone, with `expected_entropy` and `between_points`.
+Of methods whose points are averages over models around them `expected_entropy` is the mean entropy of those, and of
+methods that measure it `distance` is that from the training data. Numbers of points and classes and the weights of the
+points are in the file's metadata. Against steps of 1/128, which take a seventh more room, mean NLL and mutual
+information move by some 1e-5, the mutual information of an example by some 1e-4, AUROC by 1e-4 to 4e-4.
 
 A run's file of the same name is of another form, with probabilities (`runs.evaluate.write_run_predictions`).
 """
@@ -12,14 +14,13 @@ A run's file of the same name is of another form, with probabilities (`runs.eval
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -29,14 +30,18 @@ from loracurve.bench.provenance import made_with
 from loracurve.bench.suite import Cell
 from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError, one_line
-from loracurve.system.files import atomic_write, read_json
-from loracurve.system.tables import read_table
+from loracurve.system.files import read_json
+from loracurve.system.paths import is_file
+from loracurve.system.tables import read_table, write_table
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_cell_predictions"]
 
 
 STEPS = 64  # of the stored log-odds, in one nat
+
+WIDE = 20
+"""Classes beyond which the average alone is stored and not the points: they would take as much room as a model."""
 
 _LARGEST, _NO_CLASS = 2**15 - 1, -(2**15)
 
@@ -66,6 +71,8 @@ def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dic
     """
     found = {name: p.point_log_probs for name, p in sets.items() if p.point_log_probs is not None}
     classes = max(x.shape[2] for x in found.values())
+    if wide := classes > WIDE:
+        found = {name: sets[name].log_probs[None].float() for name in found}
     (points,) = {len(x) for x in found.values()}
     tables = []
     for name, log_probs in found.items():
@@ -76,20 +83,25 @@ def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dic
         packed = _packed(log_odds[:, :, 1:].transpose(0, 1).numpy())
         column = pa.FixedSizeListArray.from_arrays(pa.array(packed.reshape(-1)), points * (classes - 1))
         labels = None if name.startswith("ood:") else [e.label for e in examples]
-        tables.append(
-            pa.table(
-                {
-                    "set": pa.array([name] * len(examples)).dictionary_encode(),
-                    "id": [e.id for e in examples],
-                    "label": pa.array(labels or [None] * len(examples), pa.int32()),
-                    "log_odds": column,
-                }
-            )
-        )
-    weights = next(iter(sets.values())).weights.tolist()
+        columns = {
+            "set": pa.array([name] * len(examples)).dictionary_encode(),
+            "id": pa.array([e.id for e in examples]),
+            "label": pa.array(labels or [None] * len(examples), pa.int32()),
+            "log_odds": column,
+        }
+        own = sets[name]
+        if wide or bool(own.within_points.any()):
+            columns["expected_entropy"] = pa.array(own.expected_entropy.tolist(), pa.float32())
+        if wide:
+            columns["between_points"] = pa.array(own.between_points.tolist(), pa.float32())
+        if own.distance is not None:
+            columns["distance"] = pa.array(own.distance.tolist(), pa.float32())
+        tables.append(pa.table(columns))
+    weights = [1.0] if wide else next(iter(sets.values())).weights.tolist()
     about = {"points": points, "classes": classes, "weights": weights}
-    table = pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata({"loracurve": json.dumps(about)})
-    atomic_write(path, lambda p: pq.write_table(table, p, **_COMPACT))
+    table = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    table = table.replace_schema_metadata({"loracurve": json.dumps(about)})
+    write_table(path, table, **_COMPACT)
 
 
 def _packed(log_odds: np.ndarray) -> np.ndarray:
@@ -129,13 +141,26 @@ def _predictions_in(table: pa.Table) -> Predictions:
     packed = table["log_odds"].combine_chunks().flatten().to_numpy()
     others = _unpacked(packed.reshape(len(names), about["points"], about["classes"] - 1))
     values = pad(torch.from_numpy(others), (1, 0))
+    further = {
+        name: torch.from_numpy(table[name].to_numpy(zero_copy_only=False).astype(np.float64))
+        for name in ("expected_entropy", "between_points", "distance")
+        if name in table.column_names
+    }
     ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
     weights = torch.tensor(about["weights"], dtype=torch.float64)
     out = Predictions({}, {}, {})
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
-        log_probs = values[torch.from_numpy(rows)].transpose(0, 1).log_softmax(-1)
-        out.sets[name] = Predictive.from_log_probs(log_probs, weights)
+        numbers = torch.from_numpy(rows)
+        log_probs = values[numbers].transpose(0, 1).log_softmax(-1)
+        own = {k: column[numbers] for k, column in further.items()}
+        left, between = own.get("expected_entropy"), own.get("between_points")
+        # What each point leaves open is known in the mean over points alone, which is all that counts.
+        left = None if left is None else left.expand(len(weights), -1)
+        average = replace(Predictive.from_log_probs(log_probs, weights, left), distance=own.get("distance"))
+        if between is not None:
+            average = replace(average, between_points=between, within_points=average.mutual_information - between)
+        out.sets[name] = average
         out.ids[name] = [ids[i] for i in rows]
         if labels[rows[0]] is not None:
             out.labels[name] = torch.tensor([labels[i] for i in rows])
@@ -149,8 +174,7 @@ def _predictions_in(table: pa.Table) -> Predictions:
 
 def write_frame(frame: pd.DataFrame, path: Path) -> None:
     """Write a data frame as Parquet, atomically."""
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+    write_table(path, frame)
 
 
 def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | None:
@@ -160,7 +184,7 @@ def record_of(suite: SuiteConfig, cell: Cell, out: Path) -> dict[str, Any] | Non
         UserError: it was made with other options.
     """
     path = cell.folder(out) / "cell.json"
-    if not path.is_file():
+    if not is_file(path):
         return None
     record: dict[str, Any] = read_json(path)
     if not _is_record(record):

@@ -94,9 +94,12 @@ def method_from(values: Mapping[str, Any], name: str, where: str) -> Any:
     kind = method_class(str(options.pop("method", name)))
     if "of" in {f.name for f in fields(kind)}:
         inner = options.pop("of", None)
-        if not isinstance(inner, Mapping) or "method" not in inner or options:
-            raise UserError(f"{where}: expected only of: {{method: ..., and its options}}, found {dict(values)}")
-        return kind(of=method_from(inner, "", f"{where}.of"))
+        own = next((c for c in kind.__bases__ if is_dataclass(c)), None)
+        if not isinstance(inner, Mapping) or "method" not in inner or (options and own is None):
+            only = "only " if own is None else ""
+            raise UserError(f"{where}: expected {only}of: {{method: ..., and its options}}, found {dict(values)}")
+        found = {} if own is None else vars(parse_mapping(own, options, where))
+        return kind(of=method_from(inner, "", f"{where}.of"), **found)
     return _curve_from(options, where) if kind is Curve else parse_mapping(kind, options, where)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from loracurve.bench.config import SuiteConfig
 from loracurve.system.errors import UserError, nearest
 from loracurve.system.options import Parser
+from loracurve.system.paths import is_file
 from loracurve.system.yaml_files import read_yaml
 
 __all__ = ["config_arguments", "find", "shipped", "suite_parser"]
@@ -32,7 +33,7 @@ def suite_parser(**options: Any) -> Parser:
 def find(name: str | Path, kind: str) -> Path:
     """A YAML file, or one that is shipped under this name."""
     known = shipped(kind)
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     if str(name) in known:
         return known[str(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,13 +36,13 @@ def same_place(first: str, second: str) -> bool:
     names = [re.sub(r".*models--([^/]+)--([^/]+)/snapshots/.*", r"\1/\2", name) for name in (first, second)]
     if names[0] == names[1]:
         return True
-    return all(Path(name).exists() for name in names) and Path(first).resolve() == Path(second).resolve()
+    return all(map(os.path.exists, names)) and Path(first).resolve() == Path(second).resolve()
 
 
 def same_base(first: str, second: str) -> bool:
     """Whether two names can mean the same base: `same_place`, or paths of other machines with the same last part.
     Nothing is known of an empty name."""
-    here = all(Path(name).exists() for name in (first, second))
+    here = all(map(os.path.exists, (first, second)))
     return "" in (first, second) or same_place(first, second) or (not here and Path(first).name == Path(second).name)
 
 

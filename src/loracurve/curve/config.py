@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.system.errors import UserError, nearest, one_line
+from loracurve.system.ranges import Amount, PartBelowOne, Points, Positive, Range, Rank, Slots, check_ranges, in_range
 
 __all__ = ["Alignment", "CurveConfig", "LoraOptions", "Rule", "Sampling", "check_points", "check_sampling"]
 
@@ -21,26 +22,29 @@ Sampling = Literal["stratified", "uniform", "arc-length", "half-period"]
 class LoraOptions:
     """The adapters; names as in `peft.LoraConfig`."""
 
-    r: int = 8
+    r: Rank = 8
     """Rank."""
-    lora_alpha: float = 16
+    lora_alpha: Positive = 16
     """Scaling numerator: updates are scaled by lora_alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Names or a regular expression of the adapted linear maps, or all-linear."""
-    lora_dropout: float = 0.0
+    lora_dropout: PartBelowOne = 0.0
     """Dropout on the adapters' input while training."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
-    layers_to_transform: list[int] | None = None
+    layers_to_transform: list[Amount] | None = None
     """Adapt these layers only; lower ones then run once for all points (not in sequence classifiers)."""
     modules_to_save: list[str] | None = None
     """Linear layers trained whole beside the adapters (a new classification head is added by itself)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
     """Ranks that differ from r, by module name."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
     """Alphas that differ from lora_alpha, by module name."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     """Draw of A; B starts at 0."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora")
 
     def to_peft(self, base: str, classifier: bool) -> Any:
         """The same as a `peft.LoraConfig` for a base model name (no annotation: parsers would import it)."""
@@ -71,13 +75,13 @@ class CurveConfig:
     kind: Literal["anchored", "free"] = "free"
     """free: all control points trained together; anchored: through independently fine-tuned adapters. Kind, segments
     and points of the training are what did best at equal cost on eight data sets (results/NOTES.md, defaults)."""
-    anchors: int = 3
+    anchors: Slots = 3
     """Number of adapters to train as anchors (anchored; their segments are one fewer)."""
-    segments: int = FREE_SEGMENTS
+    segments: Slots = FREE_SEGMENTS
     """Number of segments (free)."""
-    degree: int = 2
+    degree: Annotated[int, Range(1, 100)] = 2
     """Degree of each segment; 1: straight lines, a polygonal chain."""
-    pieces: int = 1
+    pieces: Slots = 1
     """Segments between two neighbouring anchors (anchored)."""
     closed: bool = False
     """The curve ends where it begins (anchored: after the last anchor it goes back to the first)."""
@@ -90,13 +94,9 @@ class CurveConfig:
     """Start of the inner control points: on the straight line between anchors, or at the LoRA init."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "curve")
         if self.kind == "anchored" and self.anchors < 2:
             raise UserError(f"curve.anchors: expected at least 2, found {self.anchors}")
-        if self.segments < 1 or self.degree < 1 or self.pieces < 1:
-            raise UserError(
-                f"curve: expected segments, degree and pieces >= 1, found {self.segments}, {self.degree} and "
-                f"{self.pieces}"
-            )
         if self.kind == "anchored" and self.degree * self.pieces < 2:
             raise UserError(
                 f"curve.degree: expected at least 2 for an anchored curve, found {self.degree}; or set pieces to 2"
@@ -134,14 +134,13 @@ def check_sampling(sampling: str, points: int) -> None:
         raise UserError(f"points: expected an even number with sampling half-period, found {points}; add one")
 
 
-def check_points(rule: str, points: int, segments: int) -> None:
-    """Refuse a number of points that a quadrature cannot have.
+def check_points(rule: str, points: int, segments: int) -> int:
+    """The number of points of a quadrature, where it can have so many.
 
     Raises:
         UserError: unknown rule, fewer than one point, or for gauss-legendre no multiple of `segments`.
     """
-    if points < 1:
-        raise UserError(f"points: expected at least 1, found {points}; ask for 10")
+    points = in_range("points", points, Points)
     if rule not in get_args(Rule):
         raise UserError(
             f"quadrature: expected uniform, gauss-legendre or monte-carlo, found {rule!r}; choose one of them"
@@ -149,3 +148,4 @@ def check_points(rule: str, points: int, segments: int) -> None:
     if rule == "gauss-legendre" and points % segments:
         close = max(round(points / segments), 1) * segments
         raise UserError(f"points: expected a multiple of the {segments} segments, found {points}; ask for {close}")
+    return points

@@ -16,7 +16,6 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from loracurve.curve.lora_config import check_config, trained_init
@@ -25,6 +24,7 @@ from loracurve.curve.retired import refusal, split_retired
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json, write_json
+from loracurve.system.paths import exists, is_file
 from loracurve.system.tensors import UNREADABLE, read_tensors, write_tensors
 
 __all__ = [
@@ -39,14 +39,24 @@ __all__ = [
 ]
 
 
+LARGEST_ELEMENT = 2.0**63
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError where a tensor holds something else than finite floating-point numbers."""
+    """Raise UserError where a tensor holds something else than finite floating-point numbers whose products are finite.
+
+    Squares of larger ones than `LARGEST_ELEMENT` are infinite in float32: no forward pass has numbers to show then.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or not bool(tensor.isfinite().all()):
             raise UserError(f"{path}: expected finite floating-point numbers, found others in {name}")
+        if tensor.numel() and (largest := float(tensor.abs().max())) > LARGEST_ELEMENT:
+            raise UserError(
+                f"{path}: expected finite floating-point numbers of at most {LARGEST_ELEMENT:.2g} in size, found "
+                f"{largest:.2g} in {name}"
+            )
 
 
 def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
@@ -61,20 +71,20 @@ def load_adapter(folder: str | Path) -> tuple[peft.LoraConfig, dict[str, Tensor]
     """
     folder = Path(folder)
     weights = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").is_file():
+    if not is_file(folder / "adapter_config.json"):
         inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))  # one for each adapter name
         raise UserError(
             f"{folder}: expected a PEFT adapter folder, found no adapter_config.json; give the folder PEFT saved"
             f"{f', such as {folder / inside[0]}' if inside else ''}"
         )
-    if not weights.is_file():
+    if not is_file(weights):
         pickled = " (adapter_model.bin is a pickle, which is never read: save it as safetensors)"
         raise UserError(
-            f"{folder}: no adapter_model.safetensors{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+            f"{folder}: no adapter_model.safetensors{pickled if exists(folder / 'adapter_model.bin') else ''}"
         )
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        tensors = load_file(weights)
+        tensors = read_tensors(weights)
     except UNREADABLE as error:
         raise UserError(f"{folder}: the adapter cannot be read ({one_line(error, 200)})") from error
     try:
@@ -171,7 +181,7 @@ def load_curve(folder: str | Path) -> tuple[peft.LoraConfig, CurveSpec, ControlP
     """Read a curve folder; raises UserError for missing or broken parts."""
 
     folder = Path(folder)
-    if not (folder / "curve_config.json").is_file():
+    if not is_file(folder / "curve_config.json"):
         raise UserError(f"{folder}: expected a curve folder, found no curve_config.json")
     values = read_json(folder / "curve_config.json")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from loracurve.curve.model_card import model_card
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import atomic_write
+from loracurve.system.paths import exists
 
 __all__ = ["CARD", "curve_folder", "hub_base", "push_curve", "push_model", "write_shared"]
 
@@ -35,7 +37,7 @@ def curve_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         UserError: there is neither such a folder nor such a repository, or no way to it.
     """
-    if Path(name).exists() or not _NAME.fullmatch(str(name)) or "/" not in str(name):
+    if exists(name) or not _NAME.fullmatch(str(name)) or "/" not in str(name):
         return Path(name)
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
@@ -50,7 +52,7 @@ def curve_folder(name: str | Path, revision: str | None = None) -> Path:
 def hub_base(config: peft.LoraConfig, base: str | None = None) -> str:
     """The name of the base model on the hub; a path on this machine would mean nothing to others, and is refused."""
     name = base or config.base_model_name_or_path
-    if name is None or Path(name).exists() or not _NAME.fullmatch(name):
+    if name is None or os.path.exists(name) or not _NAME.fullmatch(name):
         raise UserError(f"base: expected the base model's name on the hub, found {name!r}; give it by base")
     return name
 
@@ -75,7 +77,7 @@ def push_curve(
     try:
         api = HfApi(token=token)
         place = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        files = [name for name in FILES if (Path(folder) / name).exists()]
+        files = [name for name in FILES if exists(Path(folder) / name)]
         if not (keep_card and api.file_exists(place, CARD)):
             files.append(CARD)
         commit = api.upload_folder(

@@ -1,16 +1,21 @@
-"""The model card of a curve: what it is, what it was fitted to, its results, and how to load it."""
+"""The model card of a curve: what it is, what it was fitted to, its results, and how to load it.
+
+What `card.md` prints is text, escaped for Markdown, unless a filter says what else it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import peft
 from huggingface_hub import ModelCardData
 
 from loracurve.curve.spec import CurveSpec
+from loracurve.system.escaping import code_block, markdown, markdown_cell, python_literal
 
 __all__ = ["model_card"]
 
@@ -27,6 +32,9 @@ def model_card(
         repo: where the curve will lie; None: a placeholder.
         run: what `card.md` says of the evaluated run that made the curve (`runs.share`): name, task, sizes, training,
             block, seed, average, examples. None: its data, settings and results are left out.
+
+    Raises:
+        TypeError: a seed that is no whole number.
     """
     classifier = config.task_type == peft.TaskType.SEQ_CLS
     header = ModelCardData(
@@ -36,7 +44,7 @@ def model_card(
         tags=["lora", "bayesian", "uncertainty", "mode-connectivity"],
     )
     values: dict[str, Any] = {
-        "header": header.to_yaml(),
+        "header": _Written(header.to_yaml()),
         "title": repo.rpartition("/")[2] if repo else run["name"] if run else "A curve of LoRA adapters",
         "base": base,
         "repo": repo or "FOLDER OR NAME",
@@ -45,9 +53,25 @@ def model_card(
         "run": run,
         "seed": 0,
     } | dict(run or {})
-    environment: Any = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment: Any = jinja2.Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, _Written) else markdown(str(value)),
+    )
+    environment.filters |= {
+        "cell": lambda value: _Written(markdown_cell(str(value))),
+        "block": lambda value: _Written(code_block(value)),
+        "python": lambda value: _Written(python_literal(value)),
+        "address": lambda value: _Written(quote(value)),
+    }
     source = files("loracurve.curve").joinpath("card.md").read_text(encoding="utf-8")
     return environment.from_string(source).render(values)
+
+
+class _Written(str):
+    """Text that is escaped already, for the place where it stands."""
 
 
 def _shape(config: peft.LoraConfig, spec: CurveSpec) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from loracurve.curve.config import Rule, check_points
 
 __all__ = ["gauss_legendre", "quadrature"]
+
+
+_rule = lru_cache(maxsize=64)(np.polynomial.legendre.leggauss)  # an arc length asks for the same one many times
 
 
 def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +27,7 @@ def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
     """
     if nodes < 1:
         raise ValueError(f"expected at least one node, found {nodes}")
-    x, weights = np.polynomial.legendre.leggauss(nodes)
+    x, weights = _rule(nodes)
     return torch.from_numpy((1 + x) / 2), torch.from_numpy(weights / 2)
 
 
@@ -44,7 +49,7 @@ def quadrature(
         UserError: unknown kind, fewer than one point, or for gauss-legendre no multiple of `segments`.
         ValueError: monte-carlo without a generator.
     """
-    check_points(kind, points, segments)
+    points = check_points(kind, points, segments)
     weights = torch.full((points,), 1 / points, dtype=torch.float64)
     if kind == "uniform" and closed:
         return torch.arange(points, dtype=torch.float64) / points, weights

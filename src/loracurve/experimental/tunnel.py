@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loracurve.curve.bezier import arc_length, arc_length_parameter, coefficients, derivative_coefficients
 from loracurve.system.errors import UserError
+from loracurve.system.ranges import Amount, Count, Points, Positive, in_range
 
 __all__ = ["Tunnel", "TunnelSamples", "sample_tunnel"]
 
@@ -58,8 +59,7 @@ class Tunnel:
         prior: Literal["uniform", "arc-length"] = "uniform",
         nodes: int = 64,
     ) -> None:
-        if not 0 < sigma < math.inf:
-            raise UserError(f"tunnel.sigma: expected a distance > 0, found {sigma}; try a tenth of the curve's length")
+        sigma = in_range("tunnel.sigma", sigma, Positive)
         if prior not in ("uniform", "arc-length"):
             raise UserError(f"tunnel.prior: expected uniform or arc-length, found {prior!r}; choose one")
         self.gram, self.segments, self.degree = gram.detach().double().cpu(), segments, degree
@@ -182,10 +182,9 @@ def sample_tunnel(
         UserError: a temperature that is not positive, fewer than one sample.
         ValueError: a likelihood that is not finite on the curve or not deterministic.
     """
-    if not temperature > 0:
-        raise UserError(f"temperature: expected a number above 0, found {temperature}; raise it")
-    if samples < 1 or thin < 1 or warm_up < 0:
-        raise UserError(f"samples: expected at least 1, thin 1 and warm_up 0, found {samples}, {thin} and {warm_up}")
+    temperature = in_range("temperature", temperature, Positive)
+    samples, thin = in_range("samples", samples, Points), in_range("thin", thin, Count)
+    warm_up = in_range("warm_up", warm_up, Amount)
     evaluations = 0
 
     def evaluate(z: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

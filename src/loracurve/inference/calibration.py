@@ -11,8 +11,10 @@ from torch import Tensor
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError
+from loracurve.system.ranges import OpenShare, in_range
 
 __all__ = [
+    "TEMPERATURES",
     "SelectiveThreshold",
     "apply_temperature",
     "conformal_quantile",
@@ -24,7 +26,8 @@ __all__ = [
 ]
 
 
-_LOG_TEMPERATURES = (math.log(1e-2), math.log(1e2))
+TEMPERATURES = (1e-2, 1e2)
+"""the lowest and the highest that is fitted"""
 
 _LEVELS = 20  # coverages at which a threshold is tested
 
@@ -59,7 +62,7 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     # Convex in 1 / T, so there is one minimum: golden-section search finds it. By hand, because the NLL is flat to the
     # last bit over some 1e-8 of T: any other search stops elsewhere, and tables of stored predictions would change.
     shrink = (math.sqrt(5) - 1) / 2
-    low, high = _LOG_TEMPERATURES
+    low, high = map(math.log, TEMPERATURES)
     left, right = high - shrink * (high - low), low + shrink * (high - low)
     at_left, at_right = nll(left), nll(right)
     while high - low > 1e-7:
@@ -154,9 +157,7 @@ def selective_threshold(
         UserError: risk or delta outside (0, 1), or no examples.
         ValueError: NaN among the uncertainties, a tolerance below 0.
     """
-    for name, number in (("risk", risk), ("delta", delta)):
-        if not 0 < number < 1:
-            raise UserError(f"{name}: expected a number between 0 and 1, found {number}; choose e.g. 0.05")
+    risk, delta = in_range("risk", risk, OpenShare), in_range("delta", delta, OpenShare)
     examples = len(errors)
     if not examples:
         raise UserError("selective threshold: expected calibration examples, found none; give a validation split")
@@ -214,8 +215,7 @@ def conformal_quantile(probs: Tensor, labels: Tensor, alpha: float) -> float:
     Raises:
         UserError: alpha outside (0, 1), or no examples.
     """
-    if not 0 < alpha < 1:
-        raise UserError(f"alpha: expected a number between 0 and 1, found {alpha}; choose e.g. 0.1")
+    alpha = in_range("alpha", alpha, OpenShare)
     if not len(labels):
         raise UserError("conformal sets: expected calibration examples, found none; give a validation split")
     scores = 1 - probs.double().gather(-1, labels.unsqueeze(-1)).squeeze(-1)

@@ -4,9 +4,12 @@ The relative Mahalanobis distance (Ren et al. 2021) of a state h is
 
     min_c (h - m_c)^T S^-1 (h - m_c)  -  (h - m)^T S_0^-1 (h - m)
 
-with means m_c and common covariance S of the classes, and mean m and covariance S_0 of all training rows; covariances
-are shrunk (Ledoit & Wolf 2004). Without classes it is the second term alone, with its sign turned. It says nothing of
-errors on known inputs: a hard row can be quite familiar.
+with means m_c and common covariance S of the classes, and mean m and covariance S_0 of all training rows. Both are
+shrunk towards a multiple of the identity (Ledoit & Wolf 2004), by one intensity, that of all rows: the two terms are
+large off the data and nearly equal, and with an intensity each their difference is that of the shrinkage, whose sign is
+the wrong one. Without classes it is the second term alone, with its sign turned. Another measure is
+1 - the mean cosine to the nearest training rows. Neither says anything of errors on known inputs: a hard row can be
+quite familiar.
 
 What is reported is a conformal p-value against validation rows: of known inputs at most a part alpha has a p-value of
 at most alpha, whatever the distribution.
@@ -15,9 +18,10 @@ at most alpha, whatever the distribution.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from torch import Tensor
 
 from loracurve.inference.hidden_states import SplitStates
@@ -26,31 +30,58 @@ from loracurve.model.states import States
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch
 
-__all__ = ["NEIGHBOURS", "Familiarity", "cosine_distance", "fit_familiarity", "p_values"]
+__all__ = ["NEIGHBOURS", "Familiarity", "Measure", "cosine_distance", "fit_familiarity", "p_values"]
 
+
+Measure = Literal["mahalanobis", "cosine"]
 
 NEIGHBOURS = 10
 """Nearest training texts whose mean cosine counts."""
 
 _LEAST_ROWS = 20
 
+_LEFT_OUT = 1e-3
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Inverses of n shrunk covariances, by their largest eigenvalues; the others are what shrinkage makes of 0."""
+
+    vectors: Tensor
+    """[n, d, R] float32, in columns"""
+    values: Tensor
+    """[n, R] float64 eigenvalues"""
+    floor: Tensor
+    """[n] float64, the eigenvalue of all other directions"""
+
+    def squares(self, point: int, h: Tensor, means: Tensor) -> Tensor:
+        """[E, C], (h - m)^T inverse (h - m) for states [E, d] and means [C, d]."""
+        vectors, means = _to(self.vectors[point], h), _to(means, h)
+        scale, floor = _to(self.values[point], h).sqrt(), _to(self.floor[point], h)
+        x, y = h @ vectors, means @ vectors
+        beside = torch.cdist(h, means).square() - torch.cdist(x, y).square()
+        return torch.cdist(x / scale, y / scale).square() + beside.clamp_min(0) / floor
+
 
 @dataclass(frozen=True)
 class Familiarity:
     """Distances from training rows at n points; made by `fit_familiarity`."""
 
+    measure: Measure
     means: Tensor
     """[n, C, d] of the classes; C = 0 without classes"""
-    whitening: Tensor
-    """[n, d, d], W with W W^T = S^-1; [n, 0, 0] without classes"""
+    within: Inverse
+    """S^-1 at each point; of size 0 without classes"""
     centre: Tensor
     """[n, d] of all rows"""
-    background: Tensor
-    """[n, d, d], W with W W^T = S_0^-1"""
+    whole: Inverse
+    """S_0^-1 at each point"""
     weights: Tensor
     """[n] of the points, summing to 1"""
     rows: int
     """training rows"""
+    nearest: Tensor
+    """[N, d] the training rows' states, averaged over the points and of length 1 (cosine); else [0, d]"""
     known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """[m] distances of validation rows, ascending; empty: there are no p-values"""
 
@@ -60,19 +91,20 @@ class Familiarity:
         return Read(log_probs, distance=self.distance(states))
 
     def distance(self, states: States) -> Tensor:
-        """[E] float64, the mean over the points of the relative Mahalanobis distance."""
-        if len(states.read) != len(self.centre):
-            raise ValueError(f"expected the states at {len(self.centre)} points, found {len(states.read)}")
+        """[E] float64: the mean over the points of the relative Mahalanobis distance, or the cosine distance of their
+        mean state."""
+        if len(states.read) != len(self.weights):
+            raise ValueError(f"expected the states at {len(self.weights)} points, found {len(states.read)}")
         weights = self.weights.to(states.read.device)
+        if self.measure == "cosine":
+            return cosine_distance(_mean_state(states.read, self.weights), self.nearest)
         return weights @ torch.stack([self._at(i, h.double()) for i, h in enumerate(states.read)])
 
     def _at(self, point: int, h: Tensor) -> Tensor:
-        whole = ((h - _to(self.centre[point], h)) @ _to(self.background[point], h)).square().sum(1)
+        whole = self.whole.squares(point, h, self.centre[point : point + 1])[:, 0]
         if not self.means.shape[1]:
             return whole
-        turn = _to(self.whitening[point], h)
-        nearest = torch.cdist(h @ turn, _to(self.means[point], h) @ turn).square().amin(1)
-        return nearest - whole
+        return self.within.squares(point, h, self.means[point]).amin(1) - whole
 
     def p_values(self, distance: Tensor) -> Tensor:
         """[E] float64: `p_values` against the validation rows; ValueError where there are none."""
@@ -96,13 +128,21 @@ def p_values(distance: Tensor, known: Tensor) -> Tensor:
     return (1 + len(known) - nearer.double()) / (len(known) + 1)
 
 
-def fit_familiarity(train: SplitStates, weights: Tensor | None = None, classes: int = 0) -> Familiarity:
+def _mean_state(states: Tensor, weights: Tensor) -> Tensor:
+    """[n, E, d] -> [E, d]"""
+    return torch.einsum("n,ned->ed", weights.to(states), states)
+
+
+def fit_familiarity(
+    train: SplitStates, weights: Tensor | None = None, classes: int = 0, measure: Measure = "mahalanobis"
+) -> Familiarity:
     """Means and covariances of training rows at every point.
 
     Args:
         train: of training rows.
         weights: [n] of the points; equal if None.
         classes: C where labels are classes that rows share; 0: they are not (choices of a row's own, texts).
+        measure: mahalanobis: relative to the classes and to all rows. cosine: to the nearest rows.
 
     Raises:
         UserError: fewer than 20 rows, states that are not finite.
@@ -113,32 +153,49 @@ def fit_familiarity(train: SplitStates, weights: Tensor | None = None, classes: 
     if not train.states.read.isfinite().all():
         raise UserError("familiarity: expected finite hidden states, found others")
     weights = torch.full((points,), 1 / points, dtype=torch.float64) if weights is None else weights.double()
+    none = Inverse(torch.zeros(points, 0, 0), torch.zeros(points, 0), torch.ones(points))
+    if measure == "cosine":
+        nearest = torch.nn.functional.normalize(_mean_state(train.states.read, weights), dim=-1)
+        empty = torch.zeros(points, 0)
+        return Familiarity(measure, empty[..., None], none, empty, none, weights, count, nearest)
     labelled = train.labels >= 0
     there = train.labels[labelled].unique() if classes > 1 else train.labels[:0]
-    means, whitening, centre, background = [], [], [], []
+    means, within, centre, whole = [], [], [], []
     for state in train.states.read.double():
         centre.append(state.mean(0))
-        background.append(_whitening(state - centre[-1]))
-        own = torch.stack([state[train.labels == c].mean(0) for c in there]) if len(there) > 1 else state[:0]
-        means.append(own)
-        if len(own):
+        centred = state - centre[-1]
+        intensity = ledoit_wolf_shrinkage(centred.numpy(), assume_centered=True)
+        whole.append(_shrunk(centred, intensity))
+        means.append(state[:0])
+        if len(there) > 1:
+            means[-1] = torch.stack([state[train.labels == c].mean(0) for c in there])
             place = torch.searchsorted(there, train.labels[labelled])
-            whitening.append(_whitening(state[labelled] - own[place]))
-        else:
-            whitening.append(state.new_zeros(0, 0))
+            within.append(_shrunk(state[labelled] - means[-1][place], intensity))
     return Familiarity(
-        torch.stack(means).float(), torch.stack(whitening), torch.stack(centre).float(), torch.stack(background),
-        weights, count,
+        measure, torch.stack(means).float(), _inverse(within) if within else none, torch.stack(centre).float(),
+        _inverse(whole), weights, count, torch.zeros(0, size),
     )  # fmt: skip
 
 
-def _whitening(centred: Tensor) -> Tensor:
-    """[d, d] float32 W with W W^T the inverse of the shrunk covariance of rows [E, d]."""
-    covariance, _ = ledoit_wolf(centred.cpu().numpy(), assume_centered=True)
-    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
+def _shrunk(centred: Tensor, intensity: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and -vectors of the covariance of rows [E, d], shrunk by `intensity`."""
+    found = torch.linalg.eigh(
+        torch.from_numpy(shrunk_covariance((centred.mT @ centred / len(centred)).numpy(), intensity))
+    )
+    values: Tensor = found[0]
     # Rows that are all alike have no covariance: nothing is unfamiliar by more than rounding then.
-    least = torch.finfo(torch.float32).eps * values[-1].clamp_min(1e-12)
-    return (vectors / values.clamp_min(least).sqrt()).float()
+    return values.clamp_min(torch.finfo(torch.float32).eps * values[-1].clamp_min(1e-12)), found[1]
+
+
+def _inverse(found: list[tuple[Tensor, Tensor]]) -> Inverse:
+    """Of as many eigenvalues as differ from the smallest by more than a part of `_LEFT_OUT` at any point."""
+    floor = torch.stack([values[0] for values, _ in found])
+    beyond = torch.stack([values > (1 + _LEFT_OUT) * values[0] for values, _ in found]).any(0)
+    return Inverse(
+        torch.stack([vectors[:, beyond].float() for _, vectors in found]),
+        torch.stack([values[beyond] for values, _ in found]),
+        floor,
+    )
 
 
 def cosine_distance(states: Tensor, train: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:

@@ -169,6 +169,11 @@ class _Batch:
             log_probs = output.logits[:, -1].float().log_softmax(-1).unflatten(0, (len(t), -1))
             average = mixture_log_probs(log_probs, log_weights.exp())
             total = entropy(average)
+            if not bool(total.isfinite().all()):
+                raise UserError(
+                    "generate: the model's outputs are no numbers (NaN or infinite); does the base work in this dtype "
+                    "without adapters?"
+                )
             expected = (log_weights.exp() * entropy(log_probs)).sum(0).minimum(total)  # equal points, up to rounding
             uniform = None
             if config.temperature:

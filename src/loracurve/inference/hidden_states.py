@@ -33,9 +33,7 @@ class SplitStates:
 
     def at(self, points: slice) -> SplitStates:
         """The same at some of the points."""
-        choices = self.states.choices
-        states = States(self.states.read[points], None if choices is None else choices[points])
-        return SplitStates(self.log_probs[points], states, self.labels)
+        return SplitStates(self.log_probs[points], self.states.at(points), self.labels)
 
     def index(self, numbers: Tensor) -> SplitStates:
         """Some of the examples."""

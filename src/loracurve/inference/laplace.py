@@ -54,10 +54,12 @@ _REACH = 8.0  # of the nodes, in standard deviations
 
 _TAUS = torch.logspace(-1, 6, 15, dtype=torch.float64)
 
+_LEFT_OUT = 1e-3
+
 # Numbers that a batch of draws may hold.
 _MOST_DRAWN = 2**24
 
-# A validation NLL after temperature so much above the best is as good.
+# A validation NLL so much above the best is as good.
 _AS_GOOD = 0.003
 
 
@@ -74,9 +76,9 @@ class Gaussians:
 
     form: Literal["exact", "kronecker", "choices"]
     values: Tensor
-    """[n, D] eigenvalues; exact: D = (C - 1) d', kronecker: of A, D = d', choices: D = d (d' = d + 1 with a bias)"""
+    """[n, R] eigenvalues; exact: of D = (C - 1) d', kronecker: of A, D = d', choices: D = d (d' = d + 1 with a bias)"""
     vectors: Tensor
-    """[n, D, D], in columns"""
+    """[n, D, R], in columns: all, or those whose eigenvalues count (`narrowed`); the others' are 0"""
     class_values: Tensor
     """[n, C - 1] of G (kronecker), else [n, 0]"""
     class_vectors: Tensor
@@ -92,6 +94,13 @@ class Gaussians:
     """training rows that these stand for"""
     tau: float = 1.0
     """prior precision of each coefficient"""
+
+    def narrowed(self, tau: float) -> Gaussians:
+        """With this tau, and without the eigenvectors whose eigenvalues it outweighs at every point: no variance
+        changes by more than a part of `_LEFT_OUT`."""
+        most = self.values if self.form != "kronecker" else self.values * self.class_values.amax(1, keepdim=True)
+        kept = (most > _LEFT_OUT * tau).any(0)
+        return replace(self, tau=tau, values=self.values[:, kept], vectors=self.vectors[:, :, kept].contiguous())
 
     def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
         """As `prediction.Reader`: averages over the Gaussians."""
@@ -133,15 +142,17 @@ class Gaussians:
         device, classes = states.device, log_probs.shape[-1]
         values, vectors = self.values[point].to(device), self.vectors[point].to(device, torch.float64)
         if self.form == "choices":
-            return _factor_of_choices(states.double(), log_probs, values + self.tau, vectors)
+            return _factor_of_choices(states.double(), log_probs, values, vectors, self.tau)
         h = _features(states, self.bias)
         if self.form == "exact":
             projected = torch.einsum("ed,cdk->eck", h, vectors.unflatten(0, (self.classes - 1, -1)))
-            covariance = (projected / (values + self.tau)) @ projected.mT
-            factor = contrasts(self.classes).to(device) @ _cholesky(covariance)
+            own = torch.eye(self.classes - 1, dtype=torch.float64, device=device) * h.square().sum(1)[:, None, None]
+            factor = contrasts(self.classes).to(device) @ _cholesky(_inverse(projected, own, values, self.tau))
         else:
             of_classes = self.class_values[point].to(device)
-            spread = (h @ vectors).square() @ (1 / (values[:, None] * of_classes + self.tau))  # [E, C - 1]
+            inside = (h @ vectors).square()
+            spread = inside @ (1 / (values[:, None] * of_classes + self.tau))  # [E, C - 1]
+            spread = spread + ((h.square().sum(1) - inside.sum(1)).clamp_min(0) / self.tau)[:, None]
             turned = contrasts(self.classes).to(device) @ self.class_vectors[point].to(device, torch.float64)
             factor = turned * spread.sqrt()[:, None]
         if classes > self.classes:
@@ -242,7 +253,13 @@ def _stacked(found: list[_Eigen]) -> tuple[Tensor, Tensor]:
     return torch.stack([x.cpu() for x, _ in found]), torch.stack([x.float().cpu() for _, x in found])
 
 
-def _factor_of_choices(u: Tensor, log_probs: Tensor, precisions: Tensor, vectors: Tensor) -> Tensor:
+def _inverse(projected: Tensor, own: Tensor, values: Tensor, tau: float) -> Tensor:
+    """[E, k, k], x (V diag(l) V^T + tau I)^-1 x^T from projections x V [E, k, R] and x x^T [E, k, k]."""
+    inside = projected * (1 / (values + tau) - 1 / tau)
+    return inside @ projected.mT + own / tau
+
+
+def _factor_of_choices(u: Tensor, log_probs: Tensor, values: Tensor, vectors: Tensor, tau: float) -> Tensor:
     """[E, C, C - 1] from features [E, C, d]: a factor of the scores' centred covariance, among the choices that are
     there."""
     factor = u.new_zeros(*u.shape[:2], max(u.shape[1] - 1, 1))
@@ -250,9 +267,9 @@ def _factor_of_choices(u: Tensor, log_probs: Tensor, precisions: Tensor, vectors
     for count in counts.unique().tolist():
         if count > 1:
             rows, v = (counts == count).nonzero()[:, 0], contrasts(count).to(u.device)
-            projected = torch.einsum("ck,ecd->ekd", v, u[rows, :count]) @ vectors
-            lower = v @ _cholesky((projected / precisions) @ projected.mT)
-            factor[rows, :count, : count - 1] = lower
+            turned = torch.einsum("ck,ecd->ekd", v, u[rows, :count])
+            covariance = _inverse(turned @ vectors, turned @ turned.mT, values, tau)
+            factor[rows, :count, : count - 1] = v @ _cholesky(covariance)
     return factor
 
 
@@ -323,7 +340,8 @@ def marginal_tau(gaussians: Gaussians) -> float:
 
 
 def validation_tau(gaussians: Gaussians, validation: SplitStates, weights: Tensor | None = None) -> float:
-    """The smallest tau of a grid whose validation NLL after temperature is within .3 % of the best.
+    """The smallest tau of a grid that costs nothing: validation NLL as it is and after temperature are both within .3 %
+    of their best; where no tau does both, the one of the best NLL as it is.
 
     The smallest, because spread far from the training data is what the Gaussians are for: it is as large as the known
     data allow.
@@ -335,12 +353,14 @@ def validation_tau(gaussians: Gaussians, validation: SplitStates, weights: Tenso
     if not len(labelled):
         raise UserError("tau: expected labelled validation rows to choose it by, found none")
     rows = validation.index(labelled)
-    found = []
+    plain: list[float] = []
+    after: list[float] = []
     for tau in _TAUS.tolist():
-        average = mixture_log_probs(
-            replace(gaussians, tau=tau).averaged(rows.log_probs, rows.states).log_probs.double(), weights
-        )
+        read = replace(gaussians, tau=tau).averaged(rows.log_probs, rows.states)
+        average = mixture_log_probs(read.log_probs.double(), weights)
         tempered = apply_temperature(average, fit_temperature(average, rows.labels))
-        found.append(float(negative_log_likelihood(tempered, rows.labels).mean()))
-    best = min(found)
-    return next(tau for tau, nll in zip(_TAUS.tolist(), found, strict=True) if nll <= best * (1 + _AS_GOOD))
+        for found, log_probs in ((plain, average), (after, tempered)):
+            found.append(float(negative_log_likelihood(log_probs, rows.labels).mean()))
+    most = [min(found) * (1 + _AS_GOOD) for found in (plain, after)]
+    good = [a <= most[0] and b <= most[1] for a, b in zip(plain, after, strict=True)]
+    return float(_TAUS[good.index(True) if any(good) else plain.index(min(plain))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
@@ -15,8 +16,8 @@ from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.information import mixture_log_probs
 from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.model.curve_model import CurveModel
-from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
+from loracurve.system.ranges import Positive, in_range
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.task import Task
 
@@ -109,11 +110,11 @@ def likelihood_weights(total_nll: Tensor, prior_weights: Tensor, temperature: fl
     `total_nll` ``[n]`` is summed over the data, in nats. T = 1 is Bayes' rule, T = infinity leaves the prior.
 
     Raises:
-        UserError: T is not positive.
+        UserError: T is not positive, or so close to 0 that float32 does not tell them apart.
         ValueError: no point has a finite likelihood and a positive prior weight.
     """
-    if not temperature > 0:
-        raise UserError(f"temperature: expected a number above 0, found {temperature}; raise it")
+    if temperature != math.inf:
+        temperature = in_range("temperature", temperature, Positive)
     weights = (prior_weights.double().log() - total_nll.double() / temperature).softmax(0)
     if weights.isnan().any():
         raise ValueError(f"expected finite total NLL at some point, found {total_nll.tolist()}")

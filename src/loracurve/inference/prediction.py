@@ -51,6 +51,8 @@ Way = Literal["auto", "points", "merged"]
 CPU_TOKENS, GPU_TOKENS = 4096, 16_384
 # Row lengths on a GPU are multiples of this, so that shapes come back and graphs are used again.
 GPU_LENGTHS = 8
+# And of this in half precision on a CPU: oneDNN prepares each shape of a product anew and keeps it, half a MiB.
+HALF_LENGTHS = 2
 # Left free when a copy of the weights is made, as a part of its size.
 SPARE = 0.25
 
@@ -203,10 +205,16 @@ def predict(
     )
 
 
-def predict_folded(model: CurveModel, batches: Iterable[Batch], examples: int, summarise: bool = False) -> Predictive:
+def predict_folded(
+    model: CurveModel,
+    batches: Iterable[Batch],
+    examples: int,
+    summarise: bool = False,
+    names: Callable[[int], str] = str,
+) -> Predictive:
     """Inside `Merger.adapter`: predict every example by the one adapter that is folded in; arguments as `predict`."""
     at_adapter = lambda batch: (model.runner.scores(batch, None).log_softmax(-1), None)  # noqa: E731
-    return _collect(model, at_adapter, batches, 1, None, examples, False, summarise)
+    return _collect(model, at_adapter, batches, 1, None, examples, False, summarise, names=names)
 
 
 _AtPoints = Callable[[Batch], tuple[Tensor, States | None]]
@@ -339,8 +347,10 @@ def _joined(points: Sequence[tuple[Tensor, States | None]]) -> tuple[Tensor, Sta
 
 def laid_out_for(model: CurveModel, encoded: Encoded, row_tokens: int = ROW_TOKENS, whole: bool = False) -> list[Batch]:
     """This process's share of a split in batches of a size that suits the model's device; `whole` as for `collate`."""
-    gpu = model.device.type == "cuda"
-    size, pad_to = (GPU_TOKENS, GPU_LENGTHS) if gpu else (CPU_TOKENS, 1)
+    if model.device.type == "cuda":
+        size, pad_to = GPU_TOKENS, GPU_LENGTHS
+    else:
+        size, pad_to = CPU_TOKENS, 1 if keeps_precision(model) else HALF_LENGTHS
     packing = model.runner.takes_trees(encoded, row_tokens)
     return [*evaluation_batches(encoded, size, row_tokens, packing, pad_to, shared=True, whole=whole)]
 

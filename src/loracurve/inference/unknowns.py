@@ -125,10 +125,10 @@ def _gaussians(
         rows = model.runner.last_rows(t, train.answer_ids, size)
     found = fit_gaussians(states, rows, total)
     if config.tau > 0:
-        return replace(found, tau=config.tau)
+        return found.narrowed(config.tau)
     if config.rule == "marginal" and found.form != "choices":
-        return replace(found, tau=marginal_tau(found))
-    return replace(found, tau=validation_tau(found, known, weights))
+        return found.narrowed(marginal_tau(found))
+    return found.narrowed(validation_tau(found, known, weights))
 
 
 def _familiarity(

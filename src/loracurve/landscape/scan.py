@@ -54,7 +54,9 @@ def lay_out(model: CurveModel, encoded: Encoded, name: str, rows: int | None = N
 def predict_merged(model: CurveModel, adapter: Mapping[str, Tensor], splits: Sequence[LaidOut]) -> list[Predictive]:
     """Predict whole splits by one adapter of any rank: one merged evaluation."""
     with model.merger.adapter(adapter):
-        return [predict_folded(model, s.batches, s.examples, s.encoded.scoring == "lm") for s in splits]
+        return [
+            predict_folded(model, s.batches, s.examples, s.encoded.scoring == "lm", s.encoded.name_of) for s in splits
+        ]
 
 
 def mean_loss(model: CurveModel, adapter: Mapping[str, Tensor], split: LaidOut) -> float:

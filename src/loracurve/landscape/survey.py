@@ -28,9 +28,9 @@ from loracurve.landscape.subject import Subject
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
-from loracurve.system.files import atomic_write, write_json
+from loracurve.system.files import write_json
 from loracurve.system.folders import new_folder
-from loracurve.system.tables import records
+from loracurve.system.tables import records, write_table
 from loracurve.tasks.task import Task
 
 __all__ = ["scan_to_folder"]
@@ -179,11 +179,7 @@ def _write_tables(
     if report["plane"] and "grid" in report["plane"]:
         frames["plane"] = pd.DataFrame(report["plane"]["grid"])
     for name, frame in frames.items():
-
-        def write(path: Path, frame: pd.DataFrame = frame) -> None:
-            frame.to_parquet(path, index=False, compression="zstd")
-
-        atomic_write(folder / f"{name}.parquet", write)
+        write_table(folder / f"{name}.parquet", frame)
 
 
 def _diversity_means(frame: pd.DataFrame) -> pd.DataFrame:

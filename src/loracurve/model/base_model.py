@@ -28,8 +28,8 @@ from loracurve.model.declared import text_config
 from loracurve.model.trials import position_limit
 from loracurve.system.consent import consented
 from loracurve.system.errors import UserError, one_line
-from loracurve.system.files import flush
 from loracurve.system.folders import is_running
+from loracurve.system.paths import entries, exists, flush, is_folder
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.task import open_dataset
 
@@ -160,9 +160,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
 
 def _single_gguf(name: str) -> str | None:
     folder = Path(name)
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not is_folder(folder) or exists(folder / "config.json"):
         return None
-    files = sorted(folder.glob("*.gguf"))
+    files = [path for path in entries(folder) if path.suffix == ".gguf"]
     return files[0].name if len(files) == 1 else None
 
 

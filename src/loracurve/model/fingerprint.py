@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,7 @@ def check_adapters(
 
 def _place(name: str) -> Path | None:
     """The folder of a base on this machine: itself, or in the hub's cache."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     try:
         cached = try_to_load_from_cache(name, "config.json")

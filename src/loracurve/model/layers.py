@@ -136,7 +136,15 @@ class CurveLinear(CurveLayer):
         assert self.route.groups is not None
         if self.route.whole:
             return self._stack(which, dtype)
-        return combine(self.route.groups, (self.A, self.B)[which], dtype)
+        stack, held = (self.A, self.B)[which], self.route.held
+        if held is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return combine(self.route.groups, stack, dtype)
+        version = 0 if stack.is_inference() else stack._version
+        found = held.get((self, which, dtype))
+        if found is None or found[0] is not stack or found[1] != version:
+            found = stack, version, combine(self.route.groups, stack, dtype)
+            held[self, which, dtype] = found
+        return found[2]
 
     def merge(self, coefficients: Tensor) -> None:
         weight = getattr(self.base_layer, "weight", None)

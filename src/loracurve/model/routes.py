@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Layout", "Route", "Shared", "repeat_for_rows", "within_segments"]
+__all__ = ["Held", "Layout", "Route", "Shared", "repeat_for_rows", "within_segments"]
 
 
 Kind = Literal["base", "rows", "tokens", "points", "merged"]
+
+Held = dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, int, Tensor]]
+"""By layer, A (0) or B (1) and dtype: the control points, their version, and the factors at the groups made of them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Route:
     """Degree of a segment, the stride of the windows."""
     whole: bool = False
     """*points*: group g lies at control point g: factors are taken as they are."""
+    held: Held | None = None
+    """*points*: what layers keep of their factors at the groups from pass to pass; None: nothing."""
     replicas: int = 1
     """How often each row of the batch is run, at different points."""
     rows: int = 0

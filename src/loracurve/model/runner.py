@@ -23,7 +23,7 @@ from loracurve.model.fused_norms import fuse_norms
 from loracurve.model.heads import OutputHead
 from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
-from loracurve.model.routes import Layout, Route, within_segments
+from loracurve.model.routes import Held, Layout, Route, within_segments
 from loracurve.model.scoring import class_scores
 from loracurve.model.states import LastMap, States
 from loracurve.model.trials import (
@@ -120,10 +120,19 @@ class Runner:
         self._last: LastMap | None = None
         self._trees: dict[tuple[Any, ...], bool] = {}
         self._graphs: Captured | None = None
+        self._held: tuple[Tensor, Held] | None = None
+
+    def hold(self, t: Tensor) -> None:
+        """Keep the factors at points t [n], or at coefficients [n, K], for passes that run all of them together and no
+        others, without gradients: small ones (a request, a token) spend much of their time on making them. As much
+        memory as n adapters. On the CPU only; a GPU has its graphs."""
+        t = t.to("cpu", torch.float64)
+        self._held = (t if t.dim() == 2 else self.coefficients(t), {}) if self.device.type == "cpu" else None
 
     def set_shape(self, spec: CurveSpec) -> None:
         """Take the shape of a new curve in the layers; graphs hold the places of the control points before."""
         self.spec = spec
+        self._held = None
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -154,6 +163,9 @@ class Runner:
         # Rows of one shape serve many splits; balanced rows are longer than the budget by an example at most.
         path, row = (1 << (n - 1).bit_length() for n in (encoded.longest_path, row_tokens + encoded.sorted_sizes[-1]))
         size = path, row, self.dtype, self.device.type
+        # Windows that hold a longer path, or that a longer row does not count along, hold shorter ones too.
+        if any(size[2:] == s[2:] and path <= s[0] and row <= s[1] for s, taken in self._trees.items() if taken):
+            return True
         if size not in self._trees:
             limit = self.window
             with self.bare():
@@ -511,6 +523,8 @@ class Runner:
         if coefficients is not None:
             c = coefficients.to(self.device)
             route.groups = c if layout.kind == "points" else None
+            if self._held is not None and layout.kind == "points" and _same(coefficients, self._held[0]):
+                route.held = self._held[1]
             if layout.kind == "tokens":
                 assert token_units is not None
                 by_point = c.to(self.dtype).unflatten(0, (layout.replicas, -1))
@@ -518,3 +532,7 @@ class Runner:
             else:
                 route.coefficients = c.to(self.dtype).repeat_interleave(rows * layout.replicas // len(c), dim=0)
         return route
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)

@@ -28,6 +28,10 @@ class States:
     choices: Tensor | None = None
     """[n, E, C, d], the mean over each choice's own scored tokens (`text`); 0 where there is no such choice"""
 
+    def at(self, points: slice) -> States:
+        """The same at some of the points."""
+        return States(self.read[points], None if self.choices is None else self.choices[points])
+
     @classmethod
     def cat(cls, parts: Sequence[States]) -> States:
         """Join along the points."""

@@ -19,9 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from loracurve.system.escaping import inline
 from loracurve.system.files import atomic_write
 
-__all__ = ["GREY", "drawing", "figure_of", "panels", "save", "styles"]
+__all__ = ["GREY", "drawing", "figure_of", "label", "panels", "save", "styles"]
 
 
 # Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
@@ -127,6 +128,14 @@ def save(figure: Figure, folder: str | Path, name: str, dpi: int = 150) -> tuple
 def drawing() -> Iterator[None]:
     with matplotlib.style.context(["default", _STYLE]):  # whatever style the user's session has
         yield
+
+
+def label(name: object, most: int = 60) -> str:
+    """A name for an axis, title or legend: without mathematics (dollars), not hidden (a legend leaves out names that
+    begin with an underline), and of at most `most` characters."""
+    text = inline(str(name))
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return ("\u2009" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def styles() -> Iterator[dict[str, Any]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-import jinja2
 from rich.console import Console
 from rich.text import Text
 
 from loracurve.inference.config import Measure
 from loracurve.inference.generation import Generation
+from loracurve.report.templates import render_html
+from loracurve.system.escaping import visible
 from loracurve.system.files import atomic_write
 
 __all__ = ["Measure", "print_generation", "write_generations"]
@@ -40,11 +40,11 @@ def _share(value: float, highest: float) -> float:
 def print_generation(generation: Generation, measure: Measure = "mutual_information") -> None:
     """Print prompt and text, the background of each token the redder the higher its `measure`, and a summary."""
     highest = _highest([generation], measure)
-    text = Text().append(generation.prompt, style="dim")
+    text = Text().append(visible(generation.prompt), style="dim")
     for piece, value in zip(generation.tokens, getattr(generation, measure), strict=True):
         share = _share(value, highest)
         colour = [round(a + share * (b - a)) for a, b in zip(_LIGHT, _DARK, strict=True)]
-        text.append(piece, style=f"black on rgb({colour[0]},{colour[1]},{colour[2]})")
+        text.append(visible(piece), style=f"black on rgb({colour[0]},{colour[1]},{colour[2]})")
     console = Console(highlight=False, soft_wrap=True)
     console.print(text)
     means = ", ".join(f"{name.replace('_', ' ')} {_mean(generation, name):.3f}" for name in get_args(Measure))
@@ -60,9 +60,7 @@ def write_generations(path: Path, generations: Sequence[Generation], title: str 
     """Write one self-contained HTML file: tokens coloured by a measure that the reader chooses, figures on hovering."""
     scales = {name: _highest(generations, name) for name in get_args(Measure)}
     texts = [{"prompt": g.prompt, "finish": g.finish, "tokens": _tokens(g, scales)} for g in generations]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = files("loracurve.report").joinpath("generations.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(title=title, texts=texts, words=WORDS, scales=scales)
+    page = render_html("generations.html", title=title, texts=texts, words=WORDS, scales=scales)
     atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
 
 

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from loracurve.report import figures
 from loracurve.report.blocks import Block
 from loracurve.report.landscape_sections import loss_paths
-from loracurve.report.run_data import RunData, read_run
+from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
-from loracurve.system.errors import UserError, one_line
+from loracurve.report.templates import render_html
+from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write, write_json
+from loracurve.system.folders import locked, results_file
 
 __all__ = ["about", "images_of", "render", "write_figures", "write_page"]
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page, and every figure as PNG and PDF in FOLDER/figures of its run.
+    """Write the page, and every figure as PNG and PDF: for a page in the folder of its run into FOLDER/figures, else
+    beside the page into PAGE-figures (of several runs into one folder each), so that the runs are only read.
 
     Numbers that stand in no other JSON file of the run (reliability bins, accuracy at coverage, the examples) go to
-    FOLDER/figures/report.json. Parts that a run does not have are said to be missing.
+    report.json beside the figures. Parts that a run does not have are said to be missing.
 
     Args:
         folders: run directories, or folders of scans; side by side on the page.
@@ -41,27 +43,29 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     """
     if not folders:
         raise UserError("report: expected at least one run directory, found none")
-    if len({f.resolve() for f in folders}) < len(folders):
+    if len({os.path.realpath(f) for f in folders}) < len(folders):
         raise UserError("report: expected different run directories, found one twice")
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    within = len(folders) == 1 and os.path.realpath(out.parent) == os.path.realpath(folders[0])
+    with locked(folders[0]) if within else nullcontext(), results_file(out, replace=True):
+        place = out.parent / ("figures" if within else f"{out.stem}-figures")
+        return _write_page(runs, out, place)
+
+
+def _write_page(runs: Sequence[RunData], out: Path, place: Path) -> Path:
+    """Write it with the figures of its run into a folder, those of several into folders in it by the runs' names."""
+    places = {run.name: place if len(runs) == 1 else place / run.name for run in runs}
     numbers: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
-    try:
+    with fitting_files([run.folder for run in runs]):
         parts = {
             "title": ", ".join(run.name for run in runs),
             "runs": [{"name": run.name, "line": about(run)} for run in runs],
             "together": side_by_side(runs),
-            "sections": _sections(runs, numbers),
+            "sections": _sections(runs, numbers, places),
         }
-    except _MISFITS as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{', '.join(str(run.folder) for run in runs)}: the files do not fit together "
-            f"({one_line(repr(error), 160)}); evaluate or scan again"
-        ) from error
     for run in runs:
-        write_json(run.folder / "figures" / "report.json", numbers[run.name])
-    return render(parts, "metrics.json, scan/scan.json and figures/report.json", out)
+        write_json(places[run.name] / "report.json", numbers[run.name])
+    return render(parts, f"metrics.json, scan/scan.json and {place.name}/report.json", out)
 
 
 def render(parts: Mapping[str, Any], numbers: str, out: Path) -> Path:
@@ -70,20 +74,15 @@ def render(parts: Mapping[str, Any], numbers: str, out: Path) -> Path:
     Args:
         numbers: the files in which the numbers are, for the footer.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = files("loracurve.report").joinpath("page.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
-        **parts, numbers=numbers, made=time.strftime("%Y-%m-%d"), version=_version()
-    )
+    made = time.strftime("%Y-%m-%d")
+    text = render_html("page.html", **parts, numbers=numbers, made=made, version=_version())
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
     return out
 
 
-# What drawing raises where JSON or tables lack entries or hold other types.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _sections(
+    runs: Sequence[RunData], numbers: dict[str, dict[str, Any]], places: Mapping[str, Path]
+) -> list[dict[str, Any]]:
     """Title, lead and blocks of each section; what the blocks count is added to `numbers`."""
     sections = []
     for section in SECTIONS:
@@ -92,7 +91,7 @@ def _sections(runs: Sequence[RunData], numbers: dict[str, dict[str, Any]]) -> li
         for run in concerned:
             block = section.make(run)
             numbers[run.name] |= block.numbers
-            blocks.append({"run": run.name, "block": block, "images": images_of(run.folder, block)})
+            blocks.append({"run": run.name, "block": block, "images": images_of(places[run.name], block)})
         if blocks:
             sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
     return sections
@@ -108,7 +107,7 @@ def write_figures(folder: Path) -> list[Path]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' last parts, with so many more in front that they differ."""
-    resolved = [folder.resolve().parts for folder in folders]
+    resolved = [Path(os.path.realpath(folder)).parts for folder in folders]
     for depth in range(1, max(map(len, resolved)) + 1):
         names = ["/".join(parts[-depth:]) for parts in resolved]
         if len(set(names)) == len(names):
@@ -117,10 +116,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def images_of(folder: Path, block: Block) -> list[dict[str, str]]:
-    """Save the figures of a block to FOLDER/figures, and the PNGs as data addresses."""
+    """Save the figures of a block to a folder, and the PNGs as data addresses."""
     images = []
     for name, words, figure in block.figures:
-        png, _ = figures.save(figure, folder / "figures", name)
+        png, _ = figures.save(figure, folder, name)
         data = base64.b64encode(png.read_bytes()).decode()
         images.append({"words": words, "source": f"data:image/png;base64,{data}"})
     return images

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from loracurve.landscape.config import PATHS
-from loracurve.report.figures import GREY, styles
+from loracurve.report.figures import GREY, label, styles
 
 __all__ = [
     "PATH_LABELS",
@@ -51,7 +51,7 @@ def paths(
     for position in anchors:
         ax.axvline(position, color=GREY, linewidth=1, linestyle=":")
     _lines(frame[frame["split"] == split], measure, ax)
-    ax.set(ylabel=f"{split} NLL (nats)" if measure == "nll" else f"{split} accuracy (fraction)")
+    ax.set(ylabel=f"{label(split)} NLL (nats)" if measure == "nll" else f"{label(split)} accuracy (fraction)")
     return ax
 
 
@@ -75,8 +75,8 @@ def _lines(frame: pd.DataFrame, column: str, ax: Axes) -> None:
         line = line.sort_values("t")
         marker = style.pop("marker") if len(line) <= 25 else ""
         width = 2.6 if name == "curve" else 1.6
-        label = PATH_LABELS.get(str(name), str(name))
-        ax.plot(line["t"], line[column], label=label, linewidth=width, **{**style, "marker": marker})
+        shown = label(PATH_LABELS.get(str(name), name))
+        ax.plot(line["t"], line[column], label=shown, linewidth=width, **{**style, "marker": marker})
     ax.set(xlabel="position on the path t (fraction)", xlim=(-0.02, 1.02))
 
 
@@ -92,7 +92,7 @@ def diversity_map(frame: pd.DataFrame, ax: Axes, split: str = "test") -> Axes:
     low, high = t[0] - (t[1] - t[0]) / 2, t[-1] + (t[-1] - t[-2]) / 2
     image = ax.imshow(values, origin="lower", extent=(low, high, low, high), cmap="cividis", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="mean JSD (nats)", shrink=0.85)
-    ax.set(xlabel="t of one point", ylabel="t of the other", title=f"Divergence between points ({split})")
+    ax.set(xlabel="t of one point", ylabel="t of the other", title=f"Divergence between points ({label(split)})")
     ax.grid(False)
     return ax
 
@@ -101,14 +101,13 @@ def divergence_against_distance(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Divergence against ||Delta W|| distance for every pair of `diversity_frame`, by split and within / across."""
     for (key, part), style in zip(frame.groupby(["split", "within"], sort=False), styles(), strict=False):
         split, within = key
-        label = f"{split}, {'one segment' if within else 'across segments'}"
         ax.plot(
             part["distance"],
             part["jsd"],
             linestyle="",
             alpha=0.7,
             markersize=3.5,
-            label=label,
+            label=f"{label(split)}, {'one segment' if within else 'across segments'}",
             **{k: style[k] for k in ("color", "marker")},
         )
     ax.set(xlabel="distance ‖ΔW_i − ΔW_j‖", ylabel="mean JSD (nats)", title="Function against parameters")
@@ -121,9 +120,11 @@ def information(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Mutual information of the average against its number of points, of one path of `information_frame`."""
     for (split, part), style in zip(frame.groupby("split", sort=False), styles(), strict=False):
         marker = style.pop("marker")
-        ax.plot(part["n"], part["mutual_information"], marker=marker, label=f"{split}, MI", **style)
+        ax.plot(part["n"], part["mutual_information"], marker=marker, label=f"{label(split)}, MI", **style)
         faint = {**style, "linewidth": 1.1, "alpha": 0.8}
-        ax.plot(part["n"], part["pairwise_jsd"], marker=marker, fillstyle="none", label=f"{split}, pairwise", **faint)
+        ax.plot(
+            part["n"], part["pairwise_jsd"], marker=marker, fillstyle="none", label=f"{label(split)}, pairwise", **faint
+        )
     ax.set(xlabel="points n of the average", ylabel="nats", title="Information by number of points")
     ax.set_xscale("log")
     ticks = sorted(set(frame["n"]))
@@ -166,8 +167,8 @@ def plane(surface: pd.DataFrame, drawn: pd.DataFrame, ax: Axes) -> Axes:
 def slopes(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Slope of the loss beside its bound, of `loss_slopes`; logarithmic."""
     series = {"bound": "bound", "slope": "slope by gradient", "measured": "slope measured"}
-    for (column, label), style in zip(series.items(), styles(), strict=False):
-        ax.plot(frame["t"], frame[column].abs(), label=label, **style)
+    for (column, words), style in zip(series.items(), styles(), strict=False):
+        ax.plot(frame["t"], frame[column].abs(), label=words, **style)
     ax.set_yscale("log")
     ax.set(xlabel="position on the path t (fraction)", ylabel="|dL/dt| (nats)", title="Slope of the loss and its bound")
     return ax

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from loracurve.report.figures import GREY, styles
+from loracurve.report.figures import GREY, label, styles
 
 __all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
@@ -24,7 +24,7 @@ def reliability(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
     for (name, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
         filled = part[part["items"] > 0]
-        ax.plot(filled["confidence"], filled["accuracy"], label=str(name), **style)
+        ax.plot(filled["confidence"], filled["accuracy"], label=label(name), **style)
     ax.set(xlabel="confidence (fraction)", ylabel="accuracy (fraction)", title="Reliability")
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
     return ax
@@ -48,7 +48,7 @@ def uncertainty(frame: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     for (name, line), style in zip(part.groupby("set", sort=False), styles(), strict=False):
         style.pop("marker")
         x, y = line["nats"].to_numpy(), line["fraction"].to_numpy()
-        ax.step(np.r_[x[0], x], np.r_[0, y], where="post", label=f"{name} ({len(x):,})", **style)
+        ax.step(np.r_[x[0], x], np.r_[0, y], where="post", label=f"{label(name)} ({len(x):,})", **style)
     ax.set(title=_HEADINGS[measure], xlabel="nats", ylabel="items at or below", ylim=(0, 1.02))
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -60,7 +60,9 @@ def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
     for (key, part), style in zip(frame.groupby(["method", "measure"], sort=False), styles(), strict=False):
         method, measure = key
         style.pop("marker")
-        ax.plot(part["coverage"], part["accuracy"], label=f"{method}, by {MEASURE_LABELS[str(measure)]}", **style)
+        ax.plot(
+            part["coverage"], part["accuracy"], label=f"{label(method)}, by {MEASURE_LABELS[str(measure)]}", **style
+        )
     ax.set(xlabel="coverage: items answered (fraction)", ylabel="accuracy among them (fraction)")
     ax.set(title="Selective prediction", xlim=(0, 1.02))
     ax.xaxis.set_major_locator(MultipleLocator(0.2))

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from loracurve.system.errors import UserError
+from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json
+from loracurve.system.paths import is_file
+from loracurve.system.shapes import Shape, check_shape
 from loracurve.system.tables import read_table
 from loracurve.system.yaml_files import read_yaml
 from loracurve.tasks.dataset import as_text
 from loracurve.tasks.task import open_dataset
 
-__all__ = ["RunData", "read_run", "texts_of"]
+__all__ = ["RunData", "fitting_files", "read_run", "texts_of"]
 
 
 _TABLES = ("paths", "speeds", "diversity")
+
+# What is shown of metrics.json and environment.json; they hold more.
+_NUMBER = (float, None)
+_FIGURES = ("acc", "nll", "brier", "ece", "mutual_information", "pairwise_jsd", "aurc_entropy", "entropy")
+_SET = {"examples?": int} | {f"{n}?": _NUMBER for n in (*_FIGURES, "expected_entropy", "disagreement")}
+_METHOD = {
+    "passes": int,
+    "sets": {str: _SET},
+    "detection": {str: (None, {"auroc_entropy": _NUMBER, "auroc_mi": _NUMBER})},
+    "t?": ([float], None),
+    "point_nll?": ([float], None),
+}
+_INTERVAL = {"estimate": float, "low": _NUMBER, "high": _NUMBER, "distinguishable": bool}
+_METRICS: Shape = {
+    "methods": {str: _METHOD},
+    "comparisons?": [{"first": str, "second": str, "nll": _INTERVAL, "acc?": _INTERVAL, "brier?": _INTERVAL}],
+    "task": {
+        "name": str,
+        "kind": str,
+        "scoring": str,
+        "classes": [str],
+        "sizes": {str: int},
+        "template?": ({"prompt": str, "answer": (str, None)}, None),
+        "notes?": (str, None),
+        "source?": (str, None),
+    },
+    "average?": {"points": int, "quadrature": str, "weights": str},
+    "seconds?": {str: float},
+}
+_ENVIRONMENT: Shape = {"device?": (str, None), "packages?": {str: (str, None)}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,28 +84,29 @@ def read_run(folder: Path, name: str) -> RunData:
     Raises:
         UserError: neither, or a file that is damaged.
     """
-    evaluated = (folder / "metrics.json").is_file()
+    evaluated = is_file(folder / "metrics.json")
     scan = folder / "scan" if evaluated else folder
-    if not evaluated and not (scan / "scan.json").is_file():
+    if not evaluated and not is_file(scan / "scan.json"):
         raise UserError(
             f"{folder}: expected an evaluated run or the folder of a scan, found no metrics.json; "
             "make one with loracurve fit"
         )
     metrics = _mapping(read_json(folder / "metrics.json"), folder / "metrics.json") if evaluated else {}
-    for key in ("methods", "task") if evaluated else ():
-        if key not in metrics:
-            raise UserError(f"{folder}/metrics.json: expected the entry {key!r} of a fitted run, found none")
-    found = _mapping(read_json(scan / "scan.json"), scan / "scan.json") if (scan / "scan.json").is_file() else None
-    tables = {n: _table(scan / f"{n}.parquet") for n in _TABLES if (scan / f"{n}.parquet").is_file()}
+    if evaluated:
+        check_shape(metrics, _METRICS, f"{folder / 'metrics.json'}")
+    found = _mapping(read_json(scan / "scan.json"), scan / "scan.json") if is_file(scan / "scan.json") else None
+    tables = {n: _table(scan / f"{n}.parquet") for n in _TABLES if is_file(scan / f"{n}.parquet")}
     predictions = folder / "predictions.parquet"
-    environment = folder / "environment.json"
+    file = folder / "environment.json"
+    environment = _mapping(read_json(file), file) if is_file(file) else {}
+    check_shape(environment, _ENVIRONMENT, str(file))
     return RunData(
         name,
         folder,
         metrics,
         _mapping(read_yaml(folder / "config.yaml"), folder / "config.yaml") if evaluated else {},
-        _mapping(read_json(environment), environment) if environment.is_file() else {},
-        _table(predictions) if evaluated and predictions.is_file() else None,
+        environment,
+        _table(predictions) if evaluated and is_file(predictions) else None,
         found,
         tables if found is not None else {},
     )
@@ -86,6 +121,24 @@ def _mapping(values: Any, path: Path) -> dict[str, Any]:
 def _table(path: Path) -> pd.DataFrame:
     frame: pd.DataFrame = read_table(path).to_pandas()
     return frame
+
+
+# What drawing and writing raise where JSON or tables lack entries or hold other types.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@contextmanager
+def fitting_files(folders: Sequence[Path]) -> Iterator[None]:
+    """What is done with the files of runs; where they do not fit together, that is told as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _MISFITS as error:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: the files do not fit together ({one_line(repr(error), 160)}); evaluate "
+            "or scan again"
+        ) from error
 
 
 def texts_of(run: RunData) -> dict[tuple[str, str], str]:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from loracurve.report.figures import GREY, styles
+from loracurve.report.figures import GREY, label, styles
 
 __all__ = ["by_information_and_entropy", "ensemble_sizes", "points"]
 
@@ -27,7 +27,7 @@ def ensemble_sizes(sizes: pd.DataFrame, others: pd.DataFrame, ax: Axes, measure:
         ax.plot([1, x], [row.score, row.score], color=style["color"], linestyle=style["linestyle"], linewidth=1)
         errors = [[max(row.score - row.low, 0)], [max(row.high - row.score, 0)]]
         mark = {"color": style["color"], "marker": style["marker"]}
-        ax.errorbar([x], [row.score], errors, linestyle="", capsize=2, linewidth=1, label=str(row.method), **mark)
+        ax.errorbar([x], [row.score], errors, linestyle="", capsize=2, linewidth=1, label=label(row.method), **mark)
     ax.set(xlabel="members M", ylabel=f"{measure} after temperature scaling")
     ax.set_xticks([m for m in range(1, last + 1) if last <= 5 or m in (1, 2, 3, 5) or m == last])
     return ax
@@ -40,7 +40,7 @@ def by_information_and_entropy(frame: pd.DataFrame, ax: Axes) -> Axes:
     colours = cycle([style["color"] for style in islice(styles(), 7)])
     markers = cycle("osD^vPX<>*h")  # of another cycle length than the colours
     for row, colour, marker in zip(frame.itertuples(index=False), colours, markers, strict=False):
-        ax.plot([row.entropy], [row.MI], linestyle="", color=colour, marker=marker, label=str(row.method))
+        ax.plot([row.entropy], [row.MI], linestyle="", color=colour, marker=marker, label=label(row.method))
     ax.set(xlabel="AUROC by entropy", ylabel="AUROC by MI")
     ax.autoscale()
     ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -50,6 +50,6 @@ def by_information_and_entropy(frame: pd.DataFrame, ax: Axes) -> Axes:
 def points(frame: pd.DataFrame, ax: Axes) -> Axes:
     """NLL of single points of lines and curves: path (the method's name), t, nll."""
     for (name, part), style in zip(frame.groupby("path", sort=False), styles(), strict=False):
-        ax.plot(part["t"], part["nll"], label=str(name), **style)
+        ax.plot(part["t"], part["nll"], label=label(name), **style)
     ax.set(xlabel="position on the path t (fraction)", ylabel="test NLL (nats)", xlim=(-0.02, 1.02))
     return ax

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loracurve.report.numbers import interval, number, star
+from loracurve.system.escaping import inline, visible
 
 __all__ = ["method_rows", "print_barriers", "print_methods", "print_report"]
 
@@ -52,8 +53,8 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
     rows = method_rows(methods, split)
     table = _table(f"{split} split", ["method", "passes", *COLUMNS.values()])
     for row in rows:
-        table.add_row(row["method"], str(row["passes"]), *(number(row.get(k), missing="-") for k in COLUMNS))
-    console = Console()
+        _add(table, row["method"], str(row["passes"]), *(number(row.get(k), missing="-") for k in COLUMNS))
+    console = _console()
     console.print(table)
     sets = sorted({s for row in rows for s in row["detection"]})
     if sets:
@@ -61,7 +62,7 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
         for row in rows:
             if row["detection"]:
                 cells = (" / ".join(number(v, 3, missing="-") for v in row["detection"][s]) for s in sets)
-                table.add_row(row["method"], str(row["passes"]), *cells)
+                _add(table, row["method"], str(row["passes"]), *cells)
         console.print(table)
 
 
@@ -78,8 +79,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             verdict = (
                 ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
             )
-            table.add_row(c["second"] if measure == "nll" else "", measure.upper(), interval(found), verdict)
-    Console().print(table)
+            _add(table, c["second"] if measure == "nll" else "", measure.upper(), interval(found), verdict)
+    _console().print(table)
 
 
 def print_barriers(scan: Mapping[str, Any]) -> None:
@@ -91,23 +92,33 @@ def print_barriers(scan: Mapping[str, Any]) -> None:
         ["path", "", "t*", "excess", "above ends"],
     )
     for b in scan["barriers"]:
-        table.add_row(
+        _add(
+            table,
             b["path"],
             f"{b['segment']}-{b['segment'] + 1}",
             number(b["t_star"], 2),
             interval({**b, "estimate": b["excess"]}) + star(b, "  "),
             number(b["above_ends"], sign=True),
         )
-    console = Console()
+    console = _console()
     console.print(table)
     for row in scan["gauge"]:
-        console.print(row["sentence"])
+        console.print(visible(row["sentence"]))
     cost = scan["cost"]
     console.print(f"{cost['evaluations']} merged evaluations, {cost['seconds_per_evaluation']:.2f} s each")
 
 
+def _console() -> Console:
+    """Brackets and colons in names are no markup."""
+    return Console(markup=False, emoji=False)
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(visible(cell).replace("\n", " ") for cell in cells))
+
+
 def _table(title: str, headings: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=visible(title), title_justify="left", box=SIMPLE_HEAD)
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 or not heading else "right", no_wrap=True)
+        table.add_column(inline(heading), justify="left" if i == 0 or not heading else "right", no_wrap=True)
     return table

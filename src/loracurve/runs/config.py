@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
 from loracurve.system.options import parse_mapping
-from loracurve.system.yaml_files import check_yaml, read_yaml
+from loracurve.system.paths import is_file
+from loracurve.system.yaml_files import dump_yaml, load_yaml, read_yaml
 from loracurve.tasks.config import TaskConfig
 from loracurve.training.config import FitConfig, LoopConfig
 
@@ -59,7 +61,7 @@ class RunConfig:
 
 def load_config(path: str | Path) -> RunConfig:
     """Read a YAML file as a `RunConfig`; raises UserError for unknown keys, wrong types and missing files."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"{path}: expected a YAML file with the options of a run, found none")
     values = read_yaml(Path(path))
     if not isinstance(values, Mapping):
@@ -97,10 +99,10 @@ def without_retired_words(words: list[str]) -> list[str]:
             value = rest.pop(0)
             pair.append(value)
         part, _, option = name.removeprefix("--").partition(".")
-        if name == "--config" and Path(value).is_file():
+        if name == "--config" and os.path.isfile(value):  # else the parser says what it is
             values = read_yaml(Path(value))
             known = _without_retired(values) if isinstance(values, Mapping) else values
-            out += pair if known == values else [f"--config={yaml.safe_dump(known)}"]
+            out += pair if known == values else [f"--config={dump_yaml(known)}"]
         elif word.startswith("--") and part in _PARTS and option:
             left, gone = split_retired(_PARTS[part], _nested(option, value))
             if gone:
@@ -114,9 +116,8 @@ def without_retired_words(words: list[str]) -> list[str]:
 def _nested(option: str, value: str) -> dict[str, Any]:
     """`a.b` and its word on the command line as a file has them: {a: {b: value}}."""
     try:
-        check_yaml(value)
-        found: Any = yaml.safe_load(value) if value else True
-    except yaml.YAMLError:
+        found: Any = load_yaml(value) if value else True
+    except (ValueError, yaml.YAMLError):
         found = value
     for name in reversed(option.split(".")):
         found = {name: found}
@@ -127,7 +128,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     """Write a config as YAML, atomically; `load_config` reads it back equal."""
     # As it is read: 16 for a number with a fraction comes back as 16.0, and is written so from the start.
     values = asdict(parse_mapping(RunConfig, _plain(asdict(config)), str(path)))
-    text = yaml.safe_dump(_plain(values), sort_keys=False)
+    text = dump_yaml(_plain(values))
     atomic_write(path, lambda p: p.write_text(text))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -28,13 +27,15 @@ from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
-from loracurve.runs.run import open_run
-from loracurve.system.distributed import on_main
+from loracurve.runs.run import Run, check_run, open_run
+from loracurve.system.distributed import main_holds, on_main
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
-from loracurve.system.files import atomic_write, write_json
-from loracurve.system.folders import new_folder
+from loracurve.system.files import write_json
+from loracurve.system.folders import results_folder
+from loracurve.system.paths import writable
 from loracurve.system.randomness import stream_seed
+from loracurve.system.tables import write_table
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.task import Task, open_dataset
 
@@ -253,7 +254,7 @@ def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: di
             }
             tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
-    atomic_write(path, lambda p: pq.write_table(table, p, compression="zstd"))
+    write_table(path, table)
 
 
 def evaluate_run(
@@ -272,13 +273,22 @@ def evaluate_run(
     Returns:
         What metrics.json holds, and the folder.
     """
-    opened = open_run(run, task, base)
-    evaluation = replace(opened.config.evaluation, **changes)
-    encoded = opened.task.encode(split)
-    name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
-    name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
-    folder = Path(out) if out else Path(run) / "evaluations" / name
-    on_main(lambda: new_folder(folder))
+    check_run(Path(run))
+    place = Path(out) if out else Path(run) / "evaluations"
+    # Before the model is opened; what the folder in RUN/evaluations is called is known after it.
+    with main_holds(lambda: results_folder(place) if out else writable(place)):
+        opened = open_run(run, task, base)
+        evaluation = replace(opened.config.evaluation, **changes)
+        encoded = opened.task.encode(split)
+        if out:
+            return _evaluate(opened, evaluation, split, encoded, place), place
+        name = f"{opened.task.dataset.name}-{split}-{evaluation.points}-{evaluation.weights}"
+        name = name.replace("/", "_").replace(" ", "_") + "-tunnel" * (evaluation.inference == "tunnel")
+        with main_holds(lambda: results_folder(place / name)):
+            return _evaluate(opened, evaluation, split, encoded, place / name), place / name
+
+
+def _evaluate(opened: Run, evaluation: EvaluationConfig, split: str, encoded: Encoded, folder: Path) -> dict[str, Any]:
     average = opened.average(evaluation)
     predicted = predict_split(opened.model, encoded, average.where, average.weights)
     method = MethodPredictions(evaluation.inference, len(average.t), {split: predicted})
@@ -288,9 +298,9 @@ def evaluate_run(
 
     def write() -> None:
         write_json(folder / "environment.json", environment())
-        write_json(folder / "metrics.json", report)
         if known is None:
             write_run_predictions(folder / "predictions.parquet", [method], {split: encoded})
+        write_json(folder / "metrics.json", report)  # last: it says that the rest is there
 
     on_main(write)
-    return report, folder
+    return report

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from loracurve.runs.run import best_point, open_run
+from loracurve.runs.run import Run, best_point, check_run, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
-from loracurve.system.folders import new_folder
+from loracurve.system.folders import results_folder
 
 __all__ = ["export_run"]
 
@@ -37,8 +37,12 @@ def export_run(
     Raises:
         UserError: no run there, a folder with something in it, or a run whose average lies off the curve.
     """
-    opened = open_run(run, base=base)
-    folder = new_folder(out)
+    check_run(Path(run))
+    with results_folder(out) as folder:
+        return _export(open_run(run, base=base), folder, points, best, t)
+
+
+def _export(opened: Run, folder: Path, points: int | None, best: bool, t: float | None) -> list[str]:
     if best:
         times, weights = [best_point(opened)], [1.0]
     elif t is not None:

@@ -26,9 +26,11 @@ from loracurve.system.distributed import is_main, main_holds, on_main
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
-from loracurve.system.folders import locked, new_folder
+from loracurve.system.folders import results_folder
+from loracurve.system.paths import exists
 from loracurve.training.corruption import unlabelled
 from loracurve.training.fit import fit, fit_anchors
+from loracurve.training.origin import MAY_BE_LOWERED, MAY_CHANGE, check_changes, flat_options, options_changed
 from loracurve.training.perturbation import Perturbation
 
 __all__ = ["fit_run"]
@@ -42,7 +44,8 @@ def fit_run(
     Args:
         config: all options.
         out: new folder.
-        resume: go on with a run of the same options that was interrupted.
+        resume: go on with a run that was interrupted. Its options have to be the same, but for those that
+            `training.origin` names; metrics.json says what was changed, and after which step.
         progress: show progress bars.
         trust_remote_code: consent to run code that comes with the base; it is noted in the run's config.yaml.
 
@@ -55,16 +58,27 @@ def fit_run(
     _check_tracker(config.tracker)
     if consented(config.model.trust_remote_code, f"model {config.model.name!r}", trust_remote_code):
         config = replace(config, model=replace(config.model, trust_remote_code=True))
-    on_main(lambda: new_folder(out, resume))
-    with main_holds(lambda: locked(out)):
+    with main_holds(lambda: results_folder(out, resume)):
         return _fit_run(config, out, progress)
 
 
+# Of the options outside training: where losses are logged, how the base is held, a record of consent.
+_FREE = ("tracker", "model.shard", "model.trust_remote_code")
+
+_TRAININGS = ("anchor_training", "curve_training")
+
+
+def _check_options(path: Path, config: RunConfig) -> None:
+    """Refuse other options than a run began with, but for those that may change; the checkpoints say what did."""
+    changes = options_changed(flat_options(load_config(path)), flat_options(config))
+    free, lowered = ([f"{t}.{name}" for t in _TRAININGS for name in names] for names in (MAY_CHANGE, MAY_BE_LOWERED))
+    check_changes(changes, str(path), [*_FREE, *free], lowered)
+
+
 def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
-    if (out / "config.yaml").exists() and load_config(out / "config.yaml") != config:
-        raise UserError(
-            f"{out}/config.yaml differs from this configuration; resume with the same, or choose another --out"
-        )
+    resumed = exists(out / "config.yaml")
+    if resumed:
+        _check_options(out / "config.yaml", config)
     trusted = config.model.trust_remote_code  # with consent, or it would not have come here
     base, task = base_and_task(config, trusted)
     # Tokenising everything first finds faults in the data before hours of training.
@@ -79,7 +93,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         unlabelled(task, config.curve_training.corruption.file)
 
     def begin() -> None:
-        save_config(config, out / "config.yaml")
+        if not resumed:
+            save_config(config, out / "config.yaml")
         if known is None:
             write_identity(identity, out)
         write_json(out / "environment.json", environment())
@@ -88,6 +103,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     classifier = config.task.scoring == "head"
     lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
+    changes: list[dict[str, Any]] = []
     accelerator = _tracking(config, out)
     loop = {"progress": progress, "accelerator": accelerator}
     started = time.perf_counter()
@@ -112,6 +128,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
             on_main(partial(write_json, out / "anchors" / "history.json", result.history))
             anchors = model.control_points()
             timings["anchors"] = result.seconds
+            changes += _named(result.changes, "anchor_training")
         on_main(partial(_export, model, anchors, out / "anchors"))
         model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
         shape = config.curve
@@ -126,8 +143,11 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     result = fit(model, task, config.curve_training, out / "training", **loop)
     accelerator.end_training()
     timings["curve"] = result.seconds
+    changes += _named(result.changes, "curve_training")
 
     def save_curve() -> None:
+        if resumed:  # only now have the checkpoints agreed to what changed
+            save_config(config, out / "config.yaml")
         write_json(out / "training" / "history.json", result.history)
         model.save_pretrained(out / "curve")
 
@@ -140,6 +160,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         "steps": result.steps,
         "stopped_early": result.stopped_early,
         "processes": result.processes,
+        "changes": changes,
     } | result.settled
     report["seconds"] = timings | {
         "evaluation": time.perf_counter() - evaluated,
@@ -148,6 +169,14 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     report["task"] = task.describe()
     on_main(partial(write_json, out / "metrics.json", report))
     return report
+
+
+def _named(changes: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    """Changes of a training's options, these by their names in config.yaml."""
+    own = ("device", "processes")
+    return [
+        c | {"option": c["option"] if c["option"] in own else f"{part}.{c['option']}", "part": part} for c in changes
+    ]
 
 
 def _export(model: CurveModel, adapters: ControlPoints, folder: Path) -> None:

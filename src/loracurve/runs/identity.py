@@ -7,6 +7,7 @@ rows that were trained on as hashes, and versions.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from loracurve.runs.config import RunConfig
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json, write_json
+from loracurve.system.paths import exists, is_folder
 from loracurve.tasks.classes import TaskIdentity, rows_hash
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task
@@ -54,7 +56,7 @@ class Identity:
     def revision(self, name: str) -> str | None:
         """The commit on the hub that a base of this name had at the fit; None for folders and other names."""
         found = self.base.get("revision")
-        return found if isinstance(found, str) and name == self.base["name"] and not Path(name).exists() else None
+        return found if isinstance(found, str) and name == self.base["name"] and not os.path.exists(name) else None
 
     def check_base(self, base: nn.Module, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         """Raise UserError, which `where` (the run) begins, for another base or tokenizer than the run was made with."""
@@ -97,7 +99,7 @@ def identity_of(config: RunConfig, base: nn.Module, tokenizer: PreTrainedTokeniz
     place = Path(config.task.data)
     data = {
         "name": task.dataset.name,
-        "place": str(place.resolve()) if place.is_dir() else config.task.data,
+        "place": str(place.resolve()) if is_folder(place) else config.task.data,
         "sizes": {split: len(rows) for split, rows in task.dataset.splits.items()},
         "hashes": _hashes(task.dataset, ("train", "validation")),
     }
@@ -123,7 +125,7 @@ def read_identity(folder: Path) -> Identity | None:
         UserError: a newer format, or something else.
     """
     path = folder / IDENTITY
-    if not path.exists():
+    if not exists(path):
         return None
     values = read_json(path)
     version = values.get("format") if isinstance(values, dict) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from loracurve.inference.calibration import (
+    TEMPERATURES,
     SelectiveThreshold,
     apply_temperature,
     conformal_quantile,
@@ -32,6 +32,7 @@ from loracurve.runs.run import Run, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
 from loracurve.system.folders import locked
+from loracurve.system.paths import exists
 from loracurve.system.randomness import generator
 from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
 from loracurve.tasks.dataset import Row, read_rows
@@ -95,7 +96,7 @@ class Calibration:
 def read_calibration(run: Path) -> Calibration | None:
     """What `calibrate_run` wrote into a run directory; None where it has not. Raises UserError for something else."""
     path = run / "calibration.json"
-    if not path.exists():
+    if not exists(path):
         return None
     values = read_json(path)
     try:
@@ -119,7 +120,8 @@ def read_calibration(run: Path) -> Calibration | None:
             float(values["temperature"]), float(conformal["quantile"]), values["measure"], selective, **made
         )
         numbers = (0 if selective.threshold is None else selective.threshold, selective.tolerance)
-        sound = version in (0, FORMAT) and 0 < found.temperature < math.inf and found.measure in get_args(Measure)
+        sound = version in (0, FORMAT) and found.measure in get_args(Measure)
+        sound &= TEMPERATURES[0] <= found.temperature <= TEMPERATURES[1]
         sound &= 0 <= found.quantile <= 1 and 0 <= found.tolerance <= 1
         if not sound or not all(isinstance(number, float | int) for number in numbers) or numbers[1] < 0:
             raise ValueError("numbers that no calibration gives")

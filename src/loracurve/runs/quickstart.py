@@ -24,6 +24,8 @@ from loracurve.runs.config import RunConfig
 from loracurve.runs.fit import fit_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
+from loracurve.system.folders import locked, results_folder
+from loracurve.system.tables import read_table
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.task import open_dataset
 from loracurve.training.config import FitConfig, LoopConfig
@@ -68,13 +70,13 @@ def quickstart_config(seed: int = 0) -> RunConfig:
 def run_quickstart(out: Path, resume: bool = False, seed: int = 0) -> dict[str, Any]:
     """Fit, evaluate, print the table, draw the figures; returns metrics.json."""
     started = time.perf_counter()
-    if out.exists() and not resume and (out / "metrics.json").exists():
-        raise UserError(f"{out} exists already; choose another --out, or go on with it by --resume")
-    config = quickstart_config(seed)
+    with results_folder(out, resume):  # before the model is converted
+        config = quickstart_config(seed)
     report = fit_run(config, out, resume)
-    report["human_disagreement"] = _human_disagreement(out, config)
-    write_json(out / "metrics.json", report)
-    figures = write_figures(out)
+    with locked(out):
+        report["human_disagreement"] = _human_disagreement(out, config)
+        write_json(out / "metrics.json", report)
+        figures = write_figures(out)
     print_report(report)
     _say(report, out, figures, time.perf_counter() - started)
     return report
@@ -82,9 +84,7 @@ def run_quickstart(out: Path, resume: bool = False, seed: int = 0) -> dict[str, 
 
 def _human_disagreement(out: Path, config: RunConfig) -> dict[str, float]:
     """Spearman correlation of the curve's uncertainties with the spread of the human ratings, over all rated words."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(out / "predictions.parquet").to_pylist()
+    rows = read_table(out / "predictions.parquet").to_pylist()
     splits = open_dataset("word_sentiment", config.task.seed).splits
     spread = {r.id: r.spread for name in ("test", "ambiguous") for r in splits[name]}
     mine = [r for r in rows if r["method"] == "curve" and spread.get(r["id"]) is not None]

@@ -20,11 +20,12 @@ from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.identity import IDENTITY, Identity, read_identity
 from loracurve.system.consent import consented
 from loracurve.system.errors import UserError
+from loracurve.system.paths import is_file
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task, load_task, settled_dataset
 
-__all__ = ["Run", "base_and_task", "best_point", "open_run", "spread"]
+__all__ = ["Run", "base_and_task", "best_point", "check_run", "open_run", "spread"]
 
 
 logger = logging.getLogger("loracurve")
@@ -64,10 +65,7 @@ def open_run(
             was made with; when rows are asked for: data that are not there, or have classes that the run has not.
     """
     folder = Path(folder)
-    if not (folder / "curve" / "curve_config.json").is_file():
-        raise UserError(
-            f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
-        )
+    check_run(folder)
     config = load_config(folder / "config.yaml")
     identity = read_identity(folder)
     trusted = consented(config.model.trust_remote_code, str(folder), trust_remote_code)
@@ -91,6 +89,14 @@ def open_run(
         curve.to(accelerate.PartialState().device),
         task,
     )
+
+
+def check_run(folder: Path) -> None:
+    """Raise UserError where there is no run with a fitted curve, before anything is opened or written for it."""
+    if not is_file(folder / "curve" / "curve_config.json"):
+        raise UserError(
+            f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
+        )
 
 
 def spread(model: CurveModel, config: RunConfig) -> None:

@@ -8,35 +8,42 @@ from typing import Any
 from loracurve.curve.files import load_base_record, load_curve
 from loracurve.curve.hub import hub_base, write_shared
 from loracurve.curve.model_card import model_card
-from loracurve.report.run_data import RunData, read_run
+from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import summary
+from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.identity import read_identity
 from loracurve.system.errors import UserError
-from loracurve.system.folders import new_folder
+from loracurve.system.folders import results_folder
+from loracurve.system.paths import is_file
+from loracurve.system.shapes import Shape, check_shape
 
 __all__ = ["share_run"]
 
 
-def _training(run: RunData) -> list[str]:
+# What a card cannot do without, beside what a report shows.
+_SHARED: Shape = {
+    "average": {},
+    "methods": {"curve": {"sets": {"test": {"examples": int}}}},
+}
+
+
+def _training(run: RunData, config: RunConfig) -> list[str]:
     """Settings and versions, one line each."""
     lines = []
-    config, environment = run.config, run.environment
-    parts = {"anchors": "anchor_training", "curve": "curve_training"}
-    for name, part in parts.items():
-        if name == "anchors" and (config["curve"]["kind"] == "free" or config.get("adapters")):
+    environment = run.environment
+    for name, options in (("anchors", config.anchor_training), ("curve", config.curve_training)):
+        if name == "anchors" and (config.curve.kind == "free" or config.adapters):
             continue
-        options = config[part]
         lines.append(
-            f"{name}: {options['steps']:,} steps of {options['batch_size']} examples, learning rate "
-            f"{options['learning_rate']:g} ({options['schedule']}), weight decay {options['weight_decay']:g}, "
-            f"seed {options['seed']}"
+            f"{name}: {options.steps:,} steps of {options.batch_size} examples, learning rate "
+            f"{options.learning_rate:g} ({options.schedule}), weight decay {options.weight_decay:g}, "
+            f"seed {options.seed}"
         )
-    objective = config["curve_training"]["objective"]
-    if objective["jsd"] != "none":
-        lines.append(f"diversity term: {objective['jsd']} of weight {objective['weight']:g}")
-    if config["curve_training"]["perturbation"]["kind"] != "none":
-        perturbation = config["curve_training"]["perturbation"]
-        lines.append(f"perturbation: {perturbation['kind']}, rho {perturbation['rho']:g}")
+    objective, perturbation = config.curve_training.objective, config.curve_training.perturbation
+    if objective.jsd != "none":
+        lines.append(f"diversity term: {objective.jsd} of weight {objective.weight:g}")
+    if perturbation.kind != "none":
+        lines.append(f"perturbation: {perturbation.kind}, rho {perturbation.rho:g}")
     seconds = run.metrics.get("seconds", {}).get("total")
     on = f" on {environment['device']}" if environment.get("device") else ""
     if seconds is not None:
@@ -48,15 +55,17 @@ def _training(run: RunData) -> list[str]:
 
 
 def _described(run: RunData) -> dict[str, Any]:
-    """What the card says of a run."""
-    task = run.metrics["task"]
+    """What the card says of a run. Raises UserError where its files hold something else."""
+    check_shape(run.metrics, _SHARED, f"{run.folder / 'metrics.json'}")
+    config = load_config(run.folder / "config.yaml")
+    task = {"template": None, "notes": "", "source": ""} | run.metrics["task"]
     return {
         "name": run.name,
         "task": task,
         "sizes": ", ".join(f"{split} {size:,}" for split, size in task["sizes"].items()),
-        "training": _training(run),
+        "training": _training(run, config),
         "block": summary(run),
-        "seed": run.config["curve_training"]["seed"],
+        "seed": config.curve_training.seed,
         "average": run.metrics["average"],
         "examples": f"{run.metrics['methods']['curve']['sets']['test']['examples']:,}",
     }
@@ -72,13 +81,20 @@ def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: s
         repo: OWNER/NAME that the card names.
 
     Raises:
-        UserError: no evaluated run, a base model without a name on the hub, or a folder with something in it.
+        UserError: no evaluated run, files that hold something else than a run's, a base model without a name on the
+            hub, or a folder with something in it.
     """
-    if not (Path(run) / "metrics.json").is_file():
+    if not is_file(Path(run) / "metrics.json"):
         raise UserError(f"{run}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
-    read_identity(Path(run))  # of a newer version: refused
-    config, spec, points = load_curve(Path(run) / "curve")
+    with results_folder(Path(out)) as folder:
+        return _share(Path(run), folder, base, repo)
+
+
+def _share(run: Path, folder: Path, base: str | None, repo: str | None) -> Path:
+    read_identity(run)  # of a newer version: refused
+    config, spec, points = load_curve(run / "curve")
     name = hub_base(config, base)
-    card = model_card(config, spec, name, repo, _described(read_run(Path(run), Path(run).resolve().name)))
-    record = load_base_record(Path(run) / "curve")
-    return write_shared(config, spec, points, name, card, new_folder(Path(out)), record)
+    with fitting_files([run]):
+        card = model_card(config, spec, name, repo, _described(read_run(run, run.resolve().name)))
+    record = load_base_record(run / "curve")
+    return write_shared(config, spec, points, name, card, folder, record)

@@ -49,8 +49,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"description": "the body is too large"},
     415: {"description": "the body is of another content type than JSON"},
     422: {"description": "the body holds something else than was expected"},
-    429: {"description": "too many requests wait"},
-    503: {"description": "no answer in time, or the server stops"},
+    503: {"description": "too many rows wait, no answer in time, or the server stops"},
 }
 
 MOST_CHARACTERS = 500
@@ -71,12 +70,13 @@ def make_app(
         token: what clients must send as a bearer token, if anything.
     """
     paths = frozenset({"/", "/docs", "/openapi.json", "/health", "/metrics", "/run", "/predict", "/generate"})
-    figures = Figures(paths, lambda: len(batcher))
+    figures = Figures(paths, lambda: len(batcher), lambda: batcher.rows)
     engine = Engine(run, options, evaluation, figures.count, figures.together.observe)
-    batcher = Batcher(engine.work, options.batch_wait_ms / 1000, options.max_queue)
+    batcher = Batcher(engine.work, engine.weigh, options.max_queue)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(engine.warm_up)
         batcher.start()
         yield
         await asyncio.to_thread(batcher.close, options.timeout_s)
@@ -95,7 +95,7 @@ def make_app(
     async def predict(body: PredictRequest, request: Request) -> Response:
         """Probabilities and uncertainty of rows, as the command predict gives them."""
         rows = engine.rows(body.rows)
-        return await answer(request, PREDICT, rows, len(rows) / options.batch_rows)
+        return await answer(request, PREDICT, rows)
 
     @app.post("/generate", summary="Continue prompts", response_model=GenerateAnswer, responses=REFUSALS)
     async def generate(body: GenerateRequest, request: Request) -> Response:
@@ -107,7 +107,7 @@ def make_app(
             values["max_new_tokens"] = min(values["max_new_tokens"], options.max_new_tokens)
         config = GenerateConfig(**values)
         prompts = engine.prompts(asked.prompts, config)
-        return await answer(request, config, prompts, len(prompts) / options.batch_prompts)
+        return await answer(request, config, prompts)
 
     @app.get("/health", summary="Whether the server runs", response_model=Health)
     async def health() -> Response:
@@ -137,32 +137,37 @@ def make_app(
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(_read("docs.html")).render(api=app.openapi())
 
-    async def answer(request: Request, key: Hashable, work: Any, share: float) -> Response:
+    async def answer(request: Request, key: Hashable, work: Sequence[Any]) -> Response:
         """Queue a job and wait for what comes first: its answer, the client's leaving, or the end of its time."""
-        job = Job(key, work, share, time.monotonic() + options.timeout_s)
+        job = Job(key, work, len(work), time.monotonic() + options.timeout_s)
         try:
             batcher.submit(job)
-        except QueueFull:
-            raise HTTPException(
-                429,
-                f"expected fewer than {options.max_queue} waiting requests, found so many; try again later",
-                {"Retry-After": "1"},
-            ) from None
+        except QueueFull as full:
+            said = f"expected at most {options.max_queue} waiting rows, found more; try again in {full.retry_s} s"
+            raise HTTPException(503, said, {"Retry-After": str(full.retry_s)}) from None
         except Closed:
             raise HTTPException(503, "the server stops") from None
         future, gone = asyncio.wrap_future(job.future), asyncio.ensure_future(_left(request))
+        first = min(options.max_wait_s, options.timeout_s)
         try:
-            await asyncio.wait({future, gone}, timeout=options.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({future, gone}, timeout=first, return_when=asyncio.FIRST_COMPLETED)
+            if job.started and first < options.timeout_s:
+                left = options.timeout_s - first
+                await asyncio.wait({future, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return JSONResponse(future.result())
         except Closed:
             raise HTTPException(503, "the server stops") from None
         finally:
-            left = gone.done()
+            left_us = gone.done()
             gone.cancel()
             future.cancel()  # and with it the job, where nobody waits for it any more
-        if left:
+        if left_us:
             raise ConnectionResetError
+        if not job.started:
+            retry_s = batcher.wait_s
+            said = f"not begun within {first:g} s, because others wait too; try again in {retry_s} s"
+            raise HTTPException(503, said, {"Retry-After": str(retry_s)})
         raise HTTPException(503, f"no answer within {options.timeout_s:g} s; ask for less, or try again later")
 
     return Guard(app, options, token, figures.finished)

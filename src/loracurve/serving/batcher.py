@@ -1,11 +1,15 @@
-"""Requests of several clients run together: a queue with a limit, and one thread that works on it."""
+"""Requests of several clients run together: a queue with a limit, and one thread that works on it.
+
+While a batch is computed the next one gathers. A request that finds the thread idle waits for nobody.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,9 +17,19 @@ from typing import Any
 
 __all__ = ["Batcher", "Closed", "Job", "QueueFull"]
 
+# Clients that ran together come back together: the thread waits for them, at most this part of what their batch took.
+PATIENCE = 0.1
+
+# Weight of the last batch in the running mean of the seconds that a row takes.
+RECENT = 0.3
+
 
 class QueueFull(Exception):
-    """As many jobs wait as may."""
+    """As many rows wait as may; `retry_s` is when there will be room, in whole seconds."""
+
+    def __init__(self, retry_s: int) -> None:
+        super().__init__(f"try again in {retry_s} s")
+        self.retry_s = retry_s
 
 
 class Closed(Exception):
@@ -28,12 +42,17 @@ class Job:
 
     key: Hashable
     work: Any
-    share: float
-    """of a full batch; a job of more than 1 runs alone"""
+    rows: int
+    """how many rows or prompts it has"""
     deadline: float
-    """on the monotonic clock, in seconds"""
-    arrived: float = field(default_factory=time.monotonic)
+    """when nobody waits any more, on the monotonic clock, in seconds"""
     future: Future[Any] = field(default_factory=Future)
+    share: float | None = None
+    """of a full batch, known once it has been weighed; a job of more than 1 runs alone"""
+    ready: Any = None
+    """what weighing it made of its work"""
+    started: bool = False
+    """whether it is being worked on"""
 
     @property
     def live(self) -> bool:
@@ -57,72 +76,119 @@ class Batcher:
     Args:
         run: works on jobs of one key and settles each of them. Where it raises on several jobs each runs alone, so that
             none fails for another's fault.
-        wait: seconds the oldest job waits for others.
-        most_waiting: jobs that may wait; `submit` raises QueueFull beyond.
+        weigh: which share of a full batch a job is; called once for each job, on the thread. It may settle the job.
+        most_rows: rows that may wait; `submit` raises QueueFull beyond. A job that waits alone may have more.
     """
 
-    def __init__(self, run: Callable[[Hashable, Sequence[Job]], None], wait: float, most_waiting: int) -> None:
-        self._run, self._wait, self._most_waiting = run, wait, most_waiting
+    def __init__(
+        self, run: Callable[[Hashable, Sequence[Job]], None], weigh: Callable[[Job], float], most_rows: int
+    ) -> None:
+        self._run, self._weigh, self._most_rows = run, weigh, most_rows
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="loracurve-batcher", daemon=True)
+        self._together, self._patient_until, self._seconds_a_row = 0, -math.inf, 0.0
 
     def __len__(self) -> int:
         """How many jobs wait."""
         return len(self._jobs)
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        with self._changed:
+            return sum(job.rows for job in self._jobs)
+
+    @property
+    def wait_s(self) -> int:
+        """How long the rows that wait will take, in whole seconds, at least 1."""
+        return max(1, math.ceil(self.rows * self._seconds_a_row))
 
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Put a job at the end of the queue; raises QueueFull or Closed."""
+        """Put a job at the end of the queue, which it leaves when its future is settled or cancelled; raises QueueFull
+        or Closed."""
         with self._changed:
             if self._closed:
                 raise Closed
-            if len(self._jobs) >= self._most_waiting:
-                self._jobs = deque(j for j in self._jobs if j.live)  # those whose clients have gone
-            if len(self._jobs) >= self._most_waiting:
-                raise QueueFull
+            if self._jobs and self.rows + job.rows > self._most_rows:
+                raise QueueFull(self.wait_s)
             self._jobs.append(job)
             self._changed.notify()
+        job.future.add_done_callback(lambda _: self._forget(job))
 
     def close(self, patience: float) -> None:
         """Stop: jobs that wait fail with Closed; the one that runs has `patience` seconds to end."""
         with self._changed:
             self._closed = True
-            for job in self._jobs:
-                job.fail(Closed())
-            self._jobs.clear()
             self._changed.notify()
+            waiting = [*self._jobs]
+        for job in waiting:
+            job.fail(Closed())
         if self._thread.is_alive():
             self._thread.join(patience)
 
+    def _forget(self, job: Job) -> None:
+        with self._changed, suppress(ValueError):
+            self._jobs.remove(job)
+
     def _work(self) -> None:
         while jobs := self._next():
+            begun = time.monotonic()
             self._settle(jobs)
+            ended = time.monotonic()
+            with self._changed:
+                each = (ended - begun) / sum(job.rows for job in jobs)
+                known = self._seconds_a_row or each
+                self._seconds_a_row = known + RECENT * (each - known)
+                self._together, self._patient_until = len(jobs), ended + PATIENCE * (ended - begun)
             del jobs  # rows and answers are not kept until the next request comes
 
     def _next(self) -> list[Job]:
         """The oldest job and those of its key that run with it; none when closed."""
-        with self._changed:
-            while True:
+        while True:
+            with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._closed)
+                while not self._closed and len(self._jobs) < self._together:
+                    if (left := self._patient_until - time.monotonic()) <= 0:
+                        break
+                    self._changed.wait(left)
                 if self._closed:
                     return []
-                until = self._jobs[0].arrived + self._wait
-                while not self._closed and (left := until - time.monotonic()) > 0 and not _full(self._jobs):
-                    self._changed.wait(left)
-                chosen: list[Job] = []
-                rest: deque[Job] = deque()
-                for job in self._jobs:
-                    fits = not chosen or job.key == chosen[0].key and not _full([*chosen, job], 1 + 1e-9)
-                    if job.live:
-                        (chosen if fits else rest).append(job)
-                self._jobs = rest
-                if chosen:
-                    return chosen
+                waiting = [*self._jobs]
+            if chosen := self._chosen(waiting):
+                return chosen
+
+    def _chosen(self, waiting: Sequence[Job]) -> list[Job]:
+        """The first job that somebody waits for, and those of its key behind it up to one that does not fit."""
+        chosen: list[Job] = []
+        total = 0.0
+        for job in waiting:
+            if not job.live:
+                self._forget(job)
+                continue
+            if chosen and job.key != chosen[0].key:
+                continue
+            if job.share is None:
+                try:
+                    job.share = self._weigh(job)
+                except Exception as error:
+                    job.fail(error)
+            if not job.live:  # weighing it settled it
+                continue
+            assert job.share is not None
+            if chosen and total + job.share > 1 + 1e-9:
+                break
+            chosen.append(job)
+            total += job.share
+        for job in chosen:
+            job.started = True
+            self._forget(job)
+        return chosen
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         try:
@@ -137,7 +203,3 @@ class Batcher:
         for job in jobs:
             if job.live:  # a late one gets no error: that it is late is all there is to say
                 job.fail(RuntimeError("no answer was made"))
-
-
-def _full(jobs: Iterable[Job], most: float = 1 - 1e-9) -> bool:
-    return sum(job.share for job in jobs) > most

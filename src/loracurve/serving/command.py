@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from loracurve.runs.run import open_run
@@ -42,6 +45,8 @@ def serve_run(options: ServeConfig, run: str, points: int | None = None, base: s
         opened = open_run(run, base=base)
         evaluation = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
         app: Any = make_app(opened, options, evaluation, token)
+        gc.collect()
+        gc.freeze()  # looking through all that was loaded for garbage would hold up a request now and then
         protocol: Any = partial(ImpatientProtocol, options.read_timeout_s)
         settings = uvicorn.Config(
             app,
@@ -56,17 +61,25 @@ def serve_run(options: ServeConfig, run: str, points: int | None = None, base: s
             limit_concurrency=options.max_connections,
             timeout_graceful_shutdown=int(options.timeout_s) + 1,
         )
-        listener.listen(128)
+        listener.listen(options.max_connections)
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"Serving {run} on http://{host}:{listener.getsockname()[1]} (stop it by Ctrl-C)", flush=True)
-        with _ending_well():
-            uvicorn.Server(settings).run(sockets=[listener])
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if self.should_exit and sig == signal.SIGINT:  # once more: nobody waits for open requests
+                    os._exit(130)
+                super().handle_exit(sig, frame)
+
+        server = Server(settings)
+        with _ending_well(lambda: server.started):
+            server.run(sockets=[listener])
 
 
 def _read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"token_file: expected a text file with a token, found {path} ({error})") from error
     if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"token_file: expected 8 or more ASCII characters without blanks, found others in {path}")
@@ -90,12 +103,18 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _ending_well() -> Iterator[None]:
+def _ending_well(started: Callable[[], bool]) -> Iterator[None]:
     """SIGTERM and SIGINT, which uvicorn sends itself again when it has shut down, end the command with code 0."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def ignored(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and not started():
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ignored) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

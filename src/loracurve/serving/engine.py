@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from loracurve.runs.predict import calibration_for, prediction_records
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Job
 from loracurve.serving.config import ServeConfig
+from loracurve.serving.memory import give_back_memory
 from loracurve.system.errors import UserError
+from loracurve.tasks.batching import ROW_TOKENS
 from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
 from loracurve.tasks.dataset import Row, parse_row
 from loracurve.tasks.encoding import Encoded
@@ -60,6 +64,8 @@ class Engine:
         self.calibration = calibration_for(run, self.average)
         self.predicts = run.config.task.scoring != "lm"
         self.generates = not run.model.is_classifier
+        self.prefix = 0
+        """tokens with which all prompts begin, as far as known"""
 
     def describe(self) -> dict[str, Any]:
         """What this run can do, for clients: fields of a row, classes, points, limits."""
@@ -73,10 +79,10 @@ class Engine:
         template = self.run.task.template
         if template is not None and "text2" in template.fields:
             example["text2"] = "its second text"
-        limits = ("max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "timeout_s")
+        limits = ["max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "max_wait_s"]
         return {
             "run": self.run.folder.resolve().name,
-            "base": base.resolve().name if (base := Path(self.run.config.model.name)).is_dir() else str(base),
+            "base": base.resolve().name if os.path.isdir(base := Path(self.run.config.model.name)) else str(base),
             "task": dataset.kind,
             "scoring": self.run.config.task.scoring,
             "classes": list(self.run.task.classes),
@@ -85,7 +91,7 @@ class Engine:
             "points": len(self.average.weights),
             "calibrated": self.calibration is not None,
             "example_row": example,
-            "limits": {name: getattr(self.options, name) for name in limits},
+            "limits": {name: getattr(self.options, name) for name in [*limits, "timeout_s"]},
         }
 
     def rows(self, records: Sequence[dict[str, Any]]) -> list[Row]:
@@ -120,8 +126,38 @@ class Engine:
         if not 1 <= count <= self.options.max_rows:
             raise UserError(f"{what}: expected 1 to {self.options.max_rows}, found {count}; send several requests")
 
+    def warm_up(self) -> None:
+        """Do once what the first requests would wait for: try out what the model takes, and run through it."""
+        model = self.run.model
+        model.runner.hold(self.average.where)
+        if self.predicts:
+            field = {"classification": "text", "multiple_choice": "question"}[self.run.task.dataset.kind]
+            example = self.describe()["example_row"]
+            with suppress(UserError):  # an alphabet that has not these letters
+                encoded = self.run.task.encode_rows(self.rows([{**example, field: text} for text in ("a", "the")]))
+                self.prefix = encoded.prefix
+                tokens = min(ROW_TOKENS, model.window or ROW_TOKENS)
+                longest = replace(
+                    encoded.examples[0], prompt=(encoded.examples[0].prompt * tokens)[:tokens], choices=()
+                )
+                model.runner.takes_trees(replace(encoded, examples=[longest]))
+                predict_split(model, encoded, self.average.where, self.average.weights)
+        if self.generates:
+            model.runner.decodes_in_batches()
+        give_back_memory()  # trials in full precision copy the weights
+
+    def weigh(self, job: Job) -> float:
+        """Check and tokenise the work of a job; which share of a batch it is. Raises UserError."""
+        if isinstance(job.key, GenerateConfig):
+            self._count_tokens([[prompt] for prompt in job.work], "prompt")
+            return len(job.work) / self.options.batch_prompts
+        self._count_tokens([_texts(row) for row in job.work], "row")
+        job.ready = self.run.task.encode_rows(job.work, "a request", labelled=False)
+        tokens = job.ready.total_size - self.prefix * len(job.ready)
+        return float(tokens / max(self.options.batch_tokens - self.prefix, 1))
+
     def work(self, key: Hashable, jobs: Sequence[Job]) -> None:
-        """Run jobs of one key: PREDICT, or how their prompts are decoded."""
+        """Run weighed jobs of one key: PREDICT, or how their prompts are decoded."""
         self.observe(len(jobs))
         if isinstance(key, GenerateConfig):
             self._generate(key, jobs)
@@ -132,13 +168,7 @@ class Engine:
         # Requests whose rows have the same answers (nearly always all of them) are one packed set.
         together: dict[Hashable, list[tuple[Job, Encoded]]] = defaultdict(list)
         for job in jobs:
-            try:
-                self._count_tokens([_texts(row) for row in job.work], "row")
-                encoded = self.run.task.encode_rows(job.work, "a request", labelled=False)
-            except UserError as error:
-                job.fail(error)
-                continue
-            together[encoded.answer_ids, encoded.classes].append((job, encoded))
+            together[job.ready.answer_ids, job.ready.classes].append((job, job.ready))
         for group in together.values():
             examples = [example for _, encoded in group for example in encoded.examples]
             whole = replace(group[0][1], examples=examples)
@@ -151,33 +181,23 @@ class Engine:
                 job.succeed({"predictions": records, "truncated": encoded.truncated})
 
     def _generate(self, config: GenerateConfig, jobs: Sequence[Job]) -> None:
-        asked: list[Job] = []
-        for job in jobs:
-            try:
-                self._count_tokens([[prompt] for prompt in job.work], "prompt")
-                asked.append(job)
-            except UserError as error:
-                job.fail(error)
-        if not asked:
-            return
-
         def check(tokens: int) -> None:
-            if not any(job.live for job in asked):
+            if not any(job.live for job in jobs):
                 raise _Abandoned("nobody waits for these texts any more")
 
         generations = generate(
             self.run.model,
             self.run.task.tokenizer,
-            [prompt for job in asked for prompt in job.work],
+            [prompt for job in jobs for prompt in job.work],
             replace(config, batch_size=self.options.batch_prompts),
             self.average.where,
             self.average.weights,
             check,
-            [number for job in asked for number in range(len(job.work))],
+            [number for job in jobs for number in range(len(job.work))],
         )
         self.count("generated", sum(len(g.token_ids) for g in generations))
         left = iter(generations)
-        for job in asked:
+        for job in jobs:
             job.succeed({"generations": [next(left).record() for _ in job.work]})
 
     def _count_tokens(self, texts: Sequence[Sequence[str]], what: str) -> None:

@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from loracurve.serving.config import ServeConfig, is_loopback
@@ -75,7 +75,7 @@ class Guard:
             await send(message)
 
         try:
-            headers = {name.lower(): value for name, value in scope["headers"]}
+            headers = _headers(scope["headers"])
             self._check_head(scope, headers)
             if scope["method"] == "POST":
                 receive = await self._read(headers, receive)
@@ -85,7 +85,7 @@ class Guard:
         except ConnectionError:
             status = 499  # the client has gone
         except Exception:
-            logger.exception("%s failed", scope["path"])
+            logger.exception("%r failed", scope["path"])
             if not status:
                 await _answer(watched, 500, "a fault of the server; its log says more")
             status = 500
@@ -97,16 +97,23 @@ class Guard:
             # A page elsewhere can point its own name at this machine and so read what only this machine may.
             name = headers.get(b"host", b"").decode("latin-1")
             name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
-            if name != self.options.host and not is_loopback(name):
+            if name.lower() != self.options.host.lower() and not is_loopback(name):
                 raise _Refused(421, f"expected this machine as the host, found {name[:80]!r}; or start with a token")
         elif scope["path"] not in OPEN:
-            sent = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(sent, f"Bearer {self.token}".encode()):
+            scheme, _, sent = headers.get(b"authorization", b"").strip().partition(b" ")
+            right = hmac.compare_digest(sent.strip(), self.token.encode())
+            if not right or scheme.lower() != b"bearer":
                 raise _Refused(401, "expected the header 'Authorization: Bearer TOKEN' with this server's token")
         if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
-            if kind != "application/json":
-                raise _Refused(415, f"expected the content type application/json, found {kind[:80]!r}")
+            kind, *parameters = headers.get(b"content-type", b"").lower().decode("latin-1").split(";")
+            if kind.strip() != "application/json":
+                raise _Refused(415, f"expected the content type application/json, found {kind.strip()[:80]!r}")
+            for name, _, value in (parameter.partition("=") for parameter in parameters):
+                if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
+                    raise _Refused(415, f"expected JSON in UTF-8, found the charset {value.strip()[:80]!r}")
+            encoding = headers.get(b"content-encoding", b"identity").strip().lower().decode("latin-1")
+            if encoding != "identity":
+                raise _Refused(415, f"expected a body as it is, found it encoded by {encoding[:80]!r}")
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """The whole body, within its limits, as something that can be received again."""
@@ -144,6 +151,21 @@ class Guard:
             return message
 
         return again
+
+
+# Two of them would be read as one thing here and as another behind this.
+SINGLE = (b"authorization", b"content-encoding", b"content-length", b"content-type", b"host")
+
+
+def _headers(sent: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Headers by their names in lower case; refuses two of what may stand once."""
+    found: dict[bytes, bytes] = {}
+    for name, value in sent:
+        name = name.lower()
+        if name in SINGLE and name in found:
+            raise _Refused(400, f"expected one header {name.decode()}, found several")
+        found[name] = value
+    return found
 
 
 async def _answer(send: Send, status: int, message: str) -> None:

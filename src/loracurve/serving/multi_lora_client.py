@@ -23,6 +23,7 @@ from torch import Tensor
 from loracurve.inference.predictive import Predictive
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json
+from loracurve.system.paths import is_folder
 from loracurve.tasks.tokens import common_prefix
 
 __all__ = ["NextToken", "ServedCurve", "ServedText"]
@@ -92,7 +93,7 @@ class ServedCurve:
         if not timeout > 0 or top < 1:
             raise UserError(f"expected timeout > 0 and top >= 1, found {timeout} and {top}")
         path = Path(index)
-        path = path / "index.json" if path.is_dir() else path
+        path = path / "index.json" if is_folder(path) else path
         points = read_json(path)
         try:
             self.models: list[str] = [point["folder"] for point in points]

@@ -11,11 +11,12 @@ __all__ = ["Figures"]
 
 
 class Figures:
-    """Counters of one server. `waiting` gives the length of the queue; other paths than `paths` are one label."""
+    """Counters of one server. `waiting` and `rows` give the length of the queue in requests and in rows; paths other
+    than `paths` are one label."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, paths: frozenset[str], waiting: Callable[[], int]) -> None:
+    def __init__(self, paths: frozenset[str], waiting: Callable[[], int], rows: Callable[[], int]) -> None:
         self.registry, self.paths = CollectorRegistry(), paths
         known: dict[str, Any] = {"registry": self.registry, "namespace": "loracurve"}
         self.requests = Counter("requests", "Requests by path and status.", ("path", "status"), **known)
@@ -32,6 +33,7 @@ class Figures:
         )
         self.tokens = Counter("tokens", "Tokens of rows and prompts read, and tokens generated.", ("kind",), **known)
         Gauge("queue_length", "Requests that wait.", **known).set_function(waiting)
+        Gauge("queue_rows", "Rows and prompts that wait.", **known).set_function(rows)
 
     def finished(self, path: str, status: int, seconds: float) -> None:
         """Count a request."""

@@ -200,7 +200,7 @@ def main_holds(make: Callable[[], Any]) -> Iterator[None]:
 def speaks_first() -> bool:
     """Whether this process is the first of all with a fault, so that one and the same is told once.
 
-    The others return once it was told (`told`), or after a few seconds: a launcher ends all when one has ended.
+    The others return once it was told (`told`), or after a minute: a launcher ends all when one has ended.
     """
     if world()[1] == 1:
         return True
@@ -210,7 +210,7 @@ def speaks_first() -> bool:
         store = dist.distributed_c10d._get_default_store()
         if store.add(_FAULT, 1) == 1:
             return True
-        store.wait([_TOLD], datetime.timedelta(seconds=5))
+        store.wait([_TOLD], datetime.timedelta(seconds=60))
     except RuntimeError:  # the process that kept the store has ended, with a fault of its own
         pass
     return False

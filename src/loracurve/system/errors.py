@@ -6,11 +6,15 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-__all__ = ["UserError", "is_passing", "nearest", "one_line"]
+__all__ = ["CheckpointError", "UserError", "is_passing", "nearest", "one_line"]
 
 
 class UserError(ValueError):
     """Input the user can mend. The message is one line: what was expected, what was found, what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that nothing can go on with: damaged, or of another training. It says nothing about results."""
 
 
 def nearest(word: str, valid: Iterable[str], cutoff: float = 0.5) -> str:
@@ -53,12 +57,13 @@ _UNREACHABLE = {
 def is_passing(error: BaseException) -> bool:
     """Whether an error comes from the machine or the network as they are now, and may be gone at the next try.
 
-    These are a full, read-only or failing disk, files or memory that others hold, and a hub that cannot be reached. An
-    error that says so may stand behind the one that is told (`raise ... from`).
+    These are a full, read-only or failing disk, files or memory that others hold, a hub that cannot be reached, and a
+    checkpoint that a person can put back or delete. An error that says so may stand behind the one that is told
+    (`raise ... from`).
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError | ConnectionError | TimeoutError):
+        if isinstance(seen, MemoryError | ConnectionError | TimeoutError | CheckpointError):
             return True
         if isinstance(seen, OSError) and seen.errno in _PASSING:
             return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from loracurve.system.errors import UserError
+from loracurve.system.paths import file_size, flush, make_folder, read_text, reason, temporary
 
-__all__ = ["atomic_write", "flush", "read_json", "write_json"]
+__all__ = ["atomic_write", "once", "read_json", "write_json"]
 
 LARGEST_JSON = 2**28
 
@@ -22,43 +23,32 @@ LARGEST_JSON = 2**28
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, flush it to disk and rename it, so that `path` is old or whole.
 
-    The names of the file and of new folders are flushed too. A killed process leaves `.NAME.PROCESS.XXXXXXXX.tmp`,
-    which nothing reads and `folders.locked` removes.
+    The names of the file and of new folders are flushed too. All files get the permissions that the process gives to
+    new ones, whatever a library would give. A killed process leaves `.NAME.PROCESS.XXXXXXXX.tmp`, which nothing reads
+    and `folders.locked` removes.
 
     Raises:
         UserError: no space left, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    unfinished = temporary(path)
     try:
-        _make_folder(path.parent)
-        write(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
+        make_folder(path.parent)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        write(unfinished)
+        if stat.S_IMODE(os.stat(unfinished).st_mode) != mode:
+            os.chmod(unfinished, mode)
+        flush(unfinished)
+        os.replace(unfinished, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot write {path}: {reason}; free some space or choose another folder with --out"
+            f"cannot write {path}: {reason(error)}; free some space or choose another folder with --out"
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        flush(folder.parent)
+            unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,16 +59,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises UserError if it is missing, broken, too deep or larger than `LARGEST_JSON`."""
+    if file_size(path) > LARGEST_JSON:
+        raise UserError(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB, found a larger one")
+    text = read_text(path)
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: expected a file, found none")
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB, found a larger one")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose fields stands once, for `object_pairs_hook`; raises ValueError for others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"the field {twice!r} stands twice")
+    return found
 
 
 def _no_constant(word: str) -> None:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import jsonargparse
 import yaml
+from jsonargparse.typing import register_type
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.ranges import Range, hints_of, ranged
 
 __all__ = ["Parser", "parse", "parse_mapping"]
 
 
 T = TypeVar("T")
-
-# Larger ones would only fill the memory before anything says so.
-_LARGEST = {
-    "anchors": 1000,
-    "segments": 1000,
-    "pieces": 1000,
-    "degree": 100,
-    "r": 2**16,
-    "batch_size": 2**20,
-} | dict.fromkeys(
-    ("points", "evaluation_points", "diversity_points", "samples", "members", "plane", "resamples"), 100_000
-)
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -40,12 +31,32 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(exit_on_error=False, allow_abbrev=False, **options)
 
+    def add_class_arguments(self, theclass: type[Any], nested_key: str | None = None, **options: Any) -> list[str]:
+        """The options of a dataclass, with the ranges of their types."""
+        added = super().add_class_arguments(theclass, nested_key, **options)
+        self._add_ranges(theclass, f"{nested_key}." if nested_key else "")
+        return added
+
+    def add_function_arguments(self, function: Callable[..., Any], *others: Any, **options: Any) -> list[str]:
+        """The parameters of a function, with the ranges of their types."""
+        added = super().add_function_arguments(function, *others, **options)
+        self._add_ranges(function, "")
+        return added
+
+    def _add_ranges(self, kind: Any, prefix: str) -> None:
+        """Ranges are annotations, which the parser leaves out of the types that it reads."""
+        actions = {action.dest: action for action in self._actions}
+        for name, hint in hints_of(kind).items():
+            if is_dataclass(hint):
+                self._add_ranges(hint, f"{prefix}{name}.")
+            elif any(True for _ in ranged(hint)) and (action := actions.get(f"{prefix}{name}")):
+                vars(action)["_typehint"] = _with_ranges(hint)
+
 
 def parse(parser: Parser, arguments: Sequence[str]) -> Any:
     """Parse and build the dataclasses; raises UserError in one line, with the nearest valid name for an unknown one."""
     with _in_one_line(parser):
         values = parser.parse_args(_switched_on(parser, arguments))
-        _check_numbers(values.as_dict())
         return parser.instantiate(values)
 
 
@@ -53,7 +64,6 @@ def parse_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a mapping of its options; `where` begins the message of a UserError, raised as by `parse`."""
     parser = _parser_of(kind)  # type: ignore[arg-type]  # a class is hashable
     with _in_one_line(parser, f"{where}: "):
-        _check_numbers(values)
         parsed = parser.parse_object(dict(values))
         _keep_strings(values, parsed)
         found = parser.instantiate(parsed)
@@ -76,16 +86,30 @@ def _parser_of(kind: type[Any]) -> Parser:
     return parser
 
 
-def _check_numbers(value: Any, name: str = "") -> None:
-    """Raise UserError for whole numbers that no option of this name can have."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_numbers(inner, str(key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_numbers(inner, name)
-    elif isinstance(value, int) and abs(value) > (most := _LARGEST.get(name, 2**62)):
-        raise UserError(f"{name}: expected a number of at most {most}, found a larger one")
+def _with_ranges(hint: Any, several: bool = False) -> Any:
+    """A type whose numbers are classes that the parser reads, and shows in its help, with their ranges."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        kind, about = parts
+        return _number_class(kind, about, several)
+    if not parts or origin is Literal:
+        return hint
+    union = origin in (Union, UnionType)
+    inner = tuple(_with_ranges(part, several or not union) for part in parts)
+    return Union[inner] if union else origin[inner]  # noqa: UP007  # made of a tuple
+
+
+@cache
+def _number_class(kind: type[Any], about: Range, several: bool) -> type[Any]:
+    made: type[Any] = type(f"{kind.__name__} {about}".strip(), (kind,), {})
+    register_type(
+        made,
+        serializer=lambda number: number,
+        deserializer=lambda value: about.read(value, kind, several, words=True),
+        type_check=lambda value, made: False,
+        fail_already_registered=False,
+    )
+    return made
 
 
 @contextmanager
@@ -114,12 +138,13 @@ def _switched_on(parser: Parser, arguments: Sequence[str]) -> list[str]:
 
 def _one_line(error: BaseException, parser: Parser) -> str:
     """The part of a parser's message that says what is wrong."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    option = re.match(r"Parser key \"([\w.]+)\": ", text)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            return str(cause)
+            return f"{option[1]}: {cause}" if option else str(cause)
         cause = cause.__cause__ or cause.__context__
-    text = re.sub(r"\s+", " ", str(error)).strip()
     names = [action.dest for action in parser._actions]
     if match := re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", text):
         word = f"{match[1]}.{match[2]}"

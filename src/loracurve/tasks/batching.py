@@ -65,8 +65,8 @@ class Batch:
     """[Q] flat positions in [N T] of each choice's own scored tokens and of the last token before the choices (`text`,
     laid out `whole`)"""
     state_owners: Tensor | None = None
-    """[Q] what each of them belongs to: choice, example * C + choice, or E * C + example for the prompt; further numbers
-    fill up the shape"""
+    """[Q] what each of them belongs to: choice, example * C + choice, or E * C + example for the prompt; further
+    numbers fill up the shape"""
     slots: Tensor | None = None
     """[E] slot of each example when several adapters are trained side by side"""
     row_slots: Tensor | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.ranges import Count, OpenShare, Seed, check_ranges
 from loracurve.tasks.dataset import check_text
 
 __all__ = ["Scoring", "TaskConfig"]
@@ -31,34 +32,32 @@ class TaskConfig:
     """What continues your own prompt, one for each class, in label order. A leading space is put in where needed."""
     normalise: Literal["sum", "mean"] = "sum"
     """Score of a choice's text: sum or mean of the log-likelihoods of its tokens."""
-    max_length: int | None = None
+    max_length: Count | None = None
     """Longest input in tokens, the choice or completion included. Default: the model's window."""
-    limit_train: int | None = None
+    limit_train: Count | None = None
     """Use this many training rows, drawn by the hash of their ids."""
-    limit_validation: int | None = None
+    limit_validation: Count | None = None
     """Use this many validation rows."""
-    limit_test: int | None = None
+    limit_test: Count | None = None
     """Use this many test rows."""
-    validation_fraction: float = 0.1
+    validation_fraction: OpenShare = 0.1
     """Part of train that becomes validation where the data set has no validation split."""
+    held_out: list[str] = field(default_factory=list)
+    """Classes (of a classification) that are left out of all splits; their test rows become the split `held_out`, near
+    to the data and foreign to the model."""
     append_eos: bool = False
     """Language modelling: the end-of-sequence token belongs to the completion."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the validation split, of the limits and of word_sentiment's splits."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name, valid in (("scoring", get_args(Scoring)), ("normalise", ("sum", "mean"))):
             value = getattr(self, name)
             if value not in valid:
                 raise UserError(
                     f"{name}: expected one of {', '.join(valid)}, found {value!r}{nearest(str(value), valid)}"
                 )
-        for name in ("max_length", "limit_train", "limit_validation", "limit_test"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: expected a positive number, found {value}")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise UserError(f"validation_fraction: expected a number between 0 and 1, found {self.validation_fraction}")
         if isinstance(self.answers, str):
             raise UserError(f"answers: expected a list with one text for each class, found {self.answers!r}")
         for name, text in (("prompt", self.prompt), *(("answers", answer) for answer in self.answers or ())):

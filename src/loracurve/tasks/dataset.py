@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.files import once
+from loracurve.system.paths import exists, file_size, is_file, is_folder, opened, read_text
 
 __all__ = [
     "Dataset",
@@ -128,7 +130,7 @@ def read_dataset(folder: str | Path) -> Dataset:
     Raises UserError for a missing file, an empty split, or a row that breaks the schema (with its line number).
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(
             f"expected a data folder with meta.json and train/validation/test.jsonl, found no folder {folder}"
         )
@@ -137,11 +139,11 @@ def read_dataset(folder: str | Path) -> Dataset:
     splits: dict[str, list[Row]] = {}
     for split in ("train", "validation", "test"):
         path = folder / f"{split}.jsonl"
-        if split == "validation" and not path.exists():
+        if split == "validation" and not exists(path):
             continue
         declared = meta.get("sizes")
         declared_empty = isinstance(declared, dict) and declared.get(split) == 0
-        if split == "validation" and declared_empty and path.stat().st_size == 0:
+        if split == "validation" and declared_empty and exists(path) and file_size(path) == 0:
             continue
         splits[split] = read_rows(path, kind, labels)
     source = "; ".join(part for part in (_source_text(meta.get("source")), _license_text(meta)) if part)
@@ -158,12 +160,12 @@ def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_
     duplicate ids; and for a missing file or one without rows.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"expected a file of {kind} rows, found no file {path}")
     rows: list[Row] = []
     line_of: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with opened(path, mode="r", encoding="utf-8-sig") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MOST_CHARACTERS + 1), ""), start=1):
                 if not line.strip():
                     continue
@@ -171,7 +173,7 @@ def read_rows(path: str | Path, kind: Kind, labels: Sequence[str] = (), require_
                 if len(line) > MOST_CHARACTERS:
                     raise UserError(f"{where}: expected at most {MOST_CHARACTERS} characters, found more")
                 try:
-                    record = json.loads(line, object_pairs_hook=_once)
+                    record = json.loads(line, object_pairs_hook=once)
                 except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
                     reason = getattr(error, "msg", str(error))
                     raise UserError(f"{where}: expected one JSON object, found broken JSON ({reason})") from None
@@ -276,21 +278,13 @@ def _label(record: Mapping[str, Any], classes: int, where: str, required: bool) 
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object each of whose fields stands once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"the field {twice!r} stands twice")
-    return found
-
-
 def _read_meta(path: Path) -> dict[str, Any]:
     example = '{"task": "classification", "labels": ["negative", "positive"]}'
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"expected {path}, found none; write one such as {example}")
+    text = read_text(path)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        meta = json.loads(text, object_pairs_hook=once)
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: expected a JSON object such as {example}, found broken JSON ({error})") from None
     if not isinstance(meta, dict):

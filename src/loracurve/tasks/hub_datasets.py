@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.paths import is_folder
 from loracurve.tasks.dataset import Dataset, Kind, Row, parse_row
 
 __all__ = ["HUB", "HubEntry", "load_from_hub"]
@@ -218,7 +219,7 @@ def _load(entry: HubEntry, path: str | Path | None, cache_dir: str | Path | None
     # Imported here: it takes a second, and local data don't need it.
     import datasets
 
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not is_folder(path):
         raise UserError(f"expected a local folder in place of {entry.repository}, found no folder {path}")
     where = entry.repository if path is None else str(path)
     options: dict[str, Any] = {"cache_dir": None if cache_dir is None else str(cache_dir)}

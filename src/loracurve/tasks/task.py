@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.paths import is_folder
 from loracurve.tasks.cloze import has_gap
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.dataset import Dataset, Row, read_dataset, split_validation, subset
 from loracurve.tasks.encoding import Encoded, Encoder
 from loracurve.tasks.hub_datasets import HUB, load_from_hub
-from loracurve.tasks.ood import adopted
+from loracurve.tasks.ood import adopted, check_foreign, without_classes
 from loracurve.tasks.templates import TEMPLATES, Template, custom_template, default_template
 from loracurve.tasks.word_sentiment import word_sentiment
 
@@ -93,7 +93,8 @@ class Task:
 
     def encode_foreign(self, rows: Sequence[Row], name: str = "rows") -> Encoded:
         """Tokenise rows of other data, of any kind, out of distribution: without labels, in this task's form
-        (`ood.adopted`)."""
+        (`ood.adopted`). Raises UserError where too many are rows of this data set (`ood.check_foreign`)."""
+        check_foreign(rows, self.dataset, name)
         return self.encode_rows(adopted(rows, self.dataset), name, labelled=False)
 
     def labels(self, split: str) -> torch.Tensor:
@@ -133,7 +134,7 @@ class Task:
 
 def open_dataset(data: str, seed: int = 0) -> Dataset:
     """A data set by folder path, by hub name or ``word_sentiment`` (in this order). Raises UserError if it is none."""
-    if Path(data).is_dir():
+    if is_folder(data):
         return read_dataset(data)
     if data == "word_sentiment":
         return word_sentiment(seed=seed)
@@ -169,7 +170,7 @@ def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:
     Raises:
         UserError: no such data, rows that break the rules of docs/how-to/data.md.
     """
-    dataset = _sized_dataset(config)
+    dataset = without_classes(_sized_dataset(config), config.held_out)
     splits, validation = dict(dataset.splits), "the data set's own"
     if "validation" not in splits:
         splits["train"], splits["validation"] = split_validation(
@@ -186,7 +187,7 @@ def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:
 
 
 def _sized_dataset(config: TaskConfig) -> Dataset:
-    if config.data != "word_sentiment" or Path(config.data).is_dir():
+    if config.data != "word_sentiment" or is_folder(config.data):
         return open_dataset(config.data, config.seed)
     # Made to measure: there are more words than the default sizes use.
     asked = {split: getattr(config, f"limit_{split}") for split in _MAIN_SPLITS}

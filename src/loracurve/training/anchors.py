@@ -38,6 +38,7 @@ class AnchorsObjective:
         anchors: int,
     ) -> None:
         self.model, self.train, self.config, self.groups = model, train, config, anchors
+        self.sets = {"train": train, "validation": validation}
         self.validation = Validation(model, validation, config)
         self.seeds = slot_seeds(config.seed, anchors)
 

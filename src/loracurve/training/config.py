@@ -11,6 +11,18 @@ from typing import Literal
 from loracurve.curve.config import Sampling, check_sampling
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError, nearest
+from loracurve.system.ranges import (
+    Amount,
+    Count,
+    NonNegative,
+    PartBelowOne,
+    Points,
+    Positive,
+    Rows,
+    Seed,
+    Share,
+    check_ranges,
+)
 
 __all__ = [
     "CorruptionConfig",
@@ -32,33 +44,33 @@ Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 class LoopConfig:
     """How long and how fast to train."""
 
-    steps: int = 300
+    steps: Count = 300
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: Rows = 16
     """Examples in each step (for each anchor, where several are trained side by side)."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches that a step is split into, to save memory."""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Peak learning rate of AdamW."""
     schedule: Schedule = "linear"
     """Decay after the warm-up. one-cycle: cosine up to the peak and down to nearly 0 (Smith & Topin 2018)."""
-    warmup: float = 0.06
+    warmup: PartBelowOne = 0.06
     """Part of the steps in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[PartBelowOne, PartBelowOne] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled decay, acting on the curve point theta(t) (on each adapter for anchors), never on frozen anchors."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm (for each anchor on its own); 0 turns clipping off."""
-    evaluate_every: int = 0
+    evaluate_every: Amount = 0
     """Steps between validations; 0: after every tenth of the run."""
-    patience: int = 0
+    patience: Amount = 0
     """Stop after this many validations without improvement (of all that are trained side by side); 0: never."""
     keep: Literal["best", "last"] = "best"
     """Which state remains: that of the best validation NLL, or the last."""
-    row_tokens: int = 256
+    row_tokens: Count = 256
     """Short examples are packed into rows of up to this many tokens."""
     capture: bool = True
     """On a GPU, capture whole steps in CUDA graphs; each then has as many rows, filled evenly and padded to a few
@@ -67,19 +79,13 @@ class LoopConfig:
     """On a GPU, compile the decoder layers: a minute or so at the start, then steps of large models are faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    checkpoint_every: int = 0
+    checkpoint_every: Amount = 0
     """Steps between checkpoints where a run folder is given; 0: at every validation."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order and initial draws."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "row_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected a positive number, found {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate: expected a positive number, found {self.learning_rate}")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup: expected a part of the run in [0, 1), found {self.warmup}")
+        check_ranges(self)
         if self.accumulation > self.batch_size:
             raise UserError(f"accumulation {self.accumulation} is larger than batch_size {self.batch_size}; lower it")
 
@@ -92,18 +98,19 @@ class ObjectiveConfig:
     """Diversity term. bonus: mean NLL - weight x Jensen-Shannon divergence of the points' predictions. hinge: mean NLL
     + weight x max(tau - mean pairwise divergence, 0)."""
 
-    weight: float = 0.0
+    weight: NonNegative = 0.0
     """Weight of the diversity term, at least 0. A bonus above 1 pays for diversity that the data do not support. The
     paper's authors use a hinge of weight 5."""
 
-    tau: float = 0.0
+    tau: NonNegative = 0.0
     """hinge: the divergence that a pair of points shall have on the average of a batch, in nats (the paper's authors:
     0.1). 0: tau_relative decides."""
 
-    tau_relative: float = 1.0
+    tau_relative: Positive = 1.0
     """hinge: the same as a multiple of the anchors' mean pairwise divergence on validation data."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "objective")
         forms = ("none", "bonus", "hinge")
         if self.jsd not in forms:
             raise UserError(f"objective.jsd: expected one of {', '.join(forms)}, found {self.jsd!r}; choose one")
@@ -111,14 +118,6 @@ class ObjectiveConfig:
             raise UserError(
                 f"objective.weight: expected 0 with jsd 'none', found {self.weight}; set jsd to bonus or hinge"
             )
-        if not 0 <= self.weight < math.inf:
-            raise UserError(
-                f"objective.weight: expected a number >= 0 with jsd {self.jsd!r}, found {self.weight}; change it"
-            )
-        if not 0 <= self.tau < math.inf:
-            raise UserError(f"objective.tau: expected a number of nats >= 0, found {self.tau}; change it")
-        if not 0 < self.tau_relative < math.inf:
-            raise UserError(f"objective.tau_relative: expected a number > 0, found {self.tau_relative}; change it")
         if self.jsd != "hinge" and (self.tau, self.tau_relative) != (0, 1):
             raise UserError(
                 f"objective.tau: expected none with jsd {self.jsd!r}, found tau {self.tau} and tau_relative "
@@ -176,27 +175,24 @@ class PerturbationConfig:
     """flat_lora: noise on the merged weight of each adapted map, costs two more products with a weight-sized matrix.
     lora_space: noise on the factors A and B, cheap, for quantised bases too. sam: ascent step first, costs two passes,
     needs points 1."""
-    rho: float = 0.05
+    rho: NonNegative = 0.05
     """Strength. flat_lora and lora_space: noise relative to the size of a row (the authors take 0.05 for constant and
     ramp, 0.25 for cyclic). sam: length of the ascent step in the norm of all factors together."""
     schedule: Literal["constant", "ramp", "cyclic"] = "constant"
     """constant: rho. ramp: linearly up to rho at the last step. cyclic: rho (1 - cos), mean rho and peak 2 rho."""
-    cycles: int = 50
+    cycles: Count = 50
     """Cycles in the run (cyclic)."""
     norm_gradient: bool = False
     """Let gradients flow through the row norms that scale the noise of flat_lora."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "perturbation")
         for name, valid in (("kind", KINDS), ("schedule", SCHEDULES)):
             found = getattr(self, name)
             if found not in valid:
                 raise UserError(
                     f"perturbation.{name}: expected one of {', '.join(valid)}, found {found!r}{nearest(found, valid)}"
                 )
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise UserError(f"perturbation.rho: expected a number of at least 0, found {self.rho}; try 0.05")
-        if self.cycles < 1:
-            raise UserError(f"perturbation.cycles: expected at least 1, found {self.cycles}; try 50")
 
 
 def strength(config: PerturbationConfig, step: int, steps: int) -> float:
@@ -239,13 +235,14 @@ class CorruptionConfig:
     """none: the training inputs. tokens: with random tokens in place of some. attention: with some tokens invisible.
     text: other inputs, without labels (file). All but none double the cost of a step."""
 
-    rate: float = 0.05
+    rate: Share = 0.05
     """Highest share of tokens that are corrupted, 0 to 1; each sequence's own is uniform between 0 and this."""
 
     file: str | None = None
     """text: JSONL rows as in training, or plain text with one input a line (classification, language modelling)."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "corruption")
         if self.kind not in ("none", "tokens", "attention", "text"):
             raise UserError(
                 f"corruption.kind: expected none, tokens, attention or text, found {self.kind!r}; choose one"
@@ -255,8 +252,6 @@ class CorruptionConfig:
                 f"corruption.file: expected a file with kind text and none otherwise, found kind {self.kind} and file "
                 f"{self.file}; give both or neither"
             )
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"corruption.rate: expected a share from 0 to 1, found {self.rate}; try 0.05")
         if self.kind in ("tokens", "attention") and self.rate > HIGHEST_RATE:
             warnings.warn(f"corruption rate {self.rate} > {HIGHEST_RATE} may change what inputs mean", stacklevel=3)
 
@@ -265,15 +260,15 @@ class CorruptionConfig:
 class FitConfig(LoopConfig):
     """How a curve is trained."""
 
-    steps: int = 1500
+    steps: Count = 1500
     """Optimiser steps. A free curve takes about five times those of a fine-tune: a step moves only the control points
     near its t."""
-    points: int = 1
+    points: Points = 1
     """Points of the curve at which each example is seen in a step; a step costs that many forward and backward
     passes."""
     share_points: bool = False
     """All examples of a batch are run at the same points; otherwise each has its own."""
-    point_passes: int = 1
+    point_passes: Count = 1
     """Passes into which the points of a step are divided. With more than one, memory is that of one of them, for a
     further forward pass in all; gradients are the same."""
     layerwise: bool = False
@@ -288,14 +283,12 @@ class FitConfig(LoopConfig):
     """Inputs on which the diversity term is taken."""
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     """Noise on the weights while training."""
-    evaluation_points: int = 7
+    evaluation_points: Points = 7
     """Points of the model average that is validated, equally spaced. With one more than a multiple of the segments all
     joints are among them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.points < 1 or self.evaluation_points < 1:
-            raise UserError(f"points: expected at least 1, found {min(self.points, self.evaluation_points)}")
         if not 1 <= self.point_passes <= self.points:
             raise UserError(f"point_passes: expected 1 to {self.points} (points), found {self.point_passes}; change it")
         self._check_perturbation()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loracurve.system.errors import UserError
+from loracurve.system.paths import is_file, read_text
 from loracurve.tasks.batching import Batch
 from loracurve.tasks.dataset import Row, read_rows
 from loracurve.tasks.encoding import Encoded
@@ -141,10 +142,10 @@ def unlabelled(task: Task, file: str | Path) -> Encoded:
         UserError: no such file, a row that breaks the schema, plain text for multiple choice.
     """
     path, dataset = Path(file), task.dataset
-    if path.suffix == ".jsonl" or dataset.kind == "multiple_choice" or not path.is_file():
+    if path.suffix == ".jsonl" or dataset.kind == "multiple_choice" or not is_file(path):
         rows = read_rows(path, dataset.kind, dataset.labels, require_labels=False)
     else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         rows = [Row(str(number), text=line) for number, line in enumerate(lines, 1) if line]
         if not rows:
             raise UserError(f"{path}: expected lines of text, found an empty file")

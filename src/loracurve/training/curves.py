@@ -57,6 +57,7 @@ class CurveObjective:
     ) -> None:
         self.model, self.train, self.config = model, train, config
         self.vocabulary, self.others, self.tau = vocabulary, others, tau
+        self.sets = {"train": train, "validation": validation} | ({} if others is None else {"unlabelled": others})
         self.validation = Validation(model, validation, config)
         self.synchronises = config.objective.jsd == "hinge"
         self.shares = world()[1] > 1

@@ -39,15 +39,18 @@ def fit_anchors(
         model: its control points are replaced.
         task: with train and validation rows.
         config: steps, batch size, learning rate, ...
-        folder: for checkpoints; a run is resumed from what is there. None: no checkpoints.
+        folder: for checkpoints; training goes on from what is there. What decides its numbers has to be the same, but
+            the learning rate may be lower (`training.origin`). None: no checkpoints.
         loop: `progress` (whether a bar is shown), `label` (what stands before it), `accelerator` (accelerate's, where
             losses are logged).
 
     Returns:
-        What was done: steps, seconds, the best step and validation NLL of each adapter, history.
+        What was done: steps, seconds, the best step and validation NLL of each adapter, history, options that changed
+        on the way.
 
     Raises:
-        UserError: a loss that is not finite, a split that is missing.
+        UserError: a loss that is not finite, a split that is missing, a checkpoint that is damaged or of another
+            training.
     """
     config = config or LoopConfig()
     join()
@@ -75,8 +78,8 @@ def fit(
         What was done: steps, seconds, the best step and validation NLL (one of each), history.
 
     Raises:
-        UserError: the loss is not finite (the last good state is kept), nothing is trainable, options that do not suit
-            the curve, a file of other inputs that cannot be read.
+        UserError: the loss is not finite (the last checkpoint stays), nothing is trainable, options that do not suit
+            the curve, a file of other inputs that cannot be read, a checkpoint that is damaged or of another training.
     """
     config = config or FitConfig()
     others = _prepare(model, task, config, loop)

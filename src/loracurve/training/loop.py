@@ -8,6 +8,7 @@ to the bit on the CPU.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from loracurve.inference.prediction import NoNumbersError
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.distributed import backend, is_main, same_everywhere, world
-from loracurve.system.errors import UserError
+from loracurve.system.errors import CheckpointError, UserError
 from loracurve.system.randomness import generator, stream_seed
 from loracurve.training.checkpoint import Checkpoint, LoopState
-from loracurve.training.config import LoopConfig
+from loracurve.training.config import FitConfig, LoopConfig
 from loracurve.training.micro_batches import TrainingObjective
+from loracurve.training.origin import MAY_BE_LOWERED, Changes, Origin
 from loracurve.training.perturbation import Perturbation
 from loracurve.training.step import StepConfig, Stepper
 
@@ -42,6 +44,9 @@ __all__ = [
     "run_loop",
     "take_steps",
 ]
+
+
+logger = logging.getLogger("loracurve")
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
@@ -85,6 +90,9 @@ class FitResult:
     stopped_early: bool = False
     settled: dict[str, float] = field(default_factory=dict)
     """what was settled before the first step: the target of a hinge, in nats"""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """options that changed when training went on from a checkpoint: `option`, `before`, `now`, and the `step` after
+    which"""
     processes: dict[str, Any] = field(default_factory=dict)
     """their number, the examples of a step in each, how they talk, and whether the base is spread over them"""
 
@@ -158,8 +166,9 @@ def run_loop(
     Several processes take the same steps as one; the main one alone writes. Only dropout differs.
 
     Raises:
-        UserError: the loss is not finite (the last good state is kept), micro-batches smaller than the number of
-            processes, an unusable checkpoint.
+        UserError: the loss is not finite (an earlier checkpoint is kept), micro-batches smaller than the number of
+            processes.
+        CheckpointError: a checkpoint that is damaged or of another training (`training.origin`).
     """
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)
@@ -167,7 +176,10 @@ def run_loop(
     if config.compile and model.device.type == "cuda" and not model.runner.sharded:
         model.runner.compile_layers()
     trained = _ControlPoints(model, program, config, perturbation)
-    checkpoint = None if folder is None else Checkpoint(folder, trained.factors, trained.stepper.optimizer)
+    checkpoint = None
+    if folder is not None:
+        origin = Origin(model, config, program.sets)
+        checkpoint = Checkpoint(folder, trained.factors, trained.stepper.optimizer, origin)
     result = take_steps(model, trained, config, label, progress, checkpoint, accelerator.log, stop_after)
     trained.stepper.forget_gradients()
     result.processes = processes
@@ -194,18 +206,20 @@ def take_steps(
         stop_after: see `run_loop`.
 
     Raises:
-        UserError: the loss or a prediction is not finite (the last good state is kept), an unusable checkpoint.
+        UserError: the loss or a prediction is not finite (an earlier checkpoint is kept).
+        CheckpointError: a checkpoint that is damaged or of another training.
     """
     groups, tensors = trained.groups, trained.tensors()
     state = LoopState(0, [p.detach().clone() for p in tensors], [math.inf] * groups, [0] * groups, [0] * groups, [])
-    if checkpoint is not None:
-        checkpoint.load(state)
+    changes = {} if checkpoint is None else checkpoint.load(state)
     same_everywhere(tensors)
     every = config.evaluate_every or max(config.steps // 10, 1)
     save_every = config.checkpoint_every or every
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
     look_every = 1 if model.device.type == "cpu" else 20
     finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
+    _note_changes(state, changes, finished, label)
+    kept = state.step
     started, past = time.perf_counter(), state.seconds
     waiting: list[dict[str, Any]] = []
     rows: list[Tensor] = []
@@ -226,14 +240,9 @@ def take_steps(
             if not (validate or save or last or state.step % look_every == 0):
                 continue
             if (bad := _collect(state, waiting, rows, trained.figures)) is not None:
-                state.step = bad - 1
-                where = ""
-                if checkpoint is not None:
-                    checkpoint.save(state)
-                    where = f"; the last good state is in {checkpoint.folder}"
-                raise UserError(f"the loss is not finite at step {bad}{where}; lower learning_rate or the noise")
+                raise UserError(f"the loss is not finite at step {bad}{_advice(config, checkpoint, kept)}")
             if validate or state.step == config.steps:
-                nll = _validate(trained, state.step, checkpoint)
+                nll = _validate(trained, state.step, _advice(config, checkpoint, kept))
                 state.history[-1]["validation_nll"] = nll
                 _keep_best(state, nll, trained.tensors(), config.patience)
                 finished = bool(config.patience and min(state.stale) >= config.patience)
@@ -244,6 +253,7 @@ def take_steps(
             state.seconds = past + time.perf_counter() - started
             if checkpoint is not None and (save or finished or last):
                 checkpoint.save(state)
+                kept = state.step
             if state.step == stop_after:
                 break
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
@@ -251,7 +261,33 @@ def take_steps(
             for p, best in zip(trained.tensors(), state.best, strict=True):
                 p.copy_(best)
     stopped = finished and state.step < config.steps
-    return FitResult(state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped)
+    return FitResult(
+        state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped, changes=state.changes
+    )
+
+
+def _note_changes(state: LoopState, changes: Changes, finished: bool, label: str) -> None:
+    """Put the changes of options into the state, and say so; raises CheckpointError for those that come too late."""
+    for option, (before, now) in changes.items():
+        if not finished:
+            state.changes.append({"step": state.step, "option": option, "before": before, "now": now})
+            logger.info("%s: %s is %s after step %d, it was %s", label, option, now, state.step, before)
+        elif option in MAY_BE_LOWERED:
+            raise CheckpointError(
+                f"{label}: {option}: expected {before}, with which all {state.step} steps were taken, found {now}; "
+                f"leave it at {before}, or begin anew in another folder"
+            )
+
+
+def _advice(config: LoopConfig, checkpoint: Checkpoint | None, kept: int) -> str:
+    """What helps against steps that run away. The checkpoint of step `kept` (0: none) is from before, and stays: the
+    state now is finite perhaps, but gives no finite loss."""
+    noise = isinstance(config, FitConfig) and config.perturbation.kind != "none"
+    lower = "lower learning_rate or perturbation.rho" if noise else "lower learning_rate"
+    if checkpoint is None:
+        return f"; {lower}"
+    where = f"the last good state, of step {kept}, is in {checkpoint.folder}" if kept else "no step is kept"
+    return f"; {where}; {lower} and go on (fit: --resume), or begin anew"
 
 
 def _processes(config: LoopConfig, device: torch.device, sharded: bool) -> dict[str, Any]:
@@ -295,14 +331,11 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
             base.disable_input_require_grads()
 
 
-def _validate(trained: Trained, step: int, checkpoint: Checkpoint | None) -> list[float]:
+def _validate(trained: Trained, step: int, advice: str) -> list[float]:
     try:
         return trained.validate()
     except NoNumbersError as error:  # the step itself went too far
-        where = (
-            "" if checkpoint is None else f"; an earlier state is in {checkpoint.folder} if a checkpoint was written"
-        )
-        raise UserError(f"the predictions are not finite after step {step}{where}; lower learning_rate") from error
+        raise UserError(f"the predictions are not finite after step {step}{advice}") from error
 
 
 def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> int | None:

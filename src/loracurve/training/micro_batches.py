@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,6 +120,8 @@ class TrainingObjective(Protocol):
     consecutive control points belong to each."""
     figures: tuple[str, ...]
     """Names of what `loss` returns beside the loss."""
+    sets: Mapping[str, Encoded]
+    """What it is trained on (`train`) and validated with (`validation`), and further inputs."""
     synchronises: bool
     """Whether `loss` waits for other processes, where there are several."""
 

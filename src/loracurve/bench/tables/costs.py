@@ -8,6 +8,7 @@ from loracurve.bench.results import Results, mean_of
 from loracurve.bench.shared import anchors_folder
 from loracurve.bench.tables.table import Table, Value
 from loracurve.system.files import read_json
+from loracurve.system.paths import is_file
 
 __all__ = ["costs", "left_out"]
 
@@ -22,7 +23,7 @@ def costs(results: Results, out: Path) -> Table:
     )
     for task in results.suite.tasks:
         found = [anchors_folder(out, task, seed) / "anchors.json" for seed in results.suite.seeds]
-        records = [read_json(path) for path in found if path.is_file()]
+        records = [read_json(path) for path in found if is_file(path)]
         trained = [r["seconds"] for r in records if isinstance(r, dict) and isinstance(r.get("seconds"), int | float)]
         if trained:
             name, count = f"{results.suite.anchors} anchors in one pass", results.suite.anchors

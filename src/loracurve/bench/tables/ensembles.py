@@ -24,6 +24,7 @@ from loracurve.bench.suite import full_ensemble
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval, bootstrap_interval
 from loracurve.system.files import read_json, write_json
+from loracurve.system.paths import is_file
 
 __all__ = ["comparisons", "ensembles"]
 
@@ -151,7 +152,7 @@ def _means(rows: list[Sequence[Value]], tasks: list[Value]) -> list[Sequence[Val
 def _scores(whole: CellResult, out: Path) -> dict[str, Any]:
     """Scores of ensembles of each size; kept beside the predictions, since hundreds of temperatures are fitted."""
     path = whole.cell.folder(out) / "ensemble_scores.json"
-    if path.is_file():
+    if is_file(path):
         kept = read_json(path)
         if isinstance(kept, dict) and kept.get("options") == whole.record["options"] and "auroc" in kept:
             return kept

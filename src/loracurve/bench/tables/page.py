@@ -55,7 +55,7 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
     for title, block, names in blocks:
         block.sheets += [_sheet(named[name]) for name in names if name in named]
         if block.sheets or block.figures:
-            entry = {"run": out.name, "block": block, "images": images_of(out, block)}
+            entry = {"run": out.name, "block": block, "images": images_of(out / "figures", block)}
             sections.append({"title": title, "lead": "", "blocks": [entry]})
     suite = results.suite
     line = (
@@ -75,7 +75,7 @@ def _sheet(table: Table) -> Sheet:
 def _drawn(name: str, part: str, words: str, draw: Draw, height: float = 3.6) -> tuple[str, str, Figure]:
     """A figure with a title, and what it shows in words."""
     figure = figures.panels([lambda ax: draw(ax)], (5.2, height))
-    figure.axes[0].set_title(part)
+    figure.axes[0].set_title(figures.label(part))
     return f"{name}_{slug(part)}", f"{part}: {words}", figure
 
 

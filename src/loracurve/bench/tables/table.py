@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loracurve.inference.intervals import Interval
 from loracurve.report.numbers import interval, number
+from loracurve.system.escaping import csv_cell, inline, latex, markdown, markdown_cell
 from loracurve.system.files import atomic_write
 
 __all__ = ["Table", "Value", "shown", "write_table"]
@@ -31,29 +32,32 @@ class Table:
     bold: dict[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", ""]
+        lines = [f"## {markdown(self.title)}", ""]
         if self.notes:
-            lines += [self.notes, ""]
-        lines += ["| " + " | ".join(self.columns) + " |"]
+            lines += [markdown(self.notes), ""]
+        lines += ["| " + " | ".join(map(markdown_cell, self.columns)) + " |"]
         lines += ["|" + "|".join("---" if self.is_text(i) else "---:" for i in range(len(self.columns))) + "|"]
-        lines += ["| " + " | ".join(shown(v).replace("|", "/") for v in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(markdown_cell(shown(v)) for v in row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
         """A tabular for package booktabs."""
         alignment = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
-        rows = [" & ".join(_escape(shown(v)) for v in row) + r" \\" for row in self.rows]
-        head = " & ".join(_escape(c) for c in self.columns) + r" \\"
+        rows = [" & ".join(latex(shown(v)) for v in row) + r" \\" for row in self.rows]
+        head = " & ".join(map(latex, self.columns)) + r" \\"
         begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
-        return "\n".join([f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", end, ""])
+        return "\n".join(
+            [f"% {inline(self.title)}", begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", end, ""]
+        )
 
     def csv(self) -> str:
         wide = [any(isinstance(row[i], Interval) for row in self.rows) for i in range(len(self.columns))]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        header = []
+        header: list[str] = []
         for column, three in zip(self.columns, wide, strict=True):
-            header += [column, f"{column} low", f"{column} high"] if three else [column]
+            named = [column, f"{column} low", f"{column} high"] if three else [column]
+            header += map(csv_cell, named)
         writer.writerow(header)
         for row in self.rows:
             cells: list[object] = []
@@ -80,7 +84,7 @@ def write_table(table: Table, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    atomic_write(path, lambda p: p.write_text(text))
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def shown(value: Value) -> str:
@@ -93,10 +97,6 @@ def shown(value: Value) -> str:
 
 
 def _exact(value: Value) -> object:
+    if isinstance(value, str):
+        return csv_cell(value)
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def _escape(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text

@@ -49,7 +49,7 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
         write_table(table, out / "tables")
     tables = [t for t in tables if t.rows]
     text = "\n".join(t.markdown() for t in tables)
-    atomic_write(out / "tables.md", lambda p: p.write_text(text))
+    atomic_write(out / "tables.md", lambda p: p.write_text(text, encoding="utf-8"))
     if page and results.done:
         write_suite_page(results, tables, out)
     return tables
