@@ -18,7 +18,7 @@ at most alpha, whatever the distribution.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
@@ -84,6 +84,32 @@ class Familiarity:
     """[N, d] the training rows' states, averaged over the points and of length 1 (cosine); else [0, d]"""
     known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """[m] distances of validation rows, ascending; empty: there are no p-values"""
+
+    def check(self, points: int) -> None:
+        """Raise ValueError for tensors whose shapes do not belong together, or numbers that no fit gives."""
+        size = (self.nearest if self.measure == "cosine" else self.centre).shape[-1]
+        used = 0 if self.measure == "cosine" else size
+        expected: dict[str, tuple[int | None, ...]] = {
+            "means": (points, None, used),
+            "centre": (points, used),
+            "weights": (points,),
+            "nearest": (None, size),
+            "known": (None,),
+        }
+        tensors = {name: getattr(self, name) for name in expected}
+        for part in ("within", "whole"):
+            inverse = getattr(self, part)
+            rank = inverse.values.shape[-1]
+            tensors |= {f"{part}.{k}": v for k, v in vars(inverse).items()}
+            expected |= {f"{part}.vectors": (points, None, rank), f"{part}.values": (points, rank)}
+            expected[f"{part}.floor"] = (points,)
+        for name, shape in expected.items():
+            found = tensors[name]
+            fits = found.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
+            if not fits or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"{name} of shape {list(found.shape)} or without finite numbers")
+        if self.measure not in get_args(Measure):
+            raise ValueError(f"measure {self.measure!r}")
 
     def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
         """As `prediction.Reader`: adds the distance, leaves the probabilities alone."""
@@ -157,7 +183,7 @@ def fit_familiarity(
     if measure == "cosine":
         nearest = torch.nn.functional.normalize(_mean_state(train.states.read, weights), dim=-1)
         empty = torch.zeros(points, 0)
-        return Familiarity(measure, empty[..., None], none, empty, none, weights, count, nearest)
+        return Familiarity(measure, torch.zeros(points, 0, 0), none, empty, none, weights, count, nearest)
     labelled = train.labels >= 0
     there = train.labels[labelled].unique() if classes > 1 else train.labels[:0]
     means, within, centre, whole = [], [], [], []

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -38,10 +38,10 @@ from loracurve.model.states import States
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch
 
-__all__ = ["DRAWS", "MOST_EXACT", "Gaussians", "Tau", "contrasts", "fit_gaussians", "marginal_tau", "validation_tau"]
+__all__ = ["DRAWS", "MOST_EXACT", "Gaussians", "contrasts", "fit_gaussians", "marginal_tau", "validation_tau"]
 
 
-Tau = Literal["marginal", "validation"]
+Form = Literal["exact", "kronecker", "choices"]
 
 MOST_EXACT = 4096
 """Dimensions, contrasts of the classes times features, up to which the precision is not approximated."""
@@ -74,7 +74,7 @@ def contrasts(classes: int) -> Tensor:
 class Gaussians:
     """Gaussians at n points, by the eigenvectors of their curvatures; made by `fit_gaussians`."""
 
-    form: Literal["exact", "kronecker", "choices"]
+    form: Form
     values: Tensor
     """[n, R] eigenvalues; exact: of D = (C - 1) d', kronecker: of A, D = d', choices: D = d (d' = d + 1 with a bias)"""
     vectors: Tensor
@@ -94,6 +94,26 @@ class Gaussians:
     """training rows that these stand for"""
     tau: float = 1.0
     """prior precision of each coefficient"""
+
+    def check(self, points: int) -> None:
+        """Raise ValueError for tensors whose shapes do not belong together, or numbers that no fit gives."""
+        rank, size = self.values.shape[-1], self.vectors.shape[1:2].numel()
+        k = self.classes - 1 if self.form == "kronecker" else 0
+        expected = {
+            "values": (points, rank),
+            "vectors": (points, size, rank),
+            "class_values": (points, k),
+            "class_vectors": (points, k, k),
+            "squares": (points,),
+        }
+        for name, shape in expected.items():
+            found: Tensor = getattr(self, name)
+            if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"{name} of shape {list(found.shape)} or without finite numbers")
+        if self.form not in get_args(Form) or self.classes < 2 or not self.tau > 0:
+            raise ValueError(f"form {self.form!r}, {self.classes} classes, tau {self.tau}")
+        if self.form == "exact" and size % (self.classes - 1):
+            raise ValueError(f"{size} dimensions for {self.classes} classes")
 
     def narrowed(self, tau: float) -> Gaussians:
         """With this tau, and without the eigenvectors whose eigenvalues it outweighs at every point: no variance
@@ -198,7 +218,7 @@ def fit_gaussians(train: SplitStates, rows: Tensor, total: int | None = None) ->
         ]
         none = torch.zeros(points, 0, dtype=torch.float64)
         squares = torch.zeros(points, dtype=torch.float64)
-        return Gaussians("choices", *_stacked(found), none, none[..., None], squares, bias=False, **about)
+        return Gaussians("choices", *_stacked(found), none, torch.zeros(points, 0, 0), squares, bias=False, **about)
     bias = bool(rows[..., -1].any())
     v = contrasts(classes).to(rows.device)
     own = rows if bias else rows[..., :-1]
@@ -210,7 +230,7 @@ def fit_gaussians(train: SplitStates, rows: Tensor, total: int | None = None) ->
     ]
     values, vectors = _stacked([big for big, _ in pairs])
     class_values, class_vectors = _stacked([small for _, small in pairs])
-    form: Literal["exact", "kronecker"] = "exact" if size <= MOST_EXACT else "kronecker"
+    form: Form = "exact" if size <= MOST_EXACT else "kronecker"
     return Gaussians(form, values, vectors, class_values, class_vectors, squares, bias=bias, **about)
 
 

@@ -6,13 +6,16 @@ Both look at the last hidden states that a prediction computes anyway. They are 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loracurve.inference.config import UnknownsConfig
-from loracurve.inference.familiarity import Familiarity, fit_familiarity
+from loracurve.inference.familiarity import Familiarity, Inverse, fit_familiarity
 from loracurve.inference.hidden_states import SplitStates, states_of
 from loracurve.inference.laplace import Gaussians, fit_gaussians, marginal_tau, validation_tau
 from loracurve.inference.prediction import Read, predict_splits
@@ -20,10 +23,14 @@ from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.states import States
 from loracurve.system.errors import UserError
+from loracurve.system.files import read_json, write_json
+from loracurve.system.paths import is_file
+from loracurve.system.shapes import check_shape
+from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.tasks.batching import Batch
 from loracurve.tasks.encoding import Encoded
 
-__all__ = ["Unknowns", "fit_unknowns"]
+__all__ = ["Unknowns", "fit_unknowns", "read_unknowns", "write_unknowns"]
 
 logger = logging.getLogger("loracurve")
 
@@ -145,3 +152,81 @@ def _familiarity(
 def _thinned(states: SplitStates) -> SplitStates:
     step = -(-len(states) // _MOST_TOKENS)
     return states.index(torch.arange(0, len(states), step))
+
+
+FORMAT = 1
+"""of unknowns.json"""
+
+_TENSORS = {
+    "gaussians": ("values", "vectors", "class_values", "class_vectors", "squares"),
+    "familiarity": ("means", "centre", "weights", "nearest", "known"),
+}
+
+
+def write_unknowns(unknowns: Unknowns, average: Sequence[Sequence[float]], folder: Path) -> None:
+    """Write unknowns.safetensors, and then unknowns.json, which says what is in it.
+
+    Args:
+        average: place and weight of each point that they were built for.
+        folder: of the run.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "average": [list(point) for point in average],
+        "on_base": unknowns.on_base,
+    }
+    if (gaussians := unknowns.gaussians) is not None:
+        tensors |= {f"gaussians.{name}": getattr(gaussians, name) for name in _TENSORS["gaussians"]}
+        names = ("form", "classes", "bias", "rows", "of", "tau")
+        values["gaussians"] = {name: getattr(gaussians, name) for name in names}
+    if (familiarity := unknowns.familiarity) is not None:
+        tensors |= {f"familiarity.{name}": getattr(familiarity, name) for name in _TENSORS["familiarity"]}
+        for part in ("within", "whole"):
+            tensors |= {f"familiarity.{part}.{k}": v for k, v in vars(getattr(familiarity, part)).items()}
+        values["familiarity"] = {"measure": familiarity.measure, "rows": familiarity.rows}
+    write_tensors(folder / "unknowns.safetensors", tensors)
+    write_json(folder / "unknowns.json", values)
+
+
+def read_unknowns(folder: Path) -> tuple[Unknowns, list[tuple[float, ...]]] | None:
+    """What `write_unknowns` wrote, and the points that it is of; None where there is nothing.
+
+    Raises:
+        UserError: something else, or of a newer version.
+    """
+    path = folder / "unknowns.json"
+    if not is_file(path):
+        return None
+    values = read_json(path)
+    check_shape(values, _SHAPE, str(path))
+    if values["format"] > FORMAT:
+        raise UserError(f"{path}: expected format {FORMAT}, found {values['format']} of a newer loracurve; update it")
+    tensors = read_tensors(folder / "unknowns.safetensors")
+    points = len(values["average"])
+    try:
+        gaussians = familiarity = None
+        if (about := values.get("gaussians")) is not None:
+            own: dict[str, Any] = {name: tensors[f"gaussians.{name}"] for name in _TENSORS["gaussians"]}
+            gaussians = Gaussians(**own, **about)
+            gaussians.check(points)
+        if (about := values.get("familiarity")) is not None:
+            own = {name: tensors[f"familiarity.{name}"] for name in _TENSORS["familiarity"]}
+            for part in ("within", "whole"):
+                own[part] = Inverse(*(tensors[f"familiarity.{part}.{k}"] for k in ("vectors", "values", "floor")))
+            familiarity = Familiarity(**own, **about)
+            familiarity.check(1 if values["on_base"] else points)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected what loracurve fit writes, found {error}; run loracurve calibrate"
+        ) from error
+    return Unknowns(gaussians, familiarity, values["on_base"]), [tuple(map(float, p)) for p in values["average"]]
+
+
+_SHAPE: Any = {
+    "format": int,
+    "average": [[float]],
+    "on_base": bool,
+    "gaussians?": {"form": str, "classes": int, "bias": bool, "rows": int, "of": int, "tau": float},
+    "familiarity?": {"measure": str, "rows": int},
+}
