@@ -205,6 +205,7 @@ def calibrate_command(
     delta: OpenShare = 0.1,
     alpha: OpenShare = 0.1,
     measure: Literal["entropy", "mutual_information"] = "entropy",
+    foreign: OpenShare = 0.05,
     input: str | None = None,
     base: str | None = None,
 ) -> None:
@@ -216,6 +217,8 @@ def calibrate_command(
         delta: probability with which the guarantee may fail.
         alpha: prediction sets miss the label with at most this probability.
         measure: uncertainty that decides on abstaining.
+        foreign: known rows are taken for foreign, by their distance from the training data, with at most this
+            probability.
         input: labelled JSONL rows that were not used in training. Default: the validation split, which also chose the
             trained state, so that the guarantee then holds only approximately.
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
@@ -226,7 +229,7 @@ def calibrate_command(
     check_run(Path(run))
     with writable(Path(run)):
         opened = open_run(run, base=base)
-    for line in calibrate_run(opened, risk, delta, alpha, measure, None if input is None else Path(input)):
+    for line in calibrate_run(opened, risk, delta, alpha, measure, None if input is None else Path(input), foreign):
         print(line)
 
 

@@ -65,9 +65,11 @@ def assert_consistent(row: dict[str, Any]) -> None:
     assert sum(row["probs"]) == pytest.approx(1, abs=1e-5)
     assert row["probs"] == pytest.approx(average.tolist(), abs=1e-6)
     assert row["entropy"] == pytest.approx(float(entropy(average)), abs=1e-5)
-    assert row["expected_entropy"] == pytest.approx(float(w @ entropy(p)), abs=1e-5)
+    assert row["between_points"] == pytest.approx(row["entropy"] - float(w @ entropy(p)), abs=1e-5)
+    assert row["mutual_information"] == pytest.approx(row["within_points"] + row["between_points"], abs=1e-6)
     assert row["entropy"] == pytest.approx(row["expected_entropy"] + row["mutual_information"], abs=1e-6)
-    assert row["mutual_information"] >= -1e-9
+    assert row["between_points"] >= -1e-9 and row["within_points"] >= -1e-6
+    assert (row["within_points"] > 1e-9) <= (row["method"] == "curve"), "the others are points alone"
 
 
 def point_nll(rows: dict[str, dict[str, Any]]) -> Tensor:

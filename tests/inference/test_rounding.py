@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny import curve_model
 
+from loracurve.inference.model_average import equal
 from loracurve.inference.prediction import predict_split
 from loracurve.inference.predictive import Predictive
 from loracurve.inference.rounding import FLOOR, SAFETY, PredictedAgain, first_of_each, predict_again
@@ -49,7 +50,7 @@ def test_the_sample_is_predicted_alone_in_groups_and_merged(rows: int, texts: in
     model, _ = curve_model("qwen2", 1, torch.float32)
     split = encoded(rows, texts, choices)
     predictive = predict_split(model, split, T)
-    again = predict_again(model, split, predictive, T, None, seed=0)
+    again = predict_again(model, split, predictive, equal(T), seed=0)
     assert again.examples == min(64, texts)
     assert len(again.predictive) == len(again.rows) == rows + again.examples + 4 * 64
     assert torch.equal(again.rows[:rows], first_of_each(split))
@@ -58,7 +59,7 @@ def test_the_sample_is_predicted_alone_in_groups_and_merged(rows: int, texts: in
     assert {min(split.sizes), max(split.sizes)} <= sizes, "the sample spreads over the lengths"
     # The same rows: what is put together differs by rounding alone.
     assert again.largest_difference(again.predictive.probs) < 1e-4
-    same = predict_again(model, split, predictive, T, None, seed=0)
+    same = predict_again(model, split, predictive, equal(T), seed=0)
     assert torch.equal(same.rows, again.rows) and torch.equal(same.predictive.probs, again.predictive.probs)
 
 
@@ -68,7 +69,7 @@ def test_the_tolerance_covers_rows_that_were_not_tried(architecture: str, dtype:
     model, _ = curve_model(architecture, 1, dtype)
     split = encoded(120, 120)
     predictive = predict_split(model, split, T)
-    again = predict_again(model, split, predictive, T, None, seed=0)
+    again = predict_again(model, split, predictive, equal(T), seed=0)
     merged = dtype == torch.float32  # folding in half precision changes more than rounding a sum does
     assert ("merged" in again.batches) == merged
     draw = torch.Generator().manual_seed(9)

@@ -15,7 +15,7 @@ from helpers.tiny import lora_config, random_points, tiny
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.config import UnknownsConfig
 from loracurve.inference.hidden_states import states_of
-from loracurve.inference.prediction import predict_split
+from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.inference.unknowns import fit_unknowns, read_unknowns, write_unknowns
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
@@ -48,6 +48,8 @@ def test_every_scoring_has_what_it_can_have(scoring: str, tmp_path: Path, caplog
     parts = found.expected_entropy + found.within_points + found.between_points
     torch.testing.assert_close(parts, found.entropy, rtol=1e-4, atol=1e-5)
     assert bool(found.within_points.any()) == (scoring != "lm")
+    # Paths show the points themselves.
+    torch.testing.assert_close(point_nll(found, test.labels), point_nll(plain, test.labels), rtol=1e-3, atol=1e-4)
     if scoring == "lm":
         with pytest.raises(UserError, match="found language modelling"):
             fit_unknowns(model, train, validation, T, WEIGHTS, UnknownsConfig(gaussians="last_layer"))

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from loracurve.cli import main
 from loracurve.inference.calibration import fit_temperature
-from loracurve.inference.prediction import predict_split
 from loracurve.runs.run import open_run
 
 
@@ -44,7 +43,9 @@ def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
         assert tempered["sets"]["test"]["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-4)
     average = run.average()
     assert average.coefficients is not None, "what predict uses"
-    predicted = predict_split(run.model, validation, average.where, average.weights)
+    assert average.unknowns is not None and average.unknowns.gaussians is not None
+    predicted = average.predict(run.model, validation)
+    assert predicted.within_points.mean() > 0
     expected = fit_temperature(predicted.log_probs, validation.labels)
     assert metrics["methods"]["tunnel"]["tempered"]["temperature"] == pytest.approx(expected, rel=1e-3)
     command("evaluate", out, "--inference=tunnel", "--points=2")
@@ -53,7 +54,7 @@ def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
 
 COLUMNS = [
     "id", "set", "method", "label", "probs", "point_probs", "weights", "entropy", "expected_entropy",
-    "mutual_information",
+    "mutual_information", "within_points", "between_points", "distance",
 ]  # fmt: skip
 
 

@@ -46,10 +46,12 @@ def test_predict_needs_no_labels_and_gives_what_the_run_recorded(
     texts = {json.loads(line)["id"]: json.loads(line) for line in rows.read_text().splitlines()}
     for r in records:
         assert r.keys() == {
-            "id", "label", "prediction", "probs", "entropy", "expected_entropy", "mutual_information",
+            "id", "label", "prediction", "probs", "entropy", "expected_entropy", "mutual_information", "within_points",
+            "between_points", "familiarity",
         }  # fmt: skip
         assert r["probs"] == pytest.approx(expected[r["id"]]["probs"], abs=1e-5)
-        for key in ("entropy", "expected_entropy", "mutual_information"):
+        assert 0 < r["familiarity"] <= 1
+        for key in ("entropy", "expected_entropy", "mutual_information", "within_points", "between_points"):
             assert r[key] == pytest.approx(expected[r["id"]][key], abs=1e-5)
         names = texts[r["id"]].get("choices", ["negative", "positive"])
         assert r["label"] == r["probs"].index(max(r["probs"])) and r["prediction"] == names[r["label"]]
@@ -215,7 +217,7 @@ def test_what_the_tolerance_was_measured_with_is_recorded(few_texts: Run) -> Non
     lines = calibrate_run(few_texts, risk=0.1, delta=0.1, alpha=0.1, measure="mutual_information", path=source)
     saved = read(few_texts.folder / "calibration.json")
     dtype = few_texts.config.model.dtype
-    assert saved["format"] == 1
+    assert saved["format"] == 2
     assert saved["rounding"]["dtype"] == dtype and saved["rounding"]["device"] == "cpu"
     batches = saved["rounding"]["batches"]
     assert ("merged" in batches) == (dtype == "float32"), "half precision is never folded"
@@ -265,8 +267,8 @@ def test_older_and_newer_calibrations(few_texts: Run, tmp_path: Path, caplog: py
     assert found is not None and found.tolerance == found.selective.tolerance == 0
     (line,) = [record.getMessage() for record in caplog.records]
     assert "older version" in line and "loracurve calibrate again" in line
-    write_json(tmp_path / "calibration.json", values | {"format": 2})
-    with pytest.raises(UserError, match=r"format 1 or earlier, found 2 of a newer loracurve; .* calibrate again"):
+    write_json(tmp_path / "calibration.json", values | {"format": 3})
+    with pytest.raises(UserError, match=r"format 2 or earlier, found 3 of a newer loracurve; .* calibrate again"):
         read_calibration(tmp_path)
     for broken in ({"format": "1"}, {"format": 1.5}, {"format": -1}, {"format": None}, {"rounding": {}}):
         write_json(tmp_path / "calibration.json", values | broken)

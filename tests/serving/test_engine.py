@@ -48,7 +48,8 @@ def test_a_calibration_of_other_points_is_warned_about(run: Run, caplog: pytest.
         Engine(run, LIMITS)
         assert not caplog.records
         Engine(run, LIMITS, replace(run.config.evaluation, points=run.config.evaluation.points + 1))
-    (line,) = [record.getMessage() for record in caplog.records]
+    first, line = [record.getMessage() for record in caplog.records]
+    assert "without Gaussians and familiarity, which are of another average" in first
     assert "the guarantees of abstain and set do not hold" in line and "loracurve calibrate again" in line
 
 

@@ -124,8 +124,9 @@ class Gaussians:
 
     def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
         """As `prediction.Reader`: averages over the Gaussians."""
-        del batch
-        return self.averaged(log_probs, states)
+        labels = batch.labels.to(log_probs.device)
+        own = -negative_log_likelihood(log_probs, labels.clamp_min(0)).masked_fill(labels < 0, 0)
+        return replace(self.averaged(log_probs, states), model_label_log_probs=own)
 
     def averaged(self, log_probs: Tensor, states: States) -> Read:
         """Log-probabilities [n, E, C] of the points averaged over their Gaussians, and what each leaves open [n, E].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
@@ -14,7 +15,9 @@ from loracurve.curve.bezier import gram, speed
 from loracurve.curve.quadrature import quadrature
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.information import mixture_log_probs
-from loracurve.inference.prediction import point_nll, predict_split
+from loracurve.inference.prediction import Way, point_nll, predict_split, predict_splits
+from loracurve.inference.predictive import Predictive
+from loracurve.inference.unknowns import Unknowns
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.randomness import generator
 from loracurve.system.ranges import Positive, in_range
@@ -26,6 +29,7 @@ __all__ = [
     "average_of",
     "arc_length_weights",
     "choose_average",
+    "equal",
     "effective_points",
     "fit_likelihood_temperature",
     "likelihood_weights",
@@ -46,11 +50,41 @@ class Average:
     """how they came about, for metrics.json"""
     coefficients: Tensor | None = None
     """[n, K] where they do not lie on the curve (tunnel)"""
+    unknowns: Unknowns | None = None
+    """Gaussians at these points and the distance from the training data, where they were built"""
+
+    def predict(self, model: CurveModel, encoded: Encoded, way: Way = "auto") -> Predictive:
+        """Predict a split by this average, with its unknowns; arguments and errors as `predict_split`."""
+        return self.predict_all(model, {"": encoded}, way)[""]
+
+    def predict_all(self, model: CurveModel, splits: Mapping[str, Encoded], way: Way = "auto") -> dict[str, Predictive]:
+        """The same for several splits."""
+        if self.unknowns is None:
+            return predict_splits(model, splits, self.where, self.weights, way)
+        return self.unknowns.predict(model, splits, self.where, self.weights, way)
+
+    @property
+    def points(self) -> list[tuple[float, ...]]:
+        """Place and weight of each point."""
+        where = self.where.reshape(len(self.weights), -1).tolist()
+        return [(*place, weight) for place, weight in zip(where, self.weights.tolist(), strict=True)]
+
+    def has(self, points: Sequence[Sequence[float]]) -> bool:
+        """Whether these are its points, up to what rounding does to weights that were fitted."""
+        own = self.points
+        if [len(point) for point in own] != [len(point) for point in points]:
+            return False
+        return all(abs(a - b) < 1e-3 for p, q in zip(own, points, strict=True) for a, b in zip(p, q, strict=True))
 
     @property
     def where(self) -> Tensor:
         """What `CurveModel.point_log_probs` takes: [n] t, or [n, K] coefficients."""
         return self.t if self.coefficients is None else self.coefficients
+
+
+def equal(t: Tensor) -> Average:
+    """Points t [n] with equal weights."""
+    return Average(t, torch.full((len(t),), 1 / len(t), dtype=torch.float64))
 
 
 def average_of(model: CurveModel, config: EvaluationConfig, task: Task) -> Average:

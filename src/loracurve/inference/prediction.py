@@ -34,6 +34,7 @@ __all__ = [
     "Read",
     "Reader",
     "Way",
+    "Way",
     "folding_tokens",
     "keeps_precision",
     "laid_out_for",
@@ -67,6 +68,8 @@ class Read:
     """[n, E], as `Predictive.from_log_probs` takes it"""
     distance: Tensor | None = None
     """[E] from the training data"""
+    model_label_log_probs: Tensor | None = None
+    """[n, E] as `Predictive` has it"""
 
 
 class Reader(Protocol):
@@ -292,7 +295,7 @@ def _predictive(read: Read, weights: Tensor | None, index: Tensor, names: Callab
     """Average what was read of the examples numbered `index` [E]; raises NoNumbersError where it is NaN."""
     try:
         average = Predictive.from_log_probs(read.log_probs, weights, read.open_entropy)
-        return average if read.distance is None else replace(average, distance=read.distance)
+        return replace(average, distance=read.distance, model_label_log_probs=read.model_label_log_probs)
     except ValueError:
         bad = read.log_probs.isnan().any(-1).any(0)
         if not bool(bad.any()):
@@ -388,7 +391,9 @@ def room_for_merged(model: CurveModel) -> bool:
 
 
 def point_nll(predictive: Predictive, labels: Tensor | None = None) -> Tensor:
-    """[n, E] NLL of each example at each point; a summarised object knows its labels."""
+    """[n, E] NLL of each example under each point's own model; a summarised object knows its labels."""
+    if predictive.model_label_log_probs is not None:
+        return -predictive.model_label_log_probs.double()
     if predictive.label_log_probs is not None:
         return -predictive.label_log_probs.double()
     assert predictive.point_log_probs is not None and labels is not None

@@ -66,6 +66,9 @@ class Predictive:
     """``[E]``, only if summarised"""
     label_log_probs: Tensor | None = None
     """``[n, E]``, the label's log-probability at each point, only if summarised"""
+    model_label_log_probs: Tensor | None = None
+    """``[n, E]``, the label's log-probability under the point itself, where `point_log_probs` are averages over models
+    around it; 0 where there is no label"""
     distance: Tensor | None = None
     """``[E]``, from the training data, where it was measured (`inference.familiarity`)"""
 
@@ -188,7 +191,7 @@ class Predictive:
 
 
 # Dimension of the examples in every field that has one.
-_EXAMPLE_DIM = {f.name: int(f.name in ("point_log_probs", "label_log_probs")) for f in fields(Predictive)[1:]}
+_EXAMPLE_DIM = {f.name: int(f.name.endswith("_log_probs")) for f in fields(Predictive)[1:]}
 
 
 def _per_example(log_probs: Tensor, weights: Tensor, open_entropy: Tensor | None) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loracurve.inference.prediction import Way, folding_tokens, keeps_precision, predict_split, room_for_merged
+from loracurve.inference.model_average import Average
+from loracurve.inference.prediction import Way, folding_tokens, keeps_precision, room_for_merged
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.distributed import gathered
@@ -65,7 +66,7 @@ def first_of_each(encoded: Encoded) -> Tensor:
 
 
 def predict_again(
-    model: CurveModel, encoded: Encoded, predictive: Predictive, t: Tensor, weights: Tensor | None, seed: int
+    model: CurveModel, encoded: Encoded, predictive: Predictive, average: Average, seed: int
 ) -> PredictedAgain:
     """Predict a sample of at most 64 distinct rows again: alone, in groups of 3, 8 and 64 drawn by the seed, merged.
 
@@ -75,8 +76,8 @@ def predict_again(
     Args:
         model: with a curve.
         encoded: E rows, at least one.
-        predictive: of these rows, by `predict_split` at the same points.
-        t: points, as for `predict_split`. weights: of the points.
+        predictive: of these rows, by the average.
+        average: what they are predicted by.
         seed: of the sample and of the groups.
     """
     first = first_of_each(encoded)
@@ -91,7 +92,7 @@ def predict_again(
 
     def predict(group: Tensor, way: Way) -> None:
         some = replace(encoded, examples=[encoded.examples[i] for i in group.tolist()])
-        parts.append(predict_split(model, some, t, weights, way=way))
+        parts.append(average.predict(model, some, way))
         rows.append(group)
 
     for size in GROUPS:

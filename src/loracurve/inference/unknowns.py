@@ -6,7 +6,7 @@ Both look at the last hidden states that a prediction computes anyway. They are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from loracurve.inference.config import UnknownsConfig
 from loracurve.inference.familiarity import Familiarity, Inverse, fit_familiarity
 from loracurve.inference.hidden_states import SplitStates, states_of
 from loracurve.inference.laplace import Gaussians, fit_gaussians, marginal_tau, validation_tau
-from loracurve.inference.prediction import Read, predict_splits
+from loracurve.inference.prediction import Read, Way, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.states import States
@@ -58,10 +58,15 @@ class Unknowns:
         return replace(self.gaussians.read(log_probs, states, batch), distance=distance)
 
     def predict(
-        self, model: CurveModel, splits: dict[str, Encoded], t: Tensor, weights: Tensor | None = None
+        self,
+        model: CurveModel,
+        splits: Mapping[str, Encoded],
+        t: Tensor,
+        weights: Tensor | None = None,
+        way: Way = "auto",
     ) -> dict[str, Predictive]:
         """`predict_splits` at the points that this was built for, with its three parts of uncertainty and distances."""
-        return predict_splits(model, splits, self.places(model, t), weights, reader=self)
+        return predict_splits(model, splits, self.places(model, t), weights, way, self)
 
     def places(self, model: CurveModel, t: Tensor) -> Tensor:
         """Where to predict: t [n], and the base as one more where it is wanted, [n + 1, K] coefficients."""

@@ -12,7 +12,7 @@ import yaml
 
 from loracurve.curve.config import CurveConfig, LoraOptions, check_points
 from loracurve.curve.retired import Part, refusal, split_retired
-from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
@@ -38,6 +38,7 @@ class RunConfig:
     anchor_training: LoopConfig = field(default_factory=LoopConfig)
     curve_training: FitConfig = field(default_factory=FitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    unknowns: UnknownsConfig = field(default_factory=UnknownsConfig)
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where losses are logged while training, beside the run's own history.json."""
 

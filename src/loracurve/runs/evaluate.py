@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from loracurve.curve.anchored import slot_times
@@ -21,9 +20,10 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.inference import intervals, metrics
 from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.config import EvaluationConfig
-from loracurve.inference.model_average import average_of, choose_average
-from loracurve.inference.prediction import point_nll, predict_split, predict_splits
+from loracurve.inference.model_average import Average, average_of, choose_average, equal
+from loracurve.inference.prediction import point_nll
 from loracurve.inference.predictive import Predictive
+from loracurve.inference.unknowns import Unknowns
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
@@ -79,7 +79,7 @@ def summarise(methods: list[MethodPredictions], labels: Mapping[str, Tensor]) ->
             else:
                 entry["sets"][name] = {
                     key: getattr(predictive, key).mean().item()
-                    for key in ("entropy", "expected_entropy", "mutual_information", "pairwise_jsd", "disagreement")
+                    for key in (*_UNCERTAINTIES, "pairwise_jsd", "disagreement")
                 }
             if name not in labels and "test" in method.sets:
                 entry["detection"][name] = metrics.detection_summary(method.sets["test"], predictive)
@@ -142,8 +142,13 @@ def evaluate_methods(
     sets: dict[str, Encoded],
     anchors: ControlPoints | None,
     out: Path,
+    unknowns: Unknowns | None = None,
 ) -> dict[str, Any]:
-    """Predict every set by every method and write predictions.parquet; the model keeps its curve."""
+    """Predict every set by every method and write predictions.parquet; the model keeps its curve.
+
+    Args:
+        unknowns: of the average that `config` asks for; the others go without.
+    """
     validation = task.encode("validation")
     average = choose_average(model, config, validation)
     if config.weights == "likelihood":
@@ -155,22 +160,23 @@ def evaluate_methods(
     labels = {
         name: e.labels for name, e in sets.items() if e.scoring != "lm" and all(x.label is not None for x in e.examples)
     }
-    curve = _along("curve", model, average.t, average.weights, sets, held_out)
+    own = None if config.inference == "tunnel" else unknowns
+    curve = _along("curve", model, replace(average, unknowns=own), sets, held_out)
     report: dict[str, Any] = {"average": average.record}
     methods = [curve]
     if config.inference == "tunnel":
         samples = average_of(model, config, task)
         report["tunnel"] = samples.record
-        methods = [_along("tunnel", model, samples.where, samples.weights, sets, held_out), curve]
+        methods = [_along("tunnel", model, replace(samples, unknowns=unknowns), sets, held_out), curve]
     spec, points = model.spec, model.control_points()
     if anchors is not None:
         count = len(next(iter(anchors.values())))
         slots = CurveSpec.slots(count)
         model.set_curve(slots, anchors)
-        ensemble = _along("ensemble", model, slot_times(count), None, sets, held_out)
+        ensemble = _along("ensemble", model, equal(slot_times(count)), sets, held_out)
         ensemble.t = []
         if sets["test"].scoring == "lm":  # summaries cannot be taken apart
-            singles = [_along(f"adapter {m}", model, slot_times(count)[[m]], None, sets) for m in range(count)]
+            singles = [_along(f"adapter {m}", model, equal(slot_times(count)[[m]]), sets) for m in range(count)]
             for single in singles:
                 single.t = []
         else:
@@ -178,7 +184,7 @@ def evaluate_methods(
         methods = [*singles, ensemble, *methods[:-1]]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
-            methods.append(_along(name, model, average.t, None, {"test": sets["test"]}, held_out))
+            methods.append(_along(name, model, equal(average.t), {"test": sets["test"]}, held_out))
         methods.append(curve)
         model.set_curve(spec, points)
     lm = sets["test"].scoring == "lm"
@@ -200,16 +206,12 @@ _HELD_OUT = "validation rows"  # no name of a split has a blank
 
 
 def _along(
-    name: str,
-    model: CurveModel,
-    t: torch.Tensor,
-    weights: torch.Tensor | None,
-    sets: dict[str, Encoded],
-    held_out: Encoded | None = None,
+    name: str, model: CurveModel, average: Average, sets: dict[str, Encoded], held_out: Encoded | None = None
 ) -> MethodPredictions:
-    predicted = predict_splits(model, sets if held_out is None else sets | {_HELD_OUT: held_out}, t, weights)
+    predicted = average.predict_all(model, sets if held_out is None else sets | {_HELD_OUT: held_out})
     validation = None if held_out is None else (predicted.pop(_HELD_OUT), held_out.labels)
-    return MethodPredictions(name, len(t), predicted, t.tolist() if t.dim() == 1 else [], validation)
+    t = average.t.tolist() if average.coefficients is None else []
+    return MethodPredictions(name, len(average.weights), predicted, t, validation)
 
 
 def _single(ensemble: MethodPredictions, m: int) -> MethodPredictions:
@@ -226,12 +228,16 @@ def _single(ensemble: MethodPredictions, m: int) -> MethodPredictions:
     return method
 
 
+_UNCERTAINTIES = ("entropy", "expected_entropy", "mutual_information", "within_points", "between_points")
+
+
 def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: dict[str, Encoded]) -> None:
     """Write a run's predictions.parquet: one row for each example, set and method.
 
-    Columns id, set, method, label (null without one), probs (of the average), point_probs (one list for each point),
-    weights (of the points), entropy, expected_entropy and mutual_information (nats). A suite's cells keep another form
-    under the same file name (`bench.store.write_cell_predictions`).
+    Columns id, set, method, label (null without one), probs (of the average), point_probs (one list for each point, an
+    average over its Gaussian where it has one), weights (of the points), entropy, expected_entropy, mutual_information
+    and its parts within_points and between_points (nats), distance (from the training data, null where it was not
+    measured). A suite's cells keep another form under the same file name (`bench.store.write_cell_predictions`).
     """
     tables = []
     for method in methods:
@@ -239,6 +245,7 @@ def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: di
             examples = sets[name].examples
             n, count, _ = predictive.point_probs.shape
             classes = [max(e.n_choices, 1) for e in examples]
+            distance = predictive.distance
             columns: dict[str, Any] = {
                 "id": [e.id for e in examples],
                 "set": [name] * count,
@@ -250,7 +257,8 @@ def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: di
                     for p, c in zip(predictive.point_probs.transpose(0, 1).tolist(), classes, strict=True)
                 ],
                 "weights": [predictive.weights.tolist()] * count,
-                **{k: getattr(predictive, k).tolist() for k in ("entropy", "expected_entropy", "mutual_information")},
+                **{k: getattr(predictive, k).tolist() for k in _UNCERTAINTIES},
+                "distance": pa.array([None] * count if distance is None else distance.tolist(), pa.float64()),
             }
             tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
@@ -290,7 +298,7 @@ def evaluate_run(
 
 def _evaluate(opened: Run, evaluation: EvaluationConfig, split: str, encoded: Encoded, folder: Path) -> dict[str, Any]:
     average = opened.average(evaluation)
-    predicted = predict_split(opened.model, encoded, average.where, average.weights)
+    predicted = average.predict(opened.model, encoded)
     method = MethodPredictions(evaluation.inference, len(average.t), {split: predicted})
     known = method.sets[split].labels
     labels = {split: encoded.labels if known is None else known}

@@ -15,12 +15,13 @@ from loracurve.curve.config import CurveConfig
 from loracurve.curve.files import export_adapter
 from loracurve.curve.lora_space import ControlPoints
 from loracurve.curve.spec import CurveSpec
+from loracurve.inference.model_average import average_of
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fingerprint import check_adapters
 from loracurve.runs.config import RunConfig, load_config, save_config
 from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
 from loracurve.runs.identity import identity_of, read_identity, write_identity
-from loracurve.runs.run import base_and_task, logger, spread
+from loracurve.runs.run import base_and_task, build_unknowns, logger, spread
 from loracurve.system.consent import consented
 from loracurve.system.distributed import is_main, main_holds, on_main
 from loracurve.system.environment import environment
@@ -152,8 +153,14 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         model.save_pretrained(out / "curve")
 
     on_main(save_curve)
+    built = time.perf_counter()
+    unknowns = None
+    if config.task.scoring != "lm":
+        average = average_of(model, config.evaluation, task)
+        unknowns = build_unknowns(model, task, average, config.unknowns, out)
     evaluated = time.perf_counter()
-    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out)
+    timings["unknowns"] = evaluated - built
+    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out, unknowns)
     report["training"] = {
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from loracurve.inference.calibration import (
     TEMPERATURES,
@@ -24,15 +26,15 @@ from loracurve.inference.calibration import (
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.model_average import Average
-from loracurve.inference.prediction import predict_split
 from loracurve.inference.predictive import Predictive
 from loracurve.inference.rounding import SAFETY, PredictedAgain, first_of_each, predict_again
+from loracurve.inference.unknowns import write_unknowns
 from loracurve.model.curve_model import CurveModel
-from loracurve.runs.run import Run, open_run
+from loracurve.runs.run import Run, build_unknowns, open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
 from loracurve.system.folders import locked
-from loracurve.system.paths import exists
+from loracurve.system.paths import exists, is_file
 from loracurve.system.randomness import generator
 from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
 from loracurve.tasks.dataset import Row, read_rows
@@ -46,6 +48,7 @@ __all__ = [
     "predict_rows",
     "prediction_records",
     "read_calibration",
+    "say_what_is_missing",
 ]
 
 
@@ -53,13 +56,13 @@ logger = logging.getLogger("loracurve")
 
 Measure = Literal["entropy", "mutual_information"]
 
-FORMAT = 1
-"""of calibration.json; without a format (before 1) there are no tolerances"""
+FORMAT = 2
+"""of calibration.json; without a format (before 1) there are no tolerances, before 2 no foreign rows"""
 
 
 def _predict(run: Run, rows: Sequence[Row], name: str, labelled: bool, average: Average) -> tuple[Encoded, Predictive]:
     encoded = run.task.encode_rows(rows, name, labelled)
-    return encoded, predict_split(run.model, encoded, average.where, average.weights)
+    return encoded, average.predict(run.model, encoded)
 
 
 def _average(run: Run, evaluation: EvaluationConfig | None) -> Average:
@@ -91,6 +94,10 @@ class Calibration:
     """its kind"""
     points: tuple[tuple[float, ...], ...] = ()
     """place and weight of each point of the average: what the thresholds are of"""
+    foreign: float | None = None
+    """p-values of familiarity below this one are of foreign rows; None: none are"""
+    foreign_tolerance: float = 0.0
+    """by how much a distance may differ between batches"""
 
 
 def read_calibration(run: Path) -> Calibration | None:
@@ -116,12 +123,15 @@ def read_calibration(run: Path) -> Calibration | None:
                 "device": str(values["rounding"]["device"]),
                 "points": tuple((*map(float, p), float(w)) for p, w in zip(places, weights, strict=True)),
             }
+        if (foreign := values.get("foreign")) is not None:
+            made |= {"foreign": float(foreign["alpha"]), "foreign_tolerance": float(foreign["tolerance"])}
         found = Calibration(
             float(values["temperature"]), float(conformal["quantile"]), values["measure"], selective, **made
         )
         numbers = (0 if selective.threshold is None else selective.threshold, selective.tolerance)
-        sound = version in (0, FORMAT) and found.measure in get_args(Measure)
+        sound = version in range(FORMAT + 1) and found.measure in get_args(Measure)
         sound &= TEMPERATURES[0] <= found.temperature <= TEMPERATURES[1]
+        sound &= 0 <= (found.foreign or 0) < 1 and 0 <= found.foreign_tolerance < math.inf
         sound &= 0 <= found.quantile <= 1 and 0 <= found.tolerance <= 1
         if not sound or not all(isinstance(number, float | int) for number in numbers) or numbers[1] < 0:
             raise ValueError("numbers that no calibration gives")
@@ -140,7 +150,7 @@ def calibration_for(run: Run, average: Average) -> Calibration | None:
         doubt = "it is of an older version, which did not allow for rounding"
     elif (here := _arithmetic(run.model)) != (found.dtype, found.device):
         doubt = f"it allows for rounding in {found.dtype} on {found.device}, this is {here[0]} on {here[1]}"
-    elif not _same_points(found.points, _points(average)):
+    elif not average.has(found.points):
         doubt = f"it is of another average of {len(found.points)} points, this one has {len(average.weights)}"
     if doubt is not None:
         logger.warning(
@@ -156,18 +166,6 @@ def _arithmetic(model: CurveModel) -> tuple[str, str]:
     return str(model.dtype).removeprefix("torch."), model.device.type
 
 
-def _points(average: Average) -> tuple[tuple[float, ...], ...]:
-    where = average.where.reshape(len(average.weights), -1)
-    return tuple((*place, weight) for place, weight in zip(where.tolist(), average.weights.tolist(), strict=True))
-
-
-def _same_points(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
-    """Up to what rounding does to weights that were fitted."""
-    if [len(point) for point in one] != [len(point) for point in other]:
-        return False
-    return all(abs(a - b) < 1e-3 for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True))
-
-
 def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = None) -> Iterator[dict[str, Any]]:
     """One record for each row of a JSONL file: probabilities, uncertainty in nats, and whether to abstain.
 
@@ -176,21 +174,45 @@ def predict_rows(run: Run, path: Path, evaluation: EvaluationConfig | None = Non
     rows = _rows(run, path, labelled=False)
     average = _average(run, evaluation)
     calibration = calibration_for(run, average)
+    say_what_is_missing(run)
     encoded, predictive = _predict(run, rows, path.name, False, average)
-    yield from prediction_records(rows, encoded, predictive, calibration)
+    yield from prediction_records(rows, encoded, predictive, calibration, average)
+
+
+def say_what_is_missing(run: Run) -> None:
+    """A line in the log for a run that knows nothing of unknown inputs."""
+    asked = run.config.unknowns
+    if (asked.gaussians, asked.familiarity) != ("none", "none") and not is_file(run.folder / "unknowns.json"):
+        logger.warning(
+            "%s: no Gaussians and no familiarity, which this run was made before; loracurve calibrate builds them from "
+            "its training rows",
+            run.folder,
+        )
 
 
 def prediction_records(
-    rows: Sequence[Row], encoded: Encoded, predictive: Predictive, calibration: Calibration | None
+    rows: Sequence[Row],
+    encoded: Encoded,
+    predictive: Predictive,
+    calibration: Calibration | None,
+    average: Average | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record for each predicted row, as `predict_rows` has them; `encoded` and `predictive` [E] are of the rows."""
+    """One record for each predicted row, as `predict_rows` has them; `encoded` and `predictive` [E] are of the rows,
+    by the average."""
     probs, sets, abstain = predictive.probs, None, None
+    familiarity = _familiarity(predictive, average, 0.0 if calibration is None else calibration.foreign_tolerance)
+    foreign = None
+    parts = ["entropy", "expected_entropy", "mutual_information"]
+    if average is not None and average.unknowns is not None and average.unknowns.gaussians is not None:
+        parts += ["within_points", "between_points"]
     if calibration is not None:
         probs = apply_temperature(predictive.log_probs, calibration.temperature).exp()
         # A class that is there can reach 0 by underflow, and still be in a set of all.
         there = probs.clamp_min(torch.finfo(probs.dtype).tiny)
         sets = prediction_sets(there, calibration.quantile, calibration.tolerance)
         abstain = ~calibration.selective.answered(getattr(predictive, calibration.measure))
+        if familiarity is not None and calibration.foreign is not None:
+            foreign = familiarity < calibration.foreign
     for i, (row, example) in enumerate(zip(rows, encoded.examples, strict=True)):
         names = row.choices or encoded.classes
         count = example.n_choices
@@ -200,38 +222,71 @@ def prediction_records(
             "label": best,
             "prediction": names[best],
             "probs": [round(p, 6) for p in probs[i, :count].tolist()],
-            **{
-                k: round(float(getattr(predictive, k)[i]), 6)
-                for k in ("entropy", "expected_entropy", "mutual_information")
-            },
+            **{k: round(float(getattr(predictive, k)[i]), 6) for k in parts},
         }
+        if familiarity is not None:
+            record["familiarity"] = round(float(familiarity[i]), 6)
         if sets is not None and abstain is not None:
-            record["abstain"] = bool(abstain[i])
+            reasons = ["uncertain"] * bool(abstain[i]) + ["foreign"] * (foreign is not None and bool(foreign[i]))
+            record |= {"abstain": bool(reasons), "reasons": reasons}
             record["set"] = [names[c] for c in range(count) if sets[i, c]]
         yield record
 
 
+def _familiarity(predictive: Predictive, average: Average | None, tolerance: float) -> Tensor | None:
+    """[E] p-values of the rows' distances from the training data, which may be smaller by the tolerance."""
+    if predictive.distance is None or average is None or average.unknowns is None:
+        return None
+    known = average.unknowns.familiarity
+    return None if known is None else known.p_values(predictive.distance.cpu() - tolerance)
+
+
 def calibrate_run(
-    run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None = None
+    run: Run,
+    risk: float,
+    delta: float,
+    alpha: float,
+    measure: Measure,
+    path: Path | None = None,
+    foreign: float = 0.05,
 ) -> list[str]:
     """Write RUN/calibration.json from labelled rows; returns lines that say what was found.
 
     The temperature is fitted on one half of the rows (drawn by the seed), the prediction sets on the other, so that
     their coverage is exact; the threshold looks at uncertainties that no temperature changes and uses all rows. A
     sample of the rows is predicted again in other batches, and both guarantees allow for what that changes.
+
+    Known inputs are taken for foreign with a probability of at most `foreign`, by their distance from the training
+    data; the threshold is certified on the rows that are not. What a run lacks for that (it was made by an earlier
+    version) is built first, from its training rows.
     """
     with locked(run.folder):
-        return _calibrate(run, risk, delta, alpha, measure, path)
+        return _calibrate(run, risk, delta, alpha, measure, path, foreign)
 
 
-def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None) -> list[str]:
-    average, seed = _average(run, None), run.config.evaluation.seed
+def _with_unknowns(run: Run, average: Average) -> tuple[Average, list[str]]:
+    """The average with what tells unknown inputs, built where it is missing; lines that say what could not be."""
+    if average.unknowns is not None:
+        return average, []
+    try:
+        unknowns = build_unknowns(run.model, run.task, average, run.config.unknowns, run.folder)
+    except UserError as error:
+        return average, [f"no Gaussians and no familiarity: {error}"]
+    return replace(average, unknowns=unknowns), []
+
+
+def _calibrate(
+    run: Run, risk: float, delta: float, alpha: float, measure: Measure, path: Path | None, foreign: float
+) -> list[str]:
+    seed = run.config.evaluation.seed
+    average, missing = _with_unknowns(run, _average(run, None))
     rows = run.task.dataset.rows("validation") if path is None else _rows(run, path, labelled=True)
     encoded, together = _predict(run, rows, "calibration", True, average)
     labels = encoded.labels
     if bool((labels < 0).any()) or len(labels) < 20:
         raise UserError(f"calibration: expected at least 20 labelled rows, found {int((labels >= 0).sum())}")
-    again = predict_again(run.model, encoded, together, average.where, average.weights, seed)
+    again = predict_again(run.model, encoded, together, average, seed)
+    average = _known_by(run, average, together.distance)
     predictive = together.index(first_of_each(encoded))  # equal rows are tied to the last bit
     order = torch.randperm(len(labels), generator=generator(seed, "calibration"))
     first, second = order[: len(order) // 2], order[len(order) // 2 :]
@@ -242,14 +297,18 @@ def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measu
     of_measure = again.tolerance(getattr(again.predictive, measure))
     quantile = conformal_quantile(probs[second], labels[second], alpha)
     errors = possible_errors(probs, labels, of_probs)
-    selective = selective_threshold(getattr(predictive, measure), errors, risk, delta, of_measure)
+    of_distance = 0.0 if again.predictive.distance is None else again.tolerance(again.predictive.distance)
+    p = _familiarity(predictive, average, of_distance)
+    passing = torch.ones(len(labels)).bool() if p is None else p >= foreign
+    uncertainty = getattr(predictive, measure)
+    selective = selective_threshold(uncertainty[passing], errors[passing], risk, delta, of_measure)
     source = "the validation split" if path is None else path.name
     nll = {
         name: [float(negative_log_likelihood(p[half], labels[half]).mean()) for p in (predictive.log_probs, tempered)]
         for name, half in (("fitted", first), ("held_out", second))
     }
     dtype, device = _arithmetic(run.model)
-    points = _points(average)
+    points = average.points
     values = {
         "format": FORMAT,
         "rows": len(labels),
@@ -267,6 +326,7 @@ def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measu
             "batches": again.batches,
             "safety": SAFETY,
         },
+        "foreign": None if p is None else {"alpha": foreign, "tolerance": of_distance, "rows": len(labels)},
         "average": {"places": [point[:-1] for point in points], "weights": [point[-1] for point in points]},
     }
     write_json(run.folder / "calibration.json", values)
@@ -274,6 +334,7 @@ def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measu
     return [
         f"{len(labels)} rows of {source}",
         *_temperature_lines(temperature, nll, len(first), len(second)),
+        *([] if p is None else [_foreign_line(foreign, passing)]),
         _selective_line(selective, measure),
         f"prediction sets hold the label with probability {1 - alpha:.0%}: {sizes.mean():.2f} classes on average",
         _rounding_line(again, of_probs, of_measure, measure),
@@ -282,7 +343,24 @@ def _calibrate(run: Run, risk: float, delta: float, alpha: float, measure: Measu
             if path is None
             else []
         ),
+        *missing,
     ]
+
+
+def _known_by(run: Run, average: Average, distance: Tensor | None) -> Average:
+    """The average whose familiarity is judged against these rows' distances, also in the run's folder."""
+    unknowns = average.unknowns
+    if unknowns is None or unknowns.familiarity is None or distance is None:
+        return average
+    known = replace(unknowns.familiarity, known=distance.cpu().double().sort().values)
+    unknowns = replace(unknowns, familiarity=known)
+    write_unknowns(unknowns, average.points, run.folder)
+    return replace(average, unknowns=unknowns)
+
+
+def _foreign_line(foreign: float, passing: Tensor) -> str:
+    found = 1 - passing.double().mean()
+    return f"foreign where familiarity < {foreign:g}: at most so many known rows in the long run, {found:.1%} of these"
 
 
 def _temperature_lines(temperature: float, nll: dict[str, list[float]], fitted: int, held_out: int) -> Iterator[str]:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.inference.model_average import Average, average_of
 from loracurve.inference.prediction import point_nll, predict_split
+from loracurve.inference.unknowns import Unknowns, fit_unknowns, read_unknowns, write_unknowns
 from loracurve.model.base_model import load_base, model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.identity import IDENTITY, Identity, read_identity
 from loracurve.system.consent import consented
+from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
 from loracurve.system.paths import is_file
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
-from loracurve.tasks.dataset import Dataset
+from loracurve.tasks.dataset import Dataset, subset
 from loracurve.tasks.task import Task, load_task, settled_dataset
 
-__all__ = ["Run", "base_and_task", "best_point", "check_run", "open_run", "spread"]
+__all__ = ["Run", "base_and_task", "best_point", "build_unknowns", "check_run", "open_run", "spread"]
 
 
 logger = logging.getLogger("loracurve")
@@ -41,8 +44,20 @@ class Run:
     task: Task
 
     def average(self, evaluation: EvaluationConfig | None = None) -> Average:
-        """The points and weights to predict with."""
-        return average_of(self.model, evaluation or self.config.evaluation, self.task)
+        """The points and weights to predict with, and what was built for them of unknown inputs; a line in the log says
+        where that is of other points."""
+        found = average_of(self.model, evaluation or self.config.evaluation, self.task)
+        known = read_unknowns(self.folder)
+        if known is None:
+            return found
+        unknowns, points = known
+        if not found.has(points):
+            logger.warning(
+                "%s: without Gaussians and familiarity, which are of another average of %d points, this one has %d",
+                *(self.folder / "unknowns.json", len(points), len(found.weights)),
+            )
+            return found
+        return replace(found, unknowns=unknowns)
 
 
 def open_run(
@@ -97,6 +112,31 @@ def check_run(folder: Path) -> None:
         raise UserError(
             f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"
         )
+
+
+def build_unknowns(
+    model: CurveModel, task: Task, average: Average, config: UnknownsConfig, folder: Path
+) -> Unknowns | None:
+    """Build Gaussians and familiarity for an average and write them into a run's folder; None where nothing can be had,
+    with a line in the log.
+
+    Raises:
+        UserError: the training rows are not there; Gaussians that are asked for by name cannot be had.
+    """
+    if config.gaussians == config.familiarity == "none":
+        return None
+    every = task.dataset.rows("train")
+    train = task.encode_rows(subset(every, config.rows), "train rows")
+    validation = task.encode("validation")
+    try:
+        found = fit_unknowns(model, train, validation, average.where, average.weights, config, len(every))
+    except UserError as error:
+        if config.gaussians == "last_layer":
+            raise
+        logger.warning("%s: without Gaussians and familiarity: %s", folder, error)
+        return None
+    on_main(partial(write_unknowns, found, average.points, folder))
+    return found
 
 
 def spread(model: CurveModel, config: RunConfig) -> None:

@@ -15,8 +15,7 @@ import torch
 
 from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.inference.generation import generate
-from loracurve.inference.prediction import predict_split
-from loracurve.runs.predict import calibration_for, prediction_records
+from loracurve.runs.predict import calibration_for, prediction_records, say_what_is_missing
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Job
 from loracurve.serving.config import ServeConfig
@@ -62,6 +61,7 @@ class Engine:
         self.run, self.options, self.count, self.observe = run, options, count, observe
         self.average = run.average(evaluation)
         self.calibration = calibration_for(run, self.average)
+        say_what_is_missing(run)
         self.predicts = run.config.task.scoring != "lm"
         self.generates = not run.model.is_classifier
         self.prefix = 0
@@ -141,7 +141,7 @@ class Engine:
                     encoded.examples[0], prompt=(encoded.examples[0].prompt * tokens)[:tokens], choices=()
                 )
                 model.runner.takes_trees(replace(encoded, examples=[longest]))
-                predict_split(model, encoded, self.average.where, self.average.weights)
+                self.average.predict(model, encoded)
         if self.generates:
             model.runner.decodes_in_batches()
         give_back_memory()  # trials in full precision copy the weights
@@ -172,12 +172,12 @@ class Engine:
         for group in together.values():
             examples = [example for _, encoded in group for example in encoded.examples]
             whole = replace(group[0][1], examples=examples)
-            predictive = predict_split(self.run.model, whole, self.average.where, self.average.weights).to("cpu")
+            predictive = self.average.predict(self.run.model, whole).to("cpu")
             start = 0
             for job, encoded in group:
                 own = predictive.index(torch.arange(start, start + len(encoded)))
                 start += len(encoded)
-                records = list(prediction_records(job.work, encoded, own, self.calibration))
+                records = list(prediction_records(job.work, encoded, own, self.calibration, self.average))
                 job.succeed({"predictions": records, "truncated": encoded.truncated})
 
     def _generate(self, config: GenerateConfig, jobs: Sequence[Job]) -> None:

@@ -36,8 +36,14 @@ class Prediction(BaseModel):
     probs: list[float] = Field(description="Averaged probabilities of the classes, tempered where it is calibrated.")
     entropy: float = Field(description="Total uncertainty.")
     expected_entropy: float = Field(description="Aleatoric: what the data leave open.")
-    mutual_information: float = Field(description="Epistemic: what the points disagree on.")
-    abstain: bool | None = Field(None, description="Only with a calibration: too uncertain to answer.")
+    mutual_information: float = Field(description="Epistemic: what more training data could settle.")
+    within_points: float | None = Field(None, description="Part of it: large far from the training data.")
+    between_points: float | None = Field(None, description="Part of it: the fine-tunes disagree.")
+    familiarity: float | None = Field(
+        None, description="Part of known rows that are at least as far from the training data; near 0 for foreign ones."
+    )
+    abstain: bool | None = Field(None, description="Only with a calibration: don't rely on the answer.")
+    reasons: list[str] | None = Field(None, description="Why to abstain: uncertain, foreign, or both.")
     set: list[str] | None = Field(None, description="Only with a calibration: classes that hold the label.")
 
 
