@@ -83,7 +83,11 @@ def test_calibration_is_what_predict_uses(
         tempered = (torch.tensor(raw["probs"], dtype=torch.float64).log() / saved["temperature"]).softmax(0)
         assert r["probs"] == pytest.approx(tempered.tolist(), abs=1e-3)
         assert r["entropy"] == raw["entropy"], "uncertainties stay untempered"
-        assert r["abstain"] == (threshold is None or r["entropy"] >= threshold)
+        reasons = ["uncertain"] * (threshold is None or r["entropy"] >= threshold)
+        foreign = saved["foreign"]
+        assert foreign["alpha"] == 0.05 and foreign["rows"] == saved["rows"]
+        reasons += ["foreign"] * (r["familiarity"] < 0.05)
+        assert r["reasons"] == reasons and r["abstain"] == bool(reasons)
         choices = ["negative", "positive", "no it is"][: len(r["probs"])]
         highest = saved["conformal"]["quantile"] + saved["conformal"]["tolerance"] + 1e-5
         inside = [c for c, p in zip(choices, r["probs"], strict=True) if 1 - p <= highest]
@@ -95,6 +99,49 @@ def test_calibration_is_what_predict_uses(
         found = [json.loads(line) for line in (tmp_path / "fresh.jsonl").read_text().splitlines()]
         covered = [row["choices"][row["label"]] in r["set"] for row, r in zip(labels, found, strict=True)]
         assert sum(covered) / 60 > 0.5
+
+
+def test_foreign_rows_are_told_from_known_ones(fitted: Maker, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(fitted("anchored", "head"), tmp_path / "run"))
+    fresh = data_folder(tmp_path / "fresh", "head", {"train": 1, "validation": 1, "test": 200}) / "test.jsonl"
+    command("calibrate", out, f"--input={fresh}", "--foreign=0.1", "--risk=0.9")
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text(
+        "".join(json.dumps({"id": f"f{i}", "text": f"zzz {i} qqq! %% vx " * 6}) + "\n" for i in range(20))
+    )
+    share = {}
+    for name, rows in (("known", fresh), ("foreign", foreign)):
+        command("predict", out, rows, "--out", tmp_path / f"{name}.out")
+        records = [json.loads(line) for line in (tmp_path / f"{name}.out").read_text().splitlines()]
+        share[name] = sum("foreign" in r["reasons"] for r in records) / len(records)
+        assert all(r["abstain"] == bool(r["reasons"]) for r in records)
+    assert share["known"] <= 0.1 and share["foreign"] > 0.9
+
+
+def test_what_an_earlier_run_lacks_is_built_by_calibrate(
+    fitted: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = Path(shutil.copytree(fitted("anchored", "letter"), tmp_path / "run"))
+    rows = fitted.data("letter") / "test.jsonl"
+    command("predict", out, rows, "--out", tmp_path / "whole.jsonl")
+    assert not caplog.records
+    for name in ("unknowns.json", "unknowns.safetensors"):
+        (out / name).unlink()
+    command("predict", out, rows, "--out", tmp_path / "without.jsonl")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "no Gaussians and no familiarity, which this run was made before; loracurve calibrate builds them" in line
+    assert "familiarity" not in json.loads((tmp_path / "without.jsonl").read_text().splitlines()[0])
+    caplog.clear()
+    command("calibrate", out)
+    command("predict", out, rows, "--out", tmp_path / "again.jsonl")
+    assert not caplog.records
+    whole, again = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("whole", "again")
+    )
+    for one, other in zip(whole, again, strict=True):
+        for key in ("within_points", "familiarity"):
+            assert one[key] == pytest.approx(other[key], abs=1e-4)
 
 
 def test_a_new_calibration_replaces_the_old_one(fitted: Maker, tmp_path: Path) -> None:
