@@ -125,10 +125,10 @@ def classification_summary(predictive: Predictive, labels: Tensor) -> dict[str, 
     """Everything reported about predictions of labelled data.
 
     Returns:
-        examples, acc, nll, brier, ece, the means of entropy, expected_entropy, mutual_information,
-        mutual_information_corrected (divided by 1 - sum w^2, i.e. n / (n - 1): the plug-in value grows with n),
-        pairwise_jsd and disagreement; error_auroc_mi, error_auroc_entropy, aurc_mi, aurc_entropy. Undefined measures
-        are None, and ``undefined`` maps their names to the reasons.
+        examples, acc, nll, brier, ece, the means of entropy, expected_entropy, mutual_information, its parts
+        within_points and between_points, mutual_information_corrected (divided by 1 - sum w^2, i.e. n / (n - 1): the
+        plug-in value grows with n), pairwise_jsd and disagreement; error_auroc_mi, error_auroc_entropy, aurc_mi,
+        aurc_entropy. Undefined measures are None, and ``undefined`` maps their names to the reasons.
     """
     correct = predictive.correct(labels)
     full = predictive.point_log_probs is not None
@@ -146,6 +146,8 @@ def classification_summary(predictive: Predictive, labels: Tensor) -> dict[str, 
             "entropy": Scalar(predictive.entropy.mean().item()),
             "expected_entropy": Scalar(predictive.expected_entropy.mean().item()),
             "mutual_information": Scalar(information),
+            "within_points": Scalar(predictive.within_points.mean().item()),
+            "between_points": Scalar(predictive.between_points.mean().item()),
             "mutual_information_corrected": Scalar(None, "one point")
             if single
             else Scalar(information / (1 - 1 / effective)),
@@ -158,14 +160,21 @@ def classification_summary(predictive: Predictive, labels: Tensor) -> dict[str, 
 
 
 def detection_summary(id_predictive: Predictive, ood_predictive: Predictive) -> dict[str, Any]:
-    """Detection of out-of-distribution examples, the positives, by mutual information and by entropy.
+    """Detection of out-of-distribution examples, the positives: by mutual information, by entropy, and where they are
+    there by the information within the points and the distance from the training data.
 
     Returns:
-        auroc, aupr and fpr95, each with _mi and _entropy; ``undefined`` as in `classification_summary`.
+        auroc, aupr and fpr95, each with _mi, _entropy, _within and _distance; ``undefined`` as in
+        `classification_summary`.
     """
     is_ood = torch.cat([torch.zeros(len(id_predictive)), torch.ones(len(ood_predictive))]).bool()
     measures: dict[str, Scalar] = {}
-    for name, field in (("mi", "mutual_information"), ("entropy", "entropy")):
+    fields = {"mi": "mutual_information", "entropy": "entropy"}
+    if bool(id_predictive.within_points.any()):
+        fields["within"] = "within_points"
+    if id_predictive.distance is not None and ood_predictive.distance is not None:
+        fields["distance"] = "distance"
+    for name, field in fields.items():
         scores = torch.cat([getattr(id_predictive, field), getattr(ood_predictive, field)]).cpu()
         measures[f"auroc_{name}"] = auroc(scores, is_ood)
         measures[f"aupr_{name}"] = average_precision(scores, is_ood)
