@@ -17,7 +17,14 @@ from helpers.waiting import SECONDS
 @contextmanager
 def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A program that runs inside the block."""
-    process = subprocess.Popen([str(word) for word in command], text=True, start_new_session=True, **options)
+    # Shells start what they put into the background with SIGINT ignored, and so its children.
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
     try:
         yield process
     finally:

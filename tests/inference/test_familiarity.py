@@ -41,7 +41,7 @@ def test_distances_are_relative_mahalanobis() -> None:
         own = np.cov((state - means[train.labels]).double().numpy(), rowvar=False, bias=True)
         within, whole = (torch.from_numpy(c) for c in (shrunk_covariance(own, fitted.shrinkage_), fitted.covariance_))
         of_classes = torch.stack([mahalanobis(h[i], mean, within) for mean in means])
-        expected += weights[i] * (of_classes.amin(0) - mahalanobis(h[i], state.mean(0), whole))
+        expected += weights[i] * (of_classes.amin(0) - 0.98 * mahalanobis(h[i], state.mean(0), whole))
     torch.testing.assert_close(found.distance(States(h)), expected, rtol=1e-4, atol=1e-4)
     read = found.read(train.log_probs, States(h), None)  # type: ignore[arg-type]
     assert read.open_entropy is None and read.distance is not None and torch.equal(read.log_probs, train.log_probs)
@@ -111,3 +111,15 @@ def test_what_is_far_from_all_is_unfamiliar_in_many_dimensions() -> None:
     scores = torch.cat([found.distance(States(known[:, 300:])), found.distance(States(foreign))])
     value = auroc(scores, torch.arange(600) >= 300).value
     assert value is not None and value > 0.95
+
+
+def test_what_is_far_where_no_class_is_is_far() -> None:
+    train = made(rows=400)
+    found = fit_familiarity(train, classes=3)
+    known = found.distance(train.states).sort().values
+    # In a direction that means of classes do not differ in, the relative distance of 98 % is all there is.
+    state = train.states.read.double()
+    means = torch.stack([torch.stack([s[train.labels == c].mean(0) for c in range(3)]) for s in state])
+    away = torch.linalg.svd(means - means.mean(1, keepdim=True)).Vh[:, -1]
+    foreign = States((state.mean(1) + 60 * away)[:, None].float())
+    assert p_values(found.distance(foreign), known) < 0.01

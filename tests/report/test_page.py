@@ -105,9 +105,9 @@ def test_every_number_of_the_page_stands_in_a_file(reported: Path) -> None:
     cells = Page((reported / "report.html").read_text()).cells
     checked = 0
     for cell in cells:
-        for text in re.findall(r"\d[\d,]*(?:\.\d+)?", cell):
-            digits = len(text.partition(".")[2])
-            value, tolerance = float(text.replace(",", "")), 0.51 * 10.0**-digits
+        for text in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", cell):
+            digits, _, power = text.partition(".")[2].partition("e")
+            value, tolerance = float(text.replace(",", "")), 0.51 * 10.0 ** (int(power or 0) - len(digits))
             assert np.abs(known - value).min() <= tolerance, f"{text} in {cell!r}"
             checked += 1
     assert checked > 200

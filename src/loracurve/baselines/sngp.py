@@ -18,10 +18,10 @@ from loracurve.baselines.method import Fitted, Setting, from_adapters
 from loracurve.inference.hidden_states import SplitStates, states_of
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.predictive import Predictive
+from loracurve.inference.unknowns import training_rows
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
 from loracurve.system.ranges import Amount, Count, NonNegative, Positive, check_ranges
-from loracurve.tasks.dataset import subset
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["SNGP"]
@@ -54,7 +54,7 @@ class SNGP:
         assert fitted.along is not None
         along = fitted.along
         along.put_into(setting.model)
-        train = task.encode_rows(subset(task.dataset.rows("train"), self.rows), "train rows")
+        train, _ = training_rows(task, self.rows)
         if train.scoring not in ("answer", "head"):
             raise UserError(
                 f"expected scores of answer tokens or a head, found scoring {train.scoring}; choose another"

@@ -9,9 +9,8 @@ from loracurve.baselines.method import Fitted, Method, Setting
 from loracurve.baselines.single import Single
 from loracurve.inference.config import UnknownsConfig
 from loracurve.inference.predictive import Predictive
-from loracurve.inference.unknowns import fit_unknowns
+from loracurve.inference.unknowns import fit_unknowns, training_rows
 from loracurve.system.errors import UserError
-from loracurve.tasks.dataset import subset
 from loracurve.tasks.encoding import Encoded
 
 __all__ = ["FamiliarityOf", "LaplaceCurve"]
@@ -54,9 +53,8 @@ def _fit(options: UnknownsConfig, of: Method, setting: Setting, **changes: Any) 
     model, task = setting.model, setting.task
     own = {f.name: getattr(options, f.name) for f in fields(UnknownsConfig)}
     config = UnknownsConfig(**own | changes)
-    every = task.dataset.rows("train")
-    train = task.encode_rows(subset(every, config.rows), "train rows")
-    unknowns = fit_unknowns(model, train, task.encode("validation"), along.t, along.weights, config, len(every))
+    train, total = training_rows(task, config.rows)
+    unknowns = fit_unknowns(model, train, task.encode("validation"), along.t, along.weights, config, total)
 
     def predict(encoded: Encoded) -> Predictive:
         along.put_into(model)

@@ -4,10 +4,13 @@ The relative Mahalanobis distance (Ren et al. 2021) of a state h is
 
     min_c (h - m_c)^T S^-1 (h - m_c)  -  (h - m)^T S_0^-1 (h - m)
 
-with means m_c and common covariance S of the classes, and mean m and covariance S_0 of all training rows. Both are
-shrunk towards a multiple of the identity (Ledoit & Wolf 2004), by one intensity, that of all rows: the two terms are
-large off the data and nearly equal, and with an intensity each their difference is that of the shrinkage, whose sign is
-the wrong one. Without classes it is the second term alone, with its sign turned. Another measure is
+with means m_c and common covariance S of the classes, and mean m and covariance S_0 of all training rows. The second
+term takes away what is far for no reason that the classes know of; of all of it, what is far from everything in a
+direction that no class has would be near. So `PART` of it is taken, a little less than all.
+
+Both covariances are shrunk towards a multiple of the identity (Ledoit & Wolf 2004), by one intensity, that of all rows:
+the terms are large off the data and nearly equal, and with an intensity each their difference is that of the shrinkage,
+whose sign is the wrong one. Without classes it is the second term alone, with its sign turned. Another measure is
 1 - the mean cosine to the nearest training rows. Neither says anything of errors on known inputs: a hard row can be
 quite familiar.
 
@@ -34,6 +37,8 @@ __all__ = ["NEIGHBOURS", "Familiarity", "Measure", "cosine_distance", "fit_famil
 
 
 Measure = Literal["mahalanobis", "cosine"]
+
+PART = 0.98
 
 NEIGHBOURS = 10
 """Nearest training texts whose mean cosine counts."""
@@ -130,7 +135,7 @@ class Familiarity:
         whole = self.whole.squares(point, h, self.centre[point : point + 1])[:, 0]
         if not self.means.shape[1]:
             return whole
-        return self.within.squares(point, h, self.means[point]).amin(1) - whole
+        return self.within.squares(point, h, self.means[point]).amin(1) - PART * whole
 
     def p_values(self, distance: Tensor) -> Tensor:
         """[E] float64: `p_values` against the validation rows; ValueError where there are none."""

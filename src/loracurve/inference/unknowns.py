@@ -28,9 +28,11 @@ from loracurve.system.paths import is_file
 from loracurve.system.shapes import check_shape
 from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.tasks.batching import Batch
+from loracurve.tasks.dataset import subset
 from loracurve.tasks.encoding import Encoded
+from loracurve.tasks.task import Task
 
-__all__ = ["Unknowns", "fit_unknowns", "read_unknowns", "write_unknowns"]
+__all__ = ["Unknowns", "fit_unknowns", "read_unknowns", "training_rows", "write_unknowns"]
 
 logger = logging.getLogger("loracurve")
 
@@ -77,6 +79,16 @@ def _with_base(model: CurveModel, t: Tensor) -> Tensor:
     """Coefficients of 0 are adapters of 0: the base."""
     c = t if t.dim() == 2 else model.coefficients(t)
     return torch.cat([c, c.new_zeros(1, c.shape[1])])
+
+
+def training_rows(task: Task, most: int) -> tuple[Encoded, int]:
+    """At most so many rows of a task's training split, drawn by the hash of their ids, and how many there are."""
+    every = task.dataset.rows("train")
+    encoded = task.encode("train")
+    if len(every) <= most:
+        return encoded, len(every)
+    drawn = {row.id for row in subset(every, most)}
+    return replace(encoded, examples=[e for e in encoded.examples if e.id in drawn]), len(every)
 
 
 def fit_unknowns(

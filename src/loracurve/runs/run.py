@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.inference.model_average import Average, average_of
 from loracurve.inference.prediction import point_nll, predict_split
-from loracurve.inference.unknowns import Unknowns, fit_unknowns, read_unknowns, write_unknowns
+from loracurve.inference.unknowns import Unknowns, fit_unknowns, read_unknowns, training_rows, write_unknowns
 from loracurve.model.base_model import load_base, model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
@@ -25,7 +25,7 @@ from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
 from loracurve.system.paths import is_file
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
-from loracurve.tasks.dataset import Dataset, subset
+from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task, load_task, settled_dataset
 
 __all__ = ["Run", "base_and_task", "best_point", "build_unknowns", "check_run", "open_run", "spread"]
@@ -125,11 +125,10 @@ def build_unknowns(
     """
     if config.gaussians == config.familiarity == "none":
         return None
-    every = task.dataset.rows("train")
-    train = task.encode_rows(subset(every, config.rows), "train rows")
+    train, total = training_rows(task, config.rows)
     validation = task.encode("validation")
     try:
-        found = fit_unknowns(model, train, validation, average.where, average.weights, config, len(every))
+        found = fit_unknowns(model, train, validation, average.where, average.weights, config, total)
     except UserError as error:
         if config.gaussians == "last_layer":
             raise
