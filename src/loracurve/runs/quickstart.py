@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loracurve.curve.config import CurveConfig, LoraOptions
-from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.model.base_model import cache_folder, convert_gguf
 from loracurve.model.config import ModelConfig
 from loracurve.report.page import write_figures
@@ -64,6 +64,7 @@ def quickstart_config(seed: int = 0) -> RunConfig:
             **steps,  # type: ignore[arg-type]
         ),
         evaluation=EvaluationConfig(points=10, seed=seed),
+        unknowns=UnknownsConfig(rows=300),  # building from all takes as long as training here
     )
 
 
@@ -103,13 +104,19 @@ def _spearman(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def _say(report: dict[str, Any], out: Path, figures: list[Path], seconds: float) -> None:
     curve = report["methods"]["curve"]["sets"]
+    named = ("expected_entropy", "within_points", "between_points")
     parts = ", ".join(
-        f"{name} {curve[name]['expected_entropy']:.3f} / {curve[name]['mutual_information']:.4f}"
+        f"{name} {' / '.join(f'{curve[name][part]:.3f}' for part in named)}"
         for name in ("test", "ambiguous", "elements")
     )
+    found = report["methods"]["curve"]["detection"]["elements"]
     human = report["human_disagreement"]
     times = report["seconds"]
-    print(f"Expected entropy / mutual information of the curve, nats: {parts}")
+    print(f"Uncertainty of the curve, nats (left open by the data / within its points / between them): {parts}")
+    print(
+        f"Telling element names from test words, AUROC: by entropy {found['auroc_entropy']:.3f}, within the points "
+        f"{found['auroc_within']:.3f}, by distance from the training words {found['auroc_distance']:.3f}"
+    )
     print(
         "Rank correlation with the spread of human ratings (ambiguous words): "
         f"expected entropy {human['expected_entropy']:+.2f}, mutual information {human['mutual_information']:+.2f}"
@@ -117,5 +124,5 @@ def _say(report: dict[str, Any], out: Path, figures: list[Path], seconds: float)
     print(f"Figures: {', '.join(str(f) for f in figures)}")
     print(
         f"Run: {out}   {seconds:.0f} s (anchors {times['anchors']:.0f} s, curve {times['curve']:.0f} s, "
-        f"evaluation {times['evaluation']:.0f} s)"
+        f"unknown inputs {times['unknowns']:.0f} s, evaluation {times['evaluation']:.0f} s)"
     )
