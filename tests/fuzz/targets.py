@@ -34,8 +34,10 @@ from loracurve.bench.suite import cells_of, load_suite
 from loracurve.bench.suite_files import shipped
 from loracurve.bench.tables.write import write_tables
 from loracurve.curve.files import load_adapter
+from loracurve.inference.unknowns import read_unknowns
 from loracurve.model.base_model import load_base
 from loracurve.model.curve_model import CurveModel
+from loracurve.model.states import States
 from loracurve.report.page import write_page
 from loracurve.runs.config import load_config
 from loracurve.runs.identity import read_identity
@@ -170,6 +172,22 @@ def calibration(world: Path) -> Target:
     return Target(run / "calibration.json", mutations.json_text, lambda: read_calibration(run))
 
 
+def unknowns(world: Path, name: str, mutation: Mutation) -> Target:
+    """Read, and used once: tensors that are taken have to fit each other."""
+    run = world / "run"
+
+    def read() -> None:
+        found = read_unknowns(run)
+        assert found is not None
+        known = found[0].gaussians
+        if known is not None:
+            size = known.vectors.shape[1] // (known.classes - 1) - known.bias
+            states = States(torch.ones(len(known.values), 2, size))
+            known.averaged(torch.zeros(len(known.values), 2, known.classes).log_softmax(-1), states)
+
+    return Target(run / name, mutation, read)
+
+
 def signed_json(content: bytes, draw: Random) -> bytes:
     """Half of the checkpoints have the checksum of what they say, as somebody could write them."""
     changed = mutations.json_text(content, draw)
@@ -278,6 +296,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "suite": suite,
     "identity": identity,
     "calibration": calibration,
+    "unknowns": partial(unknowns, name="unknowns.json", mutation=mutations.json_text),
+    "unknowns_tensors": partial(unknowns, name="unknowns.safetensors", mutation=mutations.tensors),
     "checkpoint": checkpoint,
     "checkpoint_tensors": partial(checkpoint, tensors=True),
     "cell": cell,

@@ -38,13 +38,26 @@ from loracurve.model.states import States
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch
 
-__all__ = ["DRAWS", "MOST_EXACT", "Gaussians", "contrasts", "fit_gaussians", "marginal_tau", "validation_tau"]
+__all__ = [
+    "DRAWS",
+    "MOST_EXACT",
+    "LARGEST_TAU",
+    "SMALLEST_TAU",
+    "Gaussians",
+    "contrasts",
+    "fit_gaussians",
+    "marginal_tau",
+    "validation_tau",
+]
 
 
 Form = Literal["exact", "kronecker", "choices"]
 
 MOST_EXACT = 4096
 """Dimensions, contrasts of the classes times features, up to which the precision is not approximated."""
+
+SMALLEST_TAU, LARGEST_TAU = 1e-12, 1e12
+"""What a variance can still be computed with."""
 
 DRAWS = 128
 """Draws of the logits, for more than two classes."""
@@ -55,6 +68,8 @@ _REACH = 8.0  # of the nodes, in standard deviations
 _TAUS = torch.logspace(-1, 6, 15, dtype=torch.float64)
 
 _LEFT_OUT = 1e-3
+
+_MOST_CLASSES = 2**20
 
 # Numbers that a batch of draws may hold.
 _MOST_DRAWN = 2**24
@@ -110,10 +125,15 @@ class Gaussians:
             found: Tensor = getattr(self, name)
             if tuple(found.shape) != shape or not found.is_floating_point() or not found.isfinite().all():
                 raise ValueError(f"{name} of shape {list(found.shape)} or without finite numbers")
-        if self.form not in get_args(Form) or self.classes < 2 or not self.tau > 0:
+        if self.form not in get_args(Form) or self.classes < 2 or not SMALLEST_TAU <= self.tau <= LARGEST_TAU:
             raise ValueError(f"form {self.form!r}, {self.classes} classes, tau {self.tau}")
-        if self.form == "exact" and size % (self.classes - 1):
+        if self.form == "exact" and (size < self.classes - 1 or size % (self.classes - 1)):
             raise ValueError(f"{size} dimensions for {self.classes} classes")
+        if self.classes > _MOST_CLASSES or any(bool((x < 0).any()) for x in (self.values, self.class_values)):
+            raise ValueError("eigenvalues below 0, or more classes than can be")
+        for vectors in (self.vectors, self.class_vectors):
+            if not torch.allclose(vectors.mT @ vectors, torch.eye(vectors.shape[-1], dtype=vectors.dtype), atol=1e-3):
+                raise ValueError("eigenvectors that are not orthonormal")
 
     def narrowed(self, tau: float) -> Gaussians:
         """With this tau, and without the eigenvectors whose eigenvalues it outweighs at every point: no variance

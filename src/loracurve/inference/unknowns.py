@@ -17,7 +17,14 @@ from torch import Tensor
 from loracurve.inference.config import UnknownsConfig
 from loracurve.inference.familiarity import Familiarity, Inverse, fit_familiarity
 from loracurve.inference.hidden_states import SplitStates, states_of
-from loracurve.inference.laplace import Gaussians, fit_gaussians, marginal_tau, validation_tau
+from loracurve.inference.laplace import (
+    LARGEST_TAU,
+    SMALLEST_TAU,
+    Gaussians,
+    fit_gaussians,
+    marginal_tau,
+    validation_tau,
+)
 from loracurve.inference.prediction import Read, Way, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
@@ -149,7 +156,7 @@ def _gaussians(
         rows = model.runner.last_rows(t, train.answer_ids, size)
     found = fit_gaussians(states, rows, total)
     if config.tau > 0:
-        return found.narrowed(config.tau)
+        return found.narrowed(min(max(config.tau, SMALLEST_TAU), LARGEST_TAU))
     if config.rule == "marginal" and found.form != "choices":
         return found.narrowed(marginal_tau(found))
     return found.narrowed(validation_tau(found, known, weights))
