@@ -78,9 +78,10 @@ def open_sets(
     for kind, names in (("shift", options.shift), ("ood", options.ood)):
         for other in names:
             if kind == "ood" and other == HELD_OUT:
-                rows = subset(task.dataset.rows(HELD_OUT), suite.ood_rows)
+                every = task.dataset.rows(HELD_OUT)
             else:
-                rows = subset(_rows_of(suite, other, task.dataset if kind == "shift" else None), suite.ood_rows)
+                every = _rows_of(suite, other, task.dataset if kind == "shift" else None)
+            rows = subset(every, suite.ood_rows)
             short = f"{kind}:{other.rstrip('*_')}"
             sets[short] = task.encode_rows(rows, short) if kind == "shift" else task.encode_foreign(rows, short)
     return task, sets

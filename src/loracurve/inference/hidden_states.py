@@ -69,7 +69,7 @@ def states_of(model: CurveModel, encoded: Encoded, t: Tensor) -> SplitStates:
     kept = [part for share in gathered(lambda: keeper.kept) for part in share]
     order = torch.cat([index for *_, index in kept]).argsort()
     width = max(own.shape[2] for own, *_ in kept)
-    log_probs = torch.cat([_widened(own, width, -torch.inf) for own, *_ in kept], 1)[:, order]
+    log_probs = torch.cat([pad(own, (0, width - own.shape[2]), value=-torch.inf) for own, *_ in kept], 1)[:, order]
     choices = [of for _, _, of, _, _ in kept if of is not None]
     most = max((of.shape[2] for of in choices), default=0)
     joined = [pad(of, (0, 0, 0, most - of.shape[2])) for of in choices]
@@ -81,7 +81,3 @@ def states_of(model: CurveModel, encoded: Encoded, t: Tensor) -> SplitStates:
         ),
         torch.cat([labels for *_, labels, _ in kept])[order],
     )
-
-
-def _widened(log_probs: Tensor, width: int, value: float) -> Tensor:
-    return pad(log_probs, (0, width - log_probs.shape[2]), value=value)

@@ -20,10 +20,9 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.inference import intervals, metrics
 from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.config import EvaluationConfig
-from loracurve.inference.model_average import Average, average_of, choose_average, equal
+from loracurve.inference.model_average import Average, choose_average, equal
 from loracurve.inference.prediction import point_nll
 from loracurve.inference.predictive import Predictive
-from loracurve.inference.unknowns import Unknowns
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
@@ -142,15 +141,15 @@ def evaluate_methods(
     sets: dict[str, Encoded],
     anchors: ControlPoints | None,
     out: Path,
-    unknowns: Unknowns | None = None,
+    asked: Average,
 ) -> dict[str, Any]:
     """Predict every set by every method and write predictions.parquet; the model keeps its curve.
 
     Args:
-        unknowns: of the average that `config` asks for; the others go without.
+        asked: the average that `config` asks for (`average_of`), with its unknowns; the others go without.
     """
     validation = task.encode("validation")
-    average = choose_average(model, config, validation)
+    average = asked if config.inference == "curve" else choose_average(model, config, validation)
     if config.weights == "likelihood":
         columns = {"t": average.t, "posterior": average.weights, "prior": average.record["prior"]}
         frame, temperature = pd.DataFrame(columns), average.record["temperature"]
@@ -160,14 +159,12 @@ def evaluate_methods(
     labels = {
         name: e.labels for name, e in sets.items() if e.scoring != "lm" and all(x.label is not None for x in e.examples)
     }
-    own = None if config.inference == "tunnel" else unknowns
-    curve = _along("curve", model, replace(average, unknowns=own), sets, held_out)
+    curve = _along("curve", model, average, sets, held_out)
     report: dict[str, Any] = {"average": average.record}
     methods = [curve]
     if config.inference == "tunnel":
-        samples = average_of(model, config, task)
-        report["tunnel"] = samples.record
-        methods = [_along("tunnel", model, replace(samples, unknowns=unknowns), sets, held_out), curve]
+        report["tunnel"] = asked.record
+        methods = [_along("tunnel", model, asked, sets, held_out), curve]
     spec, points = model.spec, model.control_points()
     if anchors is not None:
         count = len(next(iter(anchors.values())))

@@ -153,14 +153,13 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         model.save_pretrained(out / "curve")
 
     on_main(save_curve)
-    built = time.perf_counter()
-    unknowns = None
-    if config.task.scoring != "lm":
-        average = average_of(model, config.evaluation, task)
-        unknowns = build_unknowns(model, task, average, config.unknowns, out)
     evaluated = time.perf_counter()
-    timings["unknowns"] = evaluated - built
-    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out, unknowns)
+    average = average_of(model, config.evaluation, task)
+    built = time.perf_counter()
+    if config.task.scoring != "lm":
+        average = replace(average, unknowns=build_unknowns(model, task, average, config.unknowns, out))
+    timings["unknowns"] = time.perf_counter() - built
+    report = evaluate_methods(model, task, config.evaluation, sets, anchors, out, average)
     report["training"] = {
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,
@@ -170,7 +169,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         "changes": changes,
     } | result.settled
     report["seconds"] = timings | {
-        "evaluation": time.perf_counter() - evaluated,
+        "evaluation": time.perf_counter() - evaluated - timings["unknowns"],
         "total": time.perf_counter() - started,
     }
     report["task"] = task.describe()
