@@ -35,6 +35,7 @@ from loracurve.cli import main
 from loracurve.curve.config import LoraOptions
 from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError, is_passing
+from loracurve.system.source import Source
 from loracurve.training.config import LoopConfig
 
 
@@ -229,6 +230,22 @@ def test_several_processes_do_the_same(finished: tuple[SuiteConfig, Path], tmp_p
         mine, other = (read_predictions(cell.folder(o) / "predictions.parquet").sets for o in (tmp_path / "out", whole))
         for name, predictive in mine.items():
             torch.testing.assert_close(predictive.probs, other[name].probs, atol=0.5 / STEPS, rtol=0)
+
+
+def test_code_that_no_commit_holds_makes_no_evidence(
+    finished: tuple[SuiteConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("loracurve.bench.runner", "loracurve.system.environment"):
+        monkeypatch.setattr(f"{module}.source", lambda: Source("abc", "0123", changed=True))
+    suite = finished[0]
+    with pytest.raises(UserError, match="changes that no commit holds; commit them, or say --commit NAME"):
+        run_suite(suite, tmp_path / "out", say=str)
+    run_suite(*finished, say=str)  # nothing is left to run
+    single = replace(suite, methods={"single": Single()}, seeds=[0], anchors=1, references=[], commit="tried by hand")
+    run_suite(single, tmp_path / "out", say=str)
+    for record in (tmp_path / "out").rglob("cell.json"):
+        made_by = json.loads(record.read_text())["environment"]
+        assert (made_by["commit"], made_by["code"]) == ("tried by hand", "abc")
 
 
 def test_tables_of_a_folder_without_a_suite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,14 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
     sets["test"].point_log_probs[:, 5, 2] = -torch.inf  # a question of two choices
     sets["test"].point_log_probs[:, 5] = sets["test"].point_log_probs[:, 5].log_softmax(-1)
     encoded = {
-        n: Encoded([Example(f"{n}-{i}", (), (), i % 2, 2) for i in range(e)], "answer", (0, 1), ("a", "b"), "sum", 0)
+        n: Encoded(
+            [Example(f"{n}-{i}", (0,) * (i % 7), (), i % 2, 2) for i in range(e)],
+            "answer",
+            (0, 1),
+            ("a", "b"),
+            "sum",
+            0,
+        )
         for n, e in rows.items()
     }
     write_cell_predictions(tmp_path / "p.parquet", sets, encoded)
@@ -35,6 +42,7 @@ def test_predictions_come_back_but_for_a_small_step_of_log_odds(tmp_path: Path) 
         torch.testing.assert_close(mine, other, atol=1.01 / STEPS, rtol=0)
         assert torch.equal(mine.argmax(-1), (other - other[..., :1]).mul(STEPS).round().argmax(-1))
         assert found.ids[name] == [e.id for e in encoded[name].examples]
+        assert found.tokens[name].tolist() == [len(e.prompt) for e in encoded[name].examples]
     assert set(found.labels) == {"validation", "test", "train"} and found.labels["test"][:3].tolist() == [0, 1, 0]
     assert (tmp_path / "p.parquet").stat().st_size < 160_000
     write_cell_predictions(tmp_path / "again.parquet", found.sets, encoded)

@@ -87,7 +87,7 @@ class Group:
             "seed": cell.seed,
             "method": cell.method,
             "options": options_of(self.suite, cell),
-            "environment": environment(),
+            "environment": environment(self.suite.commit),
         }
         try:
             work = self._scan if cell.method == LANDSCAPE else self._fit_and_predict

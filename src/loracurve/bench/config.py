@@ -133,6 +133,9 @@ class SuiteConfig:
     """Methods that all others are compared with. Default: ensembles of 5 and of all anchors, where they take part."""
     landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
     """Paths between the anchors of every task and seed, scanned after its cells, and figures along trained curves."""
+    commit: str | None = None
+    """Commit of the code, recorded with every cell. Default: that of the git checkout the code lies in, which then must
+    have no changes; none for an installed package. Any name is taken as it is."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

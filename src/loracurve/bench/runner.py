@@ -29,6 +29,7 @@ from loracurve.system.escaping import visible
 from loracurve.system.files import atomic_write, write_json
 from loracurve.system.folders import has_results, locked
 from loracurve.system.paths import exists, is_file, is_folder
+from loracurve.system.source import source
 from loracurve.system.yaml_files import dump_yaml
 
 __all__ = ["prepare", "run_suite"]
@@ -53,7 +54,7 @@ def prepare(suite: SuiteConfig, out: Path) -> list[Cell]:
     text = dump_yaml(plain(suite))
     atomic_write(out / "suite.yaml", lambda p: p.write_text(text))
     if not is_file(out / "environment.json"):
-        write_json(out / "environment.json", environment())
+        write_json(out / "environment.json", environment(suite.commit))
     return cells
 
 
@@ -82,8 +83,8 @@ def run_suite(
         address: of the Ray cluster. Default: what RAY_ADDRESS says, else one of this machine alone.
 
     Raises:
-        UserError: the folder is of another suite, or another process works in it; there is no such cluster; in the end,
-            where cells failed or could not run now, which ones.
+        UserError: the folder is of another suite, or another process works in it; there is no such cluster; the code
+            has changes that no commit holds; in the end, where cells failed or could not run now, which ones.
         RuntimeError: cells broke by a fault of ours; all others have been run.
     """
     if exists(out) and not is_folder(out):
@@ -109,6 +110,8 @@ def _run_suite(
     address: str | None,
 ) -> None:
     todo = [c for c in prepare(suite, out) if _is_open(suite, c, out, retry)]
+    if todo and suite.commit is None and source().changed:
+        raise UserError("the code of loracurve has changes that no commit holds; commit them, or say --commit NAME")
     for task, seed in {(c.task, c.seed) for c in todo if retry}:
         (anchors_folder(out, task, seed) / "failed.json").unlink(missing_ok=True)
     end = None if seconds is None else time.perf_counter() + seconds

@@ -2,11 +2,12 @@
 
 A cell's predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those
 of every class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed`
-says; of tasks with more than `WIDE` classes those of the average alone, with `expected_entropy` and `between_points`.
-Of methods whose points are averages over models around them `expected_entropy` is the mean entropy of those, and of
-methods that measure it `distance` is that from the training data. Numbers of points and classes and the weights of the
-points are in the file's metadata. Against steps of 1/128, which take a seventh more room, mean NLL and mutual
-information move by some 1e-5, the mutual information of an example by some 1e-4, AUROC by 1e-4 to 4e-4.
+says, and `tokens`, the length of its prompt; of tasks with more than `WIDE` classes those of the average alone, with
+`expected_entropy` and `between_points`. Of methods whose points are averages over models around them `expected_entropy`
+is the mean entropy of those, and of methods that measure it `distance` is that from the training data. Numbers of
+points and classes and the weights of the points are in the file's metadata. Against steps of 1/128, which take a
+seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example by some 1e-4,
+AUROC by 1e-4 to 4e-4.
 
 A run's file of the same name is of another form, with probabilities (`runs.evaluate.write_run_predictions`).
 """
@@ -61,6 +62,8 @@ class Predictions:
     labels: dict[str, Tensor]
     """[E] of the sets that have labels"""
     ids: dict[str, list[str]]
+    tokens: dict[str, Tensor]
+    """[E] lengths of the prompts; empty in stores from before these were kept"""
 
 
 def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dict[str, Encoded]) -> None:
@@ -88,6 +91,7 @@ def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dic
             "id": pa.array([e.id for e in examples]),
             "label": pa.array(labels or [None] * len(examples), pa.int32()),
             "log_odds": column,
+            "tokens": pa.array([len(e.prompt) for e in examples], pa.int32()),
         }
         own = sets[name]
         if wide or bool(own.within_points.any()):
@@ -148,7 +152,9 @@ def _predictions_in(table: pa.Table) -> Predictions:
     }
     ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
     weights = torch.tensor(about["weights"], dtype=torch.float64)
-    out = Predictions({}, {}, {})
+    kept = "tokens" in table.column_names
+    tokens = torch.from_numpy(table["tokens"].to_numpy().astype(np.int64)) if kept else None
+    out = Predictions({}, {}, {}, {})
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
         numbers = torch.from_numpy(rows)
@@ -162,6 +168,8 @@ def _predictions_in(table: pa.Table) -> Predictions:
             average = replace(average, between_points=between, within_points=average.mutual_information - between)
         out.sets[name] = average
         out.ids[name] = [ids[i] for i in rows]
+        if tokens is not None:
+            out.tokens[name] = tokens[numbers]
         if labels[rows[0]] is not None:
             out.labels[name] = torch.tensor([labels[i] for i in rows])
             if not bool(((out.labels[name] >= 0) & (out.labels[name] < about["classes"])).all()):

@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 
+from loracurve.system.source import source
+
 __all__ = ["environment"]
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and threads, recorded beside every result."""
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Versions, device and threads, recorded beside every result.
+
+    Args:
+        commit: of the code, where it runs without its git folder.
+    """
+    own = source()
     versions: dict[str, str | None] = {}
     for package in ("loracurve", "torch", "transformers", "peft", "accelerate", "torchmetrics", "datasets"):
         try:
@@ -30,6 +37,8 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "packages": versions,
+        "commit": commit or (None if own.changed else own.commit),
+        "code": own.sha256,
         "command": " ".join(["loracurve", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
