@@ -183,7 +183,7 @@ def export_command(
 
     Args:
         run: run directory.
-        out: new folder for the adapters and index.json (their t and weights).
+        out: new folder for the adapters, index.json (their t and weights), and what the run knows of unknown inputs.
         points: this many points, as they are averaged. Default: the run's own number.
         best: only the point of lowest validation NLL.
         t: only this point, in [0, 1].
@@ -223,7 +223,7 @@ def calibrate_command(
             trained state, so that the guarantee then holds only approximately.
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
-    from loracurve.runs.predict import calibrate_run
+    from loracurve.runs.calibrate import calibrate_run
     from loracurve.runs.run import check_run, open_run
 
     check_run(Path(run))
@@ -254,7 +254,8 @@ def generate_command(
         out: new JSONL file. Default: standard output for --input, none for --prompt.
         html: new HTML file with the texts in colours.
         points: points of the curve. Default: the run's own.
-        colour: what the colours in the terminal show.
+        colour: what the colours in the terminal show. Of tokens there are two parts of the uncertainty; the third, and
+            familiarity, are of rows that are predicted.
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.report.generations import print_generation, write_generations
@@ -358,16 +359,22 @@ def serve_command(options: ServeConfig, run: str, points: Points | None = None, 
 
 
 def share_command(
-    run: str, out: str | None = None, hub: str | None = None, base: str | None = None, private: bool = False
+    run: str,
+    out: str | None = None,
+    hub: str | None = None,
+    base: str | None = None,
+    private: bool = False,
+    without_unknowns: bool = False,
 ) -> None:
     """Write the curve of a run with a model card into a folder, or upload both to the Hugging Face hub.
 
     Args:
         run: run directory, evaluated.
-        out: new folder for curve_config.json, control_points.safetensors and README.md.
+        out: new folder for the curve's files and README.md, and what the run knows of unknown inputs.
         hub: OWNER/NAME on the hub to upload them to; you must be logged in there.
         base: name of the base model on the hub. Default: the one the run used.
         private: make a new repository private.
+        without_unknowns: leave out unknowns.json and its tensors, which are statistics of the training rows' states.
     """
     from loracurve.curve.hub import push_curve
     from loracurve.runs.share import share_run
@@ -375,7 +382,7 @@ def share_command(
     if out is None and hub is None:
         raise UserError("share: expected --out FOLDER or --hub OWNER/NAME, found neither")
     with TemporaryDirectory() as temporary:
-        folder = share_run(run, out or temporary, base, hub)
+        folder = share_run(run, out or temporary, base, hub, not without_unknowns)
         if out is not None:
             print(f"Written to {out}; read {out}/README.md before others do")
         if hub is not None:

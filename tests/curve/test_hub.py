@@ -22,5 +22,8 @@ def test_only_the_files_of_a_curve_are_fetched(monkeypatch: pytest.MonkeyPatch, 
     assert asked == {
         "name": "me/curve",
         "revision": "v1",
-        "allow_patterns": ["curve_config.json", "control_points.safetensors", "base_weights.safetensors"],
+        "allow_patterns": [
+            *("curve_config.json", "control_points.safetensors", "base_weights.safetensors"),
+            *("unknowns.json", "unknowns.safetensors"),
+        ],
     }

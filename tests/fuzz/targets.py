@@ -39,9 +39,10 @@ from loracurve.model.base_model import load_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.states import States
 from loracurve.report.page import write_page
+from loracurve.runs.calibration import read_calibration
+from loracurve.runs.carried import open_average
 from loracurve.runs.config import load_config
 from loracurve.runs.identity import read_identity
-from loracurve.runs.predict import read_calibration
 from loracurve.runs.run import open_run
 from loracurve.runs.share import share_run
 from loracurve.serving.multi_lora_client import ServedCurve
@@ -188,8 +189,21 @@ def unknowns(world: Path, name: str, mutation: Mutation) -> Target:
     return Target(run / name, mutation, read)
 
 
+def carried(world: Path) -> Target:
+    """Unknowns beside a shared curve, half of them signed."""
+    folder = world / "carried"
+    share_run(world / "run", folder, base="some/base")
+
+    def read() -> None:
+        model, average = open_average(folder, tiny("qwen2", vocabulary=len(qwen_style())))
+        if average.coefficients is None:
+            model.coefficients(average.t)
+
+    return Target(folder / "unknowns.json", signed_json, read)
+
+
 def signed_json(content: bytes, draw: Random) -> bytes:
-    """Half of the checkpoints have the checksum of what they say, as somebody could write them."""
+    """Half of the files have the checksum of what they say, as somebody could write them."""
     changed = mutations.json_text(content, draw)
     try:
         values = json.loads(changed)
@@ -298,12 +312,14 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "calibration": calibration,
     "unknowns": partial(unknowns, name="unknowns.json", mutation=mutations.json_text),
     "unknowns_tensors": partial(unknowns, name="unknowns.safetensors", mutation=mutations.tensors),
+    "carried": carried,
     "checkpoint": checkpoint,
     "checkpoint_tensors": partial(checkpoint, tensors=True),
     "cell": cell,
     "predictions": predictions,
     "index": index,
     "share_metrics": partial(share, name="metrics.json"),
+    "share_unknowns": partial(share, name="unknowns.json"),
     "share_environment": partial(share, name="environment.json"),
     "report_metrics": partial(report, name="metrics.json"),
     "report_scan": partial(report, name="scan/scan.json"),

@@ -11,9 +11,11 @@ import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from loracurve.inference.model_average import Average
 from loracurve.model.base_model import load_base
+from loracurve.model.curve_model import CurveModel
 from loracurve.runs.run import Run
 
 
@@ -79,3 +81,27 @@ def point_nll(rows: dict[str, dict[str, Any]]) -> Tensor:
 
 def log_point_nll(rows: dict[str, dict[str, Any]]) -> Tensor:
     return -(-point_nll(rows)).log()
+
+
+def base_of(run: Run) -> nn.Module:
+    """Its base, loaded anew."""
+    return load_base(run.config.model.name, run.config.task.scoring == "head", num_labels=2)[0]
+
+
+def assert_same_unknowns(run: Run, model: CurveModel, average: Average, rounding: float = 0.0) -> None:
+    """The three parts of the uncertainty of the test rows, and their p-values, are those of the run.
+
+    Args:
+        rounding: by how much distances may differ: rows that are validation rows too have the same, but for it.
+    """
+    encoded = run.task.encode("test")
+    expected, found = run.average().predict(run.model, encoded), average.predict(model, encoded)
+    assert float(expected.within_points.max()) > 1e-6 and float(expected.between_points.max()) > 1e-6
+    for part in ("probs", "expected_entropy", "within_points", "between_points"):
+        one, other = getattr(found, part), getattr(expected, part)
+        assert torch.equal(one, other) if not rounding else torch.allclose(one, other, rtol=1e-3, atol=1e-7), part
+    own, theirs = run.average().unknowns, average.unknowns
+    assert own is not None and own.familiarity is not None and expected.distance is not None
+    assert theirs is not None and theirs.familiarity is not None and found.distance is not None
+    p, q = (u.p_values(x.distance - rounding) for u, x in ((own.familiarity, expected), (theirs.familiarity, found)))
+    assert torch.equal(p, q) and 0 < float(p.min()) < float(p.max())

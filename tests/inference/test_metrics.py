@@ -46,6 +46,10 @@ def test_auroc_and_average_precision_by_hand():
     assert metrics.average_precision(scores, positive).value == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert metrics.auroc(torch.ones(4), positive).value == pytest.approx(0.5)
     assert metrics.average_precision(torch.ones(4), positive).value == pytest.approx(0.5)
+    # Of three times as many negatives each weighs a third.
+    many = torch.cat([scores, scores[~positive], scores[~positive]])
+    more = torch.cat([positive, torch.zeros(4).bool()])
+    assert metrics.average_precision(many, more).value == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 def test_only_the_order_of_scores_counts():
@@ -72,9 +76,8 @@ def test_fpr_at_95_tpr_by_hand():
 
 def test_undefined_measures_say_why():
     for positive, reason in ((torch.zeros(3).bool(), "no positives"), (torch.ones(3).bool(), "no negatives")):
-        for measure in (metrics.auroc, metrics.fpr_at_95_tpr):
+        for measure in (metrics.auroc, metrics.average_precision, metrics.fpr_at_95_tpr):
             assert measure(torch.arange(3.0), positive) == Scalar(None, reason)
-    assert metrics.average_precision(torch.arange(3.0), torch.zeros(3).bool()) == Scalar(None, "no positives")
     with pytest.raises(ValueError, match="NaN"):
         metrics.auroc(torch.tensor([0, math.nan]), torch.tensor([True, False]))
 

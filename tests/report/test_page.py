@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers.made_runs import SCAN, SCORED, Maker, command
+from safetensors.torch import load_file
 
 from loracurve.cli import main
+from loracurve.report.terminal import print_methods
 
 
 def test_figures_of_a_run_show_loss_reliability_uncertainty_and_selection(fitted: Maker, tmp_path: Path) -> None:
@@ -98,13 +101,23 @@ def numbers_of(value: Any) -> list[float]:
     return [abs(float(value))] if isinstance(value, int | float) else []
 
 
+def strings_of(value: Any) -> set[str]:
+    """Every string of a JSON value."""
+    if isinstance(value, dict | list):
+        return {s for v in (value.values() if isinstance(value, dict) else value) for s in strings_of(v)}
+    return {value} if isinstance(value, str) else set()
+
+
 def test_every_number_of_the_page_stands_in_a_file(reported: Path) -> None:
     names = ["metrics.json", "scan/scan.json", "figures/report.json", "environment.json", "config.yaml"]
     values = [yaml.safe_load((reported / name).read_text()) for name in names]  # JSON is YAML
-    known = np.array(sorted(set(numbers_of(values))))
+    known, strings = np.array(sorted(set(numbers_of(values)))), strings_of(values)
     cells = Page((reported / "report.html").read_text()).cells
     checked = 0
+    assert values[3]["code"] in cells, "what was run"
     for cell in cells:
+        if cell in strings:  # hashes have digits that are no numbers
+            continue
         for text in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", cell):
             digits, _, power = text.partition(".")[2].partition("e")
             value, tolerance = float(text.replace(",", "")), 0.51 * 10.0 ** (int(power or 0) - len(digits))
@@ -113,6 +126,105 @@ def test_every_number_of_the_page_stands_in_a_file(reported: Path) -> None:
     assert checked > 200
     items = [b["items"] for b in values[2]["reliability"] if b["method"] == "curve"]
     assert len(items) == 15 and sum(items) == values[0]["methods"]["curve"]["sets"]["test"]["examples"]
+
+
+class Tables(HTMLParser):
+    """The tables of a page by their captions: rows of cells, the headings first."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[list[str]]] = {}
+        self.place: str | None = None
+        self.caption = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.place = "caption" if dict(attrs).get("class") == "caption" else tag if tag in ("th", "td") else None
+        if self.place == "caption":
+            self.caption = ""
+        if tag == "tr":
+            self.found.setdefault(self.caption, []).append([])
+        if tag in ("th", "td"):
+            self.found[self.caption][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.place == "caption":
+            self.caption += data
+        elif self.place:
+            self.found[self.caption][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.place = None
+
+
+THREE = ["expected", "within points", "between points"]
+
+
+def test_the_three_parts_are_those_of_the_files(reported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run that knows of unknown inputs, in every table, and in the terminal."""
+    text = (reported / "report.html").read_text()
+    tables = Tables(text).found
+    metrics = json.loads((reported / "metrics.json").read_text())
+    curve = metrics["methods"]["curve"]["sets"]
+    heads, *rows = tables["Means of the curve by set, nats"]
+    assert heads == ["set", "entropy", *THREE, "disagreement", "familiarity < 0.05"]
+    predictions = pq.read_table(reported / "predictions.parquet").to_pandas().query("method == 'curve'")
+    known = load_file(reported / "unknowns.safetensors")["familiarity.known"]
+    assert [row[0] for row in rows] == list(curve)
+    for name, *cells in rows:
+        names = ("entropy", "expected_entropy", "within_points", "between_points")
+        assert [float(cell) for cell in cells[:4]] == pytest.approx([curve[name][k] for k in names], abs=6e-5)
+        total, *parts = (curve[name][k] for k in names)
+        assert sum(parts) == pytest.approx(total, abs=1e-9) and parts[1] > 0
+        # Familiarity by hand: the part of known rows that are at least as far, this one with them.
+        own = predictions[predictions["set"] == name]["distance"]
+        p = [(1 + int((known >= d).sum())) / (1 + len(known)) for d in own]
+        assert float(cells[5]) == pytest.approx(np.mean([x < 0.05 for x in p]), abs=6e-4)
+    (caption,) = [c for c in tables if c.startswith("Test split, ")]
+    heads, *rows = tables[caption]
+    assert heads == ["method", "passes", "ACC", "NLL", "Brier", "ECE", "MI", *THREE[1:], "pair JSD", "AURC"]
+    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    assert shown["ensemble"]["within points"] == shown["adapter 0"]["between points"] == "–"
+    assert shown["adapter 0"]["MI"] == "–" and shown["ensemble"]["MI"] == shown["ensemble"]["between points"]
+    test = curve["test"]
+    for name, key in (("MI", "mutual_information"), *zip(THREE[1:], ("within_points", "between_points"), strict=True)):
+        assert shown["curve"][name] == f"{test[key]:.4f}"
+    chosen = [rows for caption, rows in tables.items() if caption.startswith(("The points", "The text", "Far from"))]
+    assert len(chosen) == 3 and all(heads[3:] == ["entropy", *THREE] for heads, *_ in chosen)
+    for _, *rows in chosen:
+        for row in rows:
+            total, *parts = map(float, row[3:])
+            assert total == pytest.approx(sum(parts), abs=2e-3)
+    assert "large far from the training data" in text
+    capsys.readouterr()
+    print_methods(metrics["methods"])
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.split()[:2] == ["curve:", "test"]]
+    parts = [test[k] for k in ("entropy", "expected_entropy", "within_points", "between_points")]
+    assert line.split()[2:] == [f"{value:.4f}" for value in parts]
+    assert "Entropy has three parts" in " ".join(lines)
+
+
+def test_two_parts_stay_two(letter_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run without Gaussians and familiarity has no columns of them, and no words about them."""
+    for name in ("unknowns.json", "unknowns.safetensors"):
+        (letter_run / name).unlink()
+    metrics = json.loads((letter_run / "metrics.json").read_text())
+    for figures in metrics["methods"]["curve"]["sets"].values():
+        figures |= {"mutual_information": figures["between_points"], "within_points": 0.0}
+    (letter_run / "metrics.json").write_text(json.dumps(metrics))
+    table = pq.read_table(letter_run / "predictions.parquet").to_pandas()
+    table["mutual_information"] = table["between_points"]
+    table.drop(columns=["within_points", "between_points", "distance"]).to_parquet(letter_run / "predictions.parquet")
+    command("report", letter_run)
+    text = (letter_run / "report.html").read_text()
+    tables = Tables(text).found
+    assert tables["Means of the curve by set, nats"][0] == ["set", "entropy", "expected", "MI", "disagreement"]
+    said = text[: text.index("<h2>Settings and environment")]  # behind it stand the options
+    assert not re.search("within|between points|amiliarity", re.sub("<style>.*?</style>", "", said, flags=re.DOTALL))
+    capsys.readouterr()
+    print_methods(metrics["methods"])
+    assert not re.search("within|three parts", capsys.readouterr().out)
 
 
 def test_report_of_a_scan_of_adapters(scored_runs: dict[str, Path], tmp_path: Path) -> None:

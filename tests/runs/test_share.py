@@ -15,15 +15,19 @@ import torch
 import yaml
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder, tree_hash
 from helpers.places import ROOT
+from helpers.read_runs import assert_same_unknowns, base_of
 from helpers.tiny import lora_config, random_points, tiny
 
 from loracurve.cli import main
 from loracurve.curve import hub as curve_hub
 from loracurve.curve.files import FILES
+from loracurve.curve.hub import UNKNOWNS
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
+from loracurve.runs.carried import open_average
+from loracurve.runs.run import open_run
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json
+from loracurve.system.files import read_json, write_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -107,6 +111,8 @@ def test_a_card_tells_what_the_run_recorded(runs: dict[str, Path], tmp_path: Pat
         "README.md",
         "control_points.safetensors",
         "curve_config.json",
+        "unknowns.json",
+        "unknowns.safetensors",
     ]
     card = (tmp_path / "out" / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
@@ -152,8 +158,6 @@ def test_the_code_on_the_card_loads_the_curve(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     if scoring == "head":
         assert space["probs"].shape == (2,) and float(space["probs"].sum()) == pytest.approx(1)
-        from loracurve.runs.run import open_run
-
         assert torch.equal(logits(space["model"]), logits(open_run(runs[scoring]).model))
     else:
         assert torch.equal(logits(space["model"]), model_of(runs[scoring])[1])
@@ -169,9 +173,9 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     command("share", runs["label"], "--hub", "me/curve", "--base", "org/tiny", "--private")
-    assert capsys.readouterr().out == "Uploaded: hub/me/curve/3\n" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "Uploaded: hub/me/curve/5\n" and not list(tmp_path.iterdir())
     files = hub.repositories["me/curve"]
-    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*FILES[:2], "README.md"])
+    assert hub.private == {"me/curve": True} and sorted(files) == sorted([*FILES[:2], *UNKNOWNS, "README.md"])
     assert b'from_pretrained("me/curve")' in files["README.md"]
 
     cache = tmp_path / "cache"
@@ -180,6 +184,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     base, expected = model_of(runs["label"])
     for revision in (None, "main", COMMIT):
         assert torch.equal(logits(CurveModel.from_pretrained("me/curve", base, revision)), expected)
+    assert_same_unknowns(open_run(runs["label"]), *open_average("me/curve", base, COMMIT))
     # A folder of that name comes first.
     shutil.copytree(runs["label"] / "curve", tmp_path / "me" / "curve")
     shutil.rmtree(cache)
@@ -251,3 +256,28 @@ def test_the_example_of_the_page_runs(
     assert torch.equal(logits(names["model"]), model_of(runs["label"])[1])
     points = hub.repositories["OWNER/OTHER"]["control_points.safetensors"]
     assert points == (curve / "control_points.safetensors").read_bytes()
+
+
+def test_what_tells_foreign_rows_goes_along(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gives the predictions of the run, part by part; without it, or with that of another run, one is told so."""
+    run, out = open_run(runs["label"]), tmp_path / "out"
+    command("share", runs["label"], "--out", out, "--base", "org/tiny")
+    model, average = open_average(out, base_of(run))
+    assert_same_unknowns(run, model, average)
+    command("share", runs["label"], "--out", tmp_path / "without", "--base", "org/tiny", "--without_unknowns")
+    assert not any((tmp_path / "without" / name).exists() for name in UNKNOWNS)
+    assert "unknowns.json" not in (tmp_path / "without" / "README.md").read_text()
+    with pytest.raises(UserError, match="expected unknowns.json, which says which points to average, found none"):
+        open_average(tmp_path / "without", base_of(run))
+    # Of other points than the run was evaluated at.
+    changed = Path(shutil.copytree(runs["label"], tmp_path / "changed"))
+    values = read_json(changed / "unknowns.json")
+    values["average"][0][0] = 0.25
+    write_json(changed / "unknowns.json", values)
+    capsys.readouterr()
+    assert main(["share", str(changed), "--out", str(tmp_path / "x"), "--base", "org/tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "unknowns.json: expected Gaussians and familiarity of the 3 points of metrics.json" in said
+    assert said.count("\n") == 1 and not (tmp_path / "x").exists()

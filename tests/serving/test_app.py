@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +44,21 @@ def test_predictions_are_those_of_the_command(client: Any, folder: Path, predict
     assert [p["id"] for p in unnamed] == ["0", "1", "2"]
     same([{**p, "id": f"r{p['id']}"} for p in unnamed], predicted[:3])
     assert tree_hash(folder) == before
+
+
+def test_three_parts_and_two(client: Any, run: Run, tmp_path: Path) -> None:
+    """What /run announces is what predictions have and what adds up to their entropy."""
+    curve = Path(shutil.copytree(run.folder / "curve", tmp_path / "curve")).parent
+    with testclient.TestClient(make_app(replace(run, folder=curve), LIMITS), base_url="http://127.0.0.1") as other:
+        for asked, parts in ((client, ["within_points", "between_points"]), (other, ["mutual_information"])):
+            described = asked.get("/run").json()
+            assert described["parts"] == ["expected_entropy", *parts]
+            assert described["familiarity"] == described["calibrated"] == (asked is client)
+            for found in asked.post("/predict", json={"rows": ROWS}).json()["predictions"]:
+                assert found["entropy"] == pytest.approx(sum(found[name] for name in described["parts"]), abs=3e-6)
+                assert (
+                    ("within_points" in found) == ("familiarity" in found) == ("reasons" in found) == (asked is client)
+                )
 
 
 def test_texts_are_those_of_the_function(client: Any, run: Run) -> None:

@@ -183,6 +183,21 @@ def test_probabilities_of_answers_equal_the_librarys_own(exported: tuple[Path, P
     assert all(len(asked["prompt"]) == 8 for asked in server.asked) and set(server.keys) == {"Bearer k"}
 
 
+def test_unknowns_of_a_server_are_refused_where_they_are_asked_for(
+    exported: tuple[Path, Path, Path], server: Server
+) -> None:
+    """The folder has them, and is served all the same; the server gives nothing to read them from."""
+    assert (exported[1] / "unknowns.json").is_file()
+    client = ServedCurve(server.url, exported[1])
+    assert client.choices("Text: a plain story\nLabel:", [" negative", " positive"]).within_points.tolist() == [0]
+    asked = len(server.asked)
+    with pytest.raises(
+        UserError, match="expected a model whose hidden states can be read, found a completions API"
+    ) as e:
+        client.choices("Text: a plain story\nLabel:", [" negative", " positive"], unknowns=True)
+    assert "\n" not in str(e.value) and len(server.asked) == asked, "nothing is sent for it"
+
+
 def test_answers_of_several_tokens_that_share_their_beginning(
     exported: tuple[Path, Path, Path], server: Server
 ) -> None:

@@ -43,6 +43,7 @@ def test_the_page_predicts_and_generates(tmp_path: Path) -> None:
     data = data_folder(tmp_path / "data", "label")
     config = config_file(tmp_path / "c.yaml", base_folder(tmp_path / "base", "qwen2"), data, "label")
     command("fit", config, "--out", tmp_path / "run", "--curve.kind=free", *QUICK)
+    command("calibrate", tmp_path / "run")  # from too few rows to answer any
     assert CHROMIUM is not None
     browser = Browser(CHROMIUM, tmp_path / "profile")
     try:
@@ -59,10 +60,15 @@ def test_the_page_predicts_and_generates(tmp_path: Path) -> None:
             browser.run(f"at('rows').value = {row!r} + '\\n' + {row!r}; at('predict').click()")
             browser.until("at('predictions').tBodies[0].rows.length === 2")
             cells = browser.run("[...at('predictions').tBodies[0].rows[0].cells].map((c) => c.textContent)")
-            assert cells[0] == "<b>mine</b>" and cells[1] in ("negative", "positive")
+            assert cells[0] == "<b>mine</b>" and cells[1].startswith(("negative (abstain", "positive (abstain"))
+            assert "(abstain: uncertain, the classes are close to each other" in cells[1]
             probs = [float(figure[-5:]) for figure in cells[2].replace("positive", " ").split()]
             assert sum(probs) == pytest.approx(1, abs=2e-3)
-            assert float(cells[3]) == pytest.approx(float(cells[4]) + float(cells[5]), abs=2e-4)
+            heads = browser.run("[...at('predictions').tHead.rows[0].cells].map((c) => c.textContent)")
+            assert heads[3:] == ["entropy", "expected entropy", "within points", "between points", "familiarity"]
+            assert float(cells[3]) == pytest.approx(sum(map(float, cells[4:7])), abs=2e-4) and float(cells[5]) > 0
+            assert 0 < float(cells[7]) <= 1
+            assert "within points (large far from the training data)" in browser.run("at('parts').textContent")
 
             browser.run("at('rows').value = '{'; at('predict').click()")
             assert "row 1" in browser.until("at('error').textContent")

@@ -34,14 +34,16 @@ __all__ = [
     "read_results",
     "references_of",
     "seed_of",
+    "several_models",
     "shared_seeds",
     "stacked",
     "write_metrics",
 ]
 
 
-# One point has no mutual information; a zero would read as a finding.
-_OF_SEVERAL_POINTS = ("mutual_information", "pairwise_jsd", "disagreement", "_mi")
+_OF_SEVERAL_POINTS = ("pairwise_jsd", "disagreement")
+
+_OF_SEVERAL_MODELS = ("mutual_information", "_mi")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class CellResult:
             labels = self.predictions.labels.get(name)
             if labels is None:
                 found = {k: getattr(predictive, k).mean().item() for k in ("entropy", "expected_entropy")}
-                found |= {k: getattr(predictive, k).mean().item() for k in _OF_SEVERAL_POINTS[:3]}
+                found |= {k: getattr(predictive, k).mean().item() for k in ("mutual_information", *_OF_SEVERAL_POINTS)}
                 found |= metrics.detection_summary(self.test, predictive)
             else:
                 found = metrics.classification_summary(predictive, labels)
@@ -110,10 +112,12 @@ class CellResult:
                     "ece_ts": metrics.expected_calibration_error(probs, labels),
                     "temperature": self.temperature,
                 }
-            if len(predictive.weights) == 1:
-                for key in [k for k in found if k.endswith(_OF_SEVERAL_POINTS)]:
-                    found[key] = None
-                    found["undefined"][key] = "one point"
+            # A zero would read as a finding.
+            unknown = [*(_OF_SEVERAL_POINTS if len(predictive.weights) == 1 else ())]
+            unknown += [] if several_models(predictive) else _OF_SEVERAL_MODELS
+            for key in [k for k in found if k.endswith(tuple(unknown))]:
+                found[key] = None
+                found["undefined"][key] = "one point"
             out[name] = found
         return out
 
@@ -248,6 +252,11 @@ def shared_seeds(first: list[CellResult], second: list[CellResult]) -> tuple[lis
     """The cells of both whose seeds are done in both, in the same order."""
     seeds = {r.cell.seed for r in first} & {r.cell.seed for r in second}
     return [r for r in first if r.cell.seed in seeds], [r for r in second if r.cell.seed in seeds]
+
+
+def several_models(predictive: Predictive) -> bool:
+    """Whether an average is of more than one model: of several points, or of models around one."""
+    return len(predictive.weights) > 1 or bool((predictive.mutual_information.abs() > 1e-9).any())
 
 
 def seed_of(task: str, what: str) -> int:

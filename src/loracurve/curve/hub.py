@@ -1,4 +1,7 @@
-"""Curves to and from the Hugging Face hub: two files and a model card. Nothing that is fetched is code or pickle."""
+"""Curves to and from the Hugging Face hub: the files of a curve, what a run knows of unknown inputs, and a model card.
+
+Nothing that is fetched is code or pickle.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,19 @@ from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import atomic_write
 from loracurve.system.paths import exists
 
-__all__ = ["CARD", "curve_folder", "hub_base", "push_curve", "push_model", "write_shared"]
+__all__ = ["CARD", "UNKNOWNS", "curve_folder", "hub_base", "push_curve", "push_model", "write_shared"]
 
 
 CARD = "README.md"
+
+UNKNOWNS = ("unknowns.json", "unknowns.safetensors")
+"""what goes along with the files of a curve, where its run has it (`runs.carried`)"""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def curve_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or where the two files of a curve on the hub lie in the local cache once they are fetched.
+    """The folder itself, or where the files of a curve on the hub lie in the local cache once they are fetched.
 
     Args:
         name: a folder, or OWNER/NAME on the hub.
@@ -40,7 +46,7 @@ def curve_folder(name: str | Path, revision: str | None = None) -> Path:
     if exists(name) or not _NAME.fullmatch(str(name)) or "/" not in str(name):
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*FILES, *UNKNOWNS]))
     except (OSError, ValueError, HTTPError) as error:
         reason = one_line(error, 200)
         raise UserError(
@@ -63,7 +69,7 @@ def push_curve(
     """Upload the files of a curve folder and its card to OWNER/NAME, which is made if it isn't there.
 
     Args:
-        folder: with curve_config.json, control_points.safetensors and README.md.
+        folder: with curve_config.json, control_points.safetensors and README.md, and perhaps `UNKNOWNS`.
         private: of a new repository. None: the owner's default.
         token: of the hub. None: the one that is logged in.
         keep_card: a README.md that the repository has already stays.
@@ -77,7 +83,7 @@ def push_curve(
     try:
         api = HfApi(token=token)
         place = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        files = [name for name in FILES if exists(Path(folder) / name)]
+        files = [name for name in (*FILES, *UNKNOWNS) if exists(Path(folder) / name)]
         if not (keep_card and api.file_exists(place, CARD)):
             files.append(CARD)
         commit = api.upload_folder(

@@ -31,7 +31,8 @@ def model_card(
         base: name of the base model on the hub.
         repo: where the curve will lie; None: a placeholder.
         run: what `card.md` says of the evaluated run that made the curve (`runs.share`): name, task, sizes, training,
-            block, seed, average, examples. None: its data, settings and results are left out.
+            block, seed, average, examples, unknowns (gaussians, familiarity: whether they go along; rows: whether with
+            states of rows). None: its data, settings and results are left out.
 
     Raises:
         TypeError: a seed that is no whole number.
@@ -52,6 +53,7 @@ def model_card(
         "shape": _shape(config, spec),
         "run": run,
         "seed": 0,
+        "unknowns": None,
     } | dict(run or {})
     environment: Any = jinja2.Environment(
         trim_blocks=True,

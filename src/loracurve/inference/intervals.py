@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = [
     "Interval",
@@ -82,9 +83,12 @@ def resample_counts(examples: int, seed: int, resamples: int = 1000) -> Tensor:
 
 def resampled_auroc(scores: Tensor, is_positive: Tensor, counts: Tensor) -> Tensor:
     """`metrics.auroc` of each resample, ``[R]``; NaN where one has no positive or no negative."""
-    positive, negative = (_by_value(scores, counts * mask) for mask in (is_positive.double(), (~is_positive).double()))
-    below = negative.cumsum(1) - negative
-    return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
+    counts = counts.double()
+    positive = counts[:, is_positive]
+    known, order = scores[~is_positive].sort()
+    below = pad(counts[:, ~is_positive][:, order].cumsum(1), (1, 0))  # negatives up to each place
+    first, last = (torch.searchsorted(known, scores[is_positive], right=right) for right in (False, True))
+    return (positive * (below[:, first] + below[:, last])).sum(1) / (2 * positive.sum(1) * below[:, -1])
 
 
 def resampled_aurc(uncertainty: Tensor, errors: Tensor, counts: Tensor) -> Tensor:

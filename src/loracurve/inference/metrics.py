@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
-    binary_average_precision,
     binary_calibration_error,
     multiclass_accuracy,
 )
@@ -80,11 +81,14 @@ def auroc(scores: Tensor, is_positive: Tensor) -> Scalar:
 
 
 def average_precision(scores: Tensor, is_positive: Tensor) -> Scalar:
-    """Area under the precision-recall curve as average precision; its chance level is the share of positives."""
-    reason = _undefined(is_positive, both=False)
-    return (
-        Scalar(None, reason) if reason else Scalar(binary_average_precision(_ranks(scores), is_positive.long()).item())
-    )
+    """Area under the precision-recall curve as average precision, as if there were as many positives as negatives: its
+    chance level is 1/2, and sets of different sizes can be compared."""
+    reason = _undefined(is_positive, both=True)
+    if reason:
+        return Scalar(None, reason)
+    positive = is_positive.bool().cpu().numpy()
+    weights = np.where(positive, 1 / positive.mean(), 1 / (1 - positive.mean()))
+    return Scalar(float(average_precision_score(positive, _groups(scores).cpu().numpy(), sample_weight=weights)))
 
 
 def fpr_at_95_tpr(scores: Tensor, is_positive: Tensor) -> Scalar:

@@ -11,14 +11,29 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
+from loracurve.inference.familiarity import p_values
 from loracurve.inference.metrics import risk_coverage_curve
+from loracurve.report.parts import THREE, TWO
 from loracurve.system.errors import UserError
 
-__all__ = ["MEASURES", "compared", "confidence", "reliability_frame", "selective_frame", "uncertainty_frame"]
+__all__ = [
+    "compared",
+    "confidence",
+    "foreign_share",
+    "measures_of",
+    "reliability_frame",
+    "selective_frame",
+    "uncertainty_frame",
+]
 
 
-MEASURES = ("entropy", "expected_entropy", "mutual_information")
+def measures_of(predictions: pd.DataFrame, method: str = "curve") -> tuple[str, ...]:
+    """Entropy and the parts that a method's has, two or three."""
+    within = predictions.get("within_points")
+    three = within is not None and bool(within[predictions["method"] == method].any())
+    return ("entropy", *(THREE if three else TWO))
 
 
 def compared(predictions: pd.DataFrame) -> list[str]:
@@ -92,7 +107,7 @@ def selective_frame(
 
 
 def uncertainty_frame(predictions: pd.DataFrame, method: str = "curve") -> pd.DataFrame:
-    """Empirical distribution functions of the three uncertainties of one method on every set, test first.
+    """Empirical distribution functions of entropy and its parts (`measures_of`) of one method on every set, test first.
 
     Distribution functions need no bins, so sets of a few hundred and of many thousand items compare fairly.
 
@@ -108,13 +123,27 @@ def uncertainty_frame(predictions: pd.DataFrame, method: str = "curve") -> pd.Da
     frames = []
     for name in sorted(rows["set"].unique(), key=lambda n: n != "test"):  # stable: the others in their order
         part = rows[rows["set"] == name]
-        for measure in MEASURES:
+        for measure in measures_of(predictions, method):
             # Rounding may leave an information of -1e-9.
             nats = np.sort(np.clip(part[measure].to_numpy(dtype=float), 0, None))
             fraction = np.arange(1, len(nats) + 1) / len(nats)
             columns = {"measure": measure, "nats": nats, "fraction": fraction}
             frames.append(pd.DataFrame({"set": name, "items": len(nats), **columns}))
     return pd.concat(frames, ignore_index=True)
+
+
+def foreign_share(predictions: pd.DataFrame, known: Tensor, level: float) -> dict[str, float]:
+    """The share of each set's rows whose familiarity is below a level (`familiarity.p_values`), of the curve.
+
+    Args:
+        predictions: see above, with distances where they were measured.
+        known: [m] distances of known rows, ascending.
+    """
+    rows = predictions[predictions["method"] == "curve"].dropna(subset=["distance"])
+    return {
+        str(name): float((p_values(torch.tensor(part["distance"].to_numpy()), known) < level).double().mean())
+        for name, part in rows.groupby("set", sort=False)
+    }
 
 
 def _rows(predictions: pd.DataFrame, method: str, split: str) -> pd.DataFrame:

@@ -16,6 +16,8 @@ _HEADINGS = {
     "entropy": "total: entropy",
     "expected_entropy": "aleatoric: expected entropy",
     "mutual_information": "epistemic: mutual information",
+    "within_points": "epistemic, within points: large far from training data",
+    "between_points": "epistemic, between points: the fine-tunes disagree",
 }
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
+from loracurve.inference.unknowns import read_unknowns
+from loracurve.report.parts import THREE
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json
 from loracurve.system.paths import is_file
@@ -27,11 +30,16 @@ _TABLES = ("paths", "speeds", "diversity")
 # What is shown of metrics.json and environment.json; they hold more.
 _NUMBER = (float, None)
 _FIGURES = ("acc", "nll", "brier", "ece", "mutual_information", "pairwise_jsd", "aurc_entropy", "entropy")
-_SET = {"examples?": int} | {f"{n}?": _NUMBER for n in (*_FIGURES, "expected_entropy", "disagreement")}
+_SET = {"examples?": int} | {f"{n}?": _NUMBER for n in (*_FIGURES, *THREE, "disagreement")}
 _METHOD = {
     "passes": int,
     "sets": {str: _SET},
-    "detection": {str: (None, {"auroc_entropy": _NUMBER, "auroc_mi": _NUMBER})},
+    "detection": {
+        str: (
+            None,
+            {"auroc_entropy": _NUMBER, "auroc_mi": _NUMBER, "auroc_within?": _NUMBER, "auroc_distance?": _NUMBER},
+        )
+    },
     "t?": ([float], None),
     "point_nll?": ([float], None),
 }
@@ -71,6 +79,8 @@ class RunData:
     scan: dict[str, Any] | None
     tables: dict[str, pd.DataFrame]
     """of the scan: paths, diversity, ..."""
+    known: Tensor | None = None
+    """[m] distances of known rows from the training data, ascending, by which others are familiar or foreign"""
 
     @property
     def classes(self) -> list[str]:
@@ -109,7 +119,15 @@ def read_run(folder: Path, name: str) -> RunData:
         _table(predictions) if evaluated and is_file(predictions) else None,
         found,
         tables if found is not None else {},
+        _known(folder) if evaluated else None,
     )
+
+
+def _known(folder: Path) -> Tensor | None:
+    """Distances of known rows, where the run measured them."""
+    found = read_unknowns(folder)
+    familiarity = None if found is None else found[0].familiarity
+    return None if familiarity is None or not len(familiarity.known) else familiarity.known
 
 
 def _mapping(values: Any, path: Path) -> dict[str, Any]:

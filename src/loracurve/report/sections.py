@@ -14,6 +14,7 @@ from loracurve.report import figures, frames, prediction_plots
 from loracurve.report.blocks import Block, Section, Sheet
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
 from loracurve.report.numbers import interval, number, star
+from loracurve.report.parts import DETECTORS, EXPLAINED, HEADINGS, THREE, detectors_of, has_three, parts_of
 from loracurve.report.run_data import RunData, texts_of
 from loracurve.system.tables import records
 
@@ -24,37 +25,54 @@ COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 _NO_PREDICTIONS = "No predictions were kept (language modelling)."
 
-_SUMMARY = {"acc": 3, "nll": 4, "brier": 4, "ece": 3, "mutual_information": 4, "pairwise_jsd": 4, "aurc_entropy": 4}
+FOREIGN = 0.05
+"""Familiarity below which a row counts as foreign here, as in `calibrate`."""
 
-_HEADS = ["passes", "ACC", "NLL", "Brier", "ECE", "MI", "pair JSD", "AURC"]
+# Figures of the summary, their headings and digits. The parts of MI stand beside it where it has any.
+_BEFORE = {"acc": ("ACC", 3), "nll": ("NLL", 4), "brier": ("Brier", 4), "ece": ("ECE", 3)}
+_AFTER = {"pairwise_jsd": ("pair JSD", 4), "aurc_entropy": ("AURC", 4)}
 
 
-def _method_row(method: Mapping[str, Any]) -> list[str]:
+def _columns(methods: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
+    parts = ("mutual_information", *(THREE[1:] if parts_of(methods) == THREE else ()))
+    return _BEFORE | {name: (HEADINGS[name], 4) for name in parts} | _AFTER
+
+
+def _method_row(method: Mapping[str, Any], columns: Mapping[str, tuple[str, int]]) -> list[str]:
     test = method["sets"]["test"]
-    # One point has no information between points; zeros would read as findings.
-    hidden = ("mutual_information", "pairwise_jsd") if method["passes"] == 1 else ()
-    return [str(method["passes"]), *(number(None if k in hidden else test.get(k), d) for k, d in _SUMMARY.items())]
+    # One point has no information between points, and models without Gaussians none within; zeros would read as
+    # findings.
+    hidden = {"between_points", "pairwise_jsd"} if method["passes"] == 1 else set()
+    if not has_three(test):
+        hidden |= {"within_points"} | ({"mutual_information"} if method["passes"] == 1 else set())
+    shown = (number(None if name in hidden else test.get(name), digits) for name, (_, digits) in columns.items())
+    return [str(method["passes"]), *shown]
 
 
 def side_by_side(runs: Sequence[RunData]) -> Sheet | None:
     """Ensemble and curve of every evaluated run in one table; None for a single run."""
-    rows = [
-        [f"{run.name}: {name}", *_method_row(run.metrics["methods"][name])]
+    methods = {
+        f"{run.name}: {name}": run.metrics["methods"][name]
         for run in runs
         for name in ("ensemble", "curve")
         if name in run.metrics.get("methods", {})
-    ]
-    if len(runs) < 2 or not rows:
+    }
+    if len(runs) < 2 or not methods:
         return None
-    return Sheet("Test split of each run", ["run: method", *_HEADS], rows)
+    return _summary_sheet("Test split of each run", "run: method", methods)
+
+
+def _summary_sheet(caption: str, first: str, methods: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    columns = _columns(methods.values())
+    rows = [[name, *_method_row(method, columns)] for name, method in methods.items()]
+    return Sheet(caption, [first, "passes", *(heading for heading, _ in columns.values())], rows)
 
 
 def summary(run: RunData) -> Block:
     """Every method on the test split, and the curve's paired differences."""
     methods = run.metrics["methods"]
-    rows = [[name, *_method_row(method)] for name, method in methods.items()]
     examples = next(iter(methods.values()))["sets"]["test"]["examples"]
-    block = Block(sheets=[Sheet(f"Test split, {examples:,} examples", ["method", *_HEADS], rows)])
+    block = Block(sheets=[_summary_sheet(f"Test split, {examples:,} examples", "method", methods)])
     comparisons = run.metrics.get("comparisons", [])
     block.findings = [_verdict(c, methods) for c in comparisons if c["second"] == "ensemble"]
     compared = [
@@ -97,32 +115,62 @@ def reliability(run: RunData) -> Block:
 
 def uncertainty(run: RunData) -> Block:
     """Distributions of the uncertainties by set, and how well they tell sets apart."""
-    block = Block()
+    block, foreign = Block(), dict[str, float]()
+    methods = run.metrics["methods"]
     if run.predictions is not None:
         frame = frames.uncertainty_frame(run.predictions)
-        draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in frames.MEASURES]
-        drawn = figures.panels(draws, (5.2, 7.2))
+        measures = list(frame["measure"].unique())
+        draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in measures]
+        drawn = figures.panels(draws, (5.2, 2.4 * len(draws)))
         block.figures.append(("uncertainty", "Uncertainty of the curve by set", drawn))
         block.numbers["items"] = frame.groupby("set", sort=False)["items"].first().to_dict()
-    measures = {"entropy": "entropy", "expected_entropy": "expected", "mutual_information": "MI"}
-    sets_of_curve = run.metrics["methods"]["curve"]["sets"]
-    rows = [[n, *(number(v[k]) for k in measures), number(v.get("disagreement"), 3)] for n, v in sets_of_curve.items()]
-    block.sheets.append(Sheet("Means of the curve by set, nats", ["set", *measures.values(), "disagreement"], rows))
-    detection = [
+        if run.known is not None and "distance" in run.predictions:
+            foreign = block.numbers["foreign"] = frames.foreign_share(run.predictions, run.known, FOREIGN)
+    sets_of_curve = methods["curve"]["sets"]
+    parts = parts_of([methods["curve"]])
+    rows = [
         [
-            f"{method}: {name}",
-            number(found["auroc_entropy"], 3),
-            number(found["auroc_mi"] if values["passes"] > 1 else None, 3),
+            name,
+            *(number(found.get(k)) for k in ("entropy", *parts)),
+            number(found.get("disagreement"), 3),
+            *([number(foreign.get(name), 3)] if foreign else []),
         ]
-        for method, values in run.metrics["methods"].items()
-        for name, found in values["detection"].items()
+        for name, found in sets_of_curve.items()
     ]
-    if detection:
-        caption = "AUROC of telling a set from the test split (.5 is chance)"
-        block.sheets.append(Sheet(caption, ["method: set", "by entropy", "by MI"], detection))
-    else:
+    heads = ["set", *(HEADINGS[k] for k in ("entropy", *parts)), "disagreement"]
+    heads += [f"familiarity < {FOREIGN:g}"] if foreign else []
+    block.sheets.append(Sheet("Means of the curve by set, nats", heads, rows))
+    if parts == THREE:
+        block.notes.append(EXPLAINED)
+    if foreign:
+        block.notes.append(
+            "Familiarity is the part of known rows that are at least as far from the training data as this one. Below "
+            f"{FOREIGN:g} calibrate takes a row for foreign; of known rows about as large a share lies there."
+        )
+    block.sheets += _detection(methods)
+    if len(block.sheets) < 2:
         block.notes.append("No set out of distribution was evaluated (evaluation.ood).")
     return block
+
+
+def _detection(methods: Mapping[str, Any]) -> list[Sheet]:
+    """How well each score tells other sets from the test split, where there are any."""
+    scores = detectors_of(methods.values())
+    rows = [
+        [f"{method}: {name}", *(number(_shown(found, score, values), 3) for score in scores)]
+        for method, values in methods.items()
+        for name, found in values["detection"].items()
+    ]
+    caption = "AUROC of telling a set from the test split (.5 is chance)"
+    return [Sheet(caption, ["method: set", *(DETECTORS[s] for s in scores)], rows)] if rows else []
+
+
+def _shown(found: Mapping[str, Any], score: str, method: Mapping[str, Any]) -> float | None:
+    """An AUROC; None for the information of one point without a Gaussian."""
+    if score == "mi" and method["passes"] == 1 and "auroc_within" not in found:
+        return None
+    value: float | None = found.get(f"auroc_{score}")
+    return value
 
 
 def selective(run: RunData) -> Block:
@@ -146,34 +194,42 @@ def selective(run: RunData) -> Block:
 
 
 def examples(run: RunData, count: int = 6) -> Block:
-    """Where ambiguity and disagreement of the points rank examples most differently, in the more uncertain half."""
+    """Where the parts of the uncertainty rank examples most differently, in the more uncertain half."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
     table = run.predictions[run.predictions["method"] == "curve"].reset_index(drop=True)
+    measures = frames.measures_of(table)
     texts = texts_of(run)
-    # The data's ambiguity, not the total: MI is part of the total and would hide in it. Ranks of rows of which every
-    # point is certain say nothing.
+    # Parts with parts, never with the total: they would hide in it. Ranks of rows of which every point is certain say
+    # nothing.
     uncertain = table[table["entropy"] >= table["entropy"].median()]
-    gap = uncertain["mutual_information"].rank(pct=True) - uncertain["expected_entropy"].rank(pct=True)
+    rank = {name: uncertain[name].rank(pct=True) for name in measures[1:]}
+    disagreement, within = measures[-1], rank.get("within_points")
+    gap = rank[disagreement] - rank["expected_entropy"]
+    name = HEADINGS[disagreement]
+    chosen = {
+        f"The points disagree more than the text is ambiguous (high {name}, low expected entropy)": gap.nlargest(count),
+        f"The text is ambiguous and the points agree on it (low {name}, high expected entropy)": gap.nsmallest(count),
+    }
+    if within is not None:
+        far = within - rank["expected_entropy"]
+        chosen["Far from the training data (high within points, low expected entropy)"] = far.nlargest(count)
     block = Block(notes=[] if texts else ["The data set cannot be opened here, so ids stand for texts."])
     kept = block.numbers["examples"] = {}
-    for caption, order in (
-        ("The points disagree more than the text is ambiguous (high MI, low expected entropy)", gap.nlargest(count)),
-        ("The text is ambiguous and the points agree on it (low MI, high expected entropy)", gap.nsmallest(count)),
-    ):
+    for caption, order in chosen.items():
         rows, kept[caption] = [], []
         for i in order.index:
             row = table.loc[i]
             text = texts.get((row["set"], row["id"]), f"id {row['id']}")
             best = int(np.argmax(row["probs"]))
             named = run.classes[best] if best < len(run.classes) else str(best)
-            measures = {k: float(row[k]) for k in frames.MEASURES}
+            values = {k: float(row[k]) for k in measures}
             found = {"id": str(row["id"]), "set": str(row["set"]), "prediction": named}
-            kept[caption].append(found | {"probability": float(row["probs"][best])} | measures)
+            kept[caption].append(found | {"probability": float(row["probs"][best])} | values)
             shown = text if len(text) <= 160 else text[:157] + "..."
             predicted = f"{named} {row['probs'][best]:.2f}"
-            rows.append([shown, str(row["set"]), predicted, *(number(v, 3) for v in measures.values())])
-        heads = ["text", "set", "prediction", "entropy", "expected", "MI"]
+            rows.append([shown, str(row["set"]), predicted, *(number(v, 3) for v in values.values())])
+        heads = ["text", "set", "prediction", *(HEADINGS[k] for k in measures)]
         block.sheets.append(Sheet(caption, heads, rows, texts=2))
     return block
 
@@ -225,7 +281,7 @@ SECTIONS = (
     Section("Reliability", "On the diagonal, confidence is right on average.", reliability, evaluation=True),
     Section(
         "Uncertainty by set",
-        "Total uncertainty is what the data leave open (expected entropy) plus what the points disagree on (MI).",
+        "Total uncertainty is what the data leave open (expected entropy) plus what more data could settle (MI).",
         uncertainty,
         evaluation=True,
     ),
@@ -241,7 +297,7 @@ SECTIONS = (
     Section("Around the curve", "Train loss over a plane, slopes and their bound, sharpness.", landscape),
     Section(
         "Examples",
-        "Where the two kinds of uncertainty rank an example most differently, among the more uncertain half.",
+        "Where the parts of the uncertainty rank an example most differently, among the more uncertain half.",
         examples,
         evaluation=True,
     ),

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from loracurve.report.figures import GREY, label, styles
 
-__all__ = ["by_information_and_entropy", "ensemble_sizes", "points"]
+__all__ = ["by_information_and_entropy", "ensemble_sizes", "points", "risk_and_coverage"]
 
 
 def ensemble_sizes(sizes: pd.DataFrame, others: pd.DataFrame, ax: Axes, measure: str = "NLL") -> Axes:
@@ -44,6 +44,16 @@ def by_information_and_entropy(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlabel="AUROC by entropy", ylabel="AUROC by MI")
     ax.autoscale()
     ax.xaxis.set_major_locator(MaxNLocator(5))
+    return ax
+
+
+def risk_and_coverage(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Share of errors among the answers against the share of rows that are answered: method, coverage, risk."""
+    for (name, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
+        line = {k: v for k, v in style.items() if k != "marker"}
+        ax.plot(part["coverage"], part["risk"], label=label(name), **line)
+    ax.set(xlabel="coverage: share of rows answered", ylabel="risk: share of errors among answers", xlim=(0, 1))
+    ax.set_ylim(bottom=0)
     return ax
 
 

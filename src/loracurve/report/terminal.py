@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loracurve.report.numbers import interval, number, star
+from loracurve.report.parts import DETECTORS, EXPLAINED, HEADINGS, THREE, detectors_of, has_three, parts_of
 from loracurve.system.escaping import inline, visible
 
 __all__ = ["method_rows", "print_barriers", "print_methods", "print_report"]
@@ -22,18 +23,19 @@ COLUMNS = {"acc": "ACC", "nll": "NLL", "ece": "ECE", "mutual_information": "MI"}
 def method_rows(methods: Mapping[str, Any], split: str = "test") -> list[dict[str, Any]]:
     """Rows of the summary: single adapters are averaged into one row, the others stand as they are."""
     singles = [m for name, m in methods.items() if re.fullmatch(r"adapter \d+", name)]
+    scores = detectors_of(methods.values())
     rows = []
     if singles:
         figures = {k: _mean([m["sets"][split][k] for m in singles]) for k in singles[0]["sets"][split] if k in COLUMNS}
-        found = {s: _detection([m["detection"].get(s) for m in singles]) for s in singles[0]["detection"]}
+        found = {s: _detection([m["detection"].get(s) for m in singles], scores) for s in singles[0]["detection"]}
         # One point has no mutual information; a zero would read as a finding.
         figures["mutual_information"] = None
-        found = {s: (by_entropy, None) for s, (by_entropy, _) in found.items()}
+        found = {s: by | {"mi": None} for s, by in found.items()}
         rows.append({"method": f"single adapter (mean of {len(singles)})", "passes": 1, **figures, "detection": found})
     for name, m in methods.items():
         if m in singles:
             continue
-        found = {s: _detection([d]) for s, d in m["detection"].items()}
+        found = {s: _detection([d], scores) for s, d in m["detection"].items()}
         rows.append({"method": name, "passes": m["passes"], **m["sets"][split], "detection": found})
     return rows
 
@@ -43,27 +45,43 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _detection(found: list[Mapping[str, Any] | None]) -> tuple[float | None, float | None]:
-    known = [f for f in found if f]
-    return _mean([f["auroc_entropy"] for f in known]), _mean([f["auroc_mi"] for f in known])
+def _detection(found: list[Mapping[str, Any] | None], scores: Sequence[str]) -> dict[str, float | None]:
+    return {name: _mean([f.get(f"auroc_{name}") for f in found if f]) for name in scores}
 
 
 def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
-    """Print accuracy and calibration of each method, and how well uncertainty tells other sets from this one."""
+    """Print accuracy and calibration of each method, the parts of the uncertainty where there are three, and how well
+    uncertainty tells other sets from this one."""
     rows = method_rows(methods, split)
     table = _table(f"{split} split", ["method", "passes", *COLUMNS.values()])
     for row in rows:
         _add(table, row["method"], str(row["passes"]), *(number(row.get(k), missing="-") for k in COLUMNS))
     console = _console()
     console.print(table)
+    if parts_of(methods.values()) == THREE:
+        console.print(_parts_table(methods))
+        console.print(EXPLAINED)
     sets = sorted({s for row in rows for s in row["detection"]})
     if sets:
-        table = _table(f"AUROC of telling a set from {split}, by entropy / by MI", ["method", "passes", *sets])
+        scores = detectors_of(methods.values())
+        title = f"AUROC of telling a set from {split}, {' / '.join(DETECTORS[name] for name in scores)}"
+        table = _table(title, ["method", "passes", *sets])
         for row in rows:
             if row["detection"]:
-                cells = (" / ".join(number(v, 3, missing="-") for v in row["detection"][s]) for s in sets)
+                cells = (" / ".join(number(v, 3, missing="-") for v in row["detection"][s].values()) for s in sets)
                 _add(table, row["method"], str(row["passes"]), *cells)
         console.print(table)
+
+
+def _parts_table(methods: Mapping[str, Any]) -> Table:
+    """Entropy and its three parts, for the methods and sets that have them."""
+    shown = ("entropy", *THREE)
+    table = _table("mean uncertainty, nats", ["method: set", *(HEADINGS[k] for k in shown)])
+    for name, method in methods.items():
+        for of, figures in method["sets"].items():
+            if has_three(figures):
+                _add(table, f"{name}: {of}", *(number(figures[k]) for k in shown))
+    return table
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from loracurve.curve.files import load_base_record
+from loracurve.runs.carried import carry_unknowns
+from loracurve.runs.index import write_index
 from loracurve.runs.run import Run, best_point, check_run, open_run
 from loracurve.system.errors import UserError
-from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
+from loracurve.system.paths import is_file
 
 __all__ = ["export_run"]
 
@@ -23,8 +26,9 @@ def export_run(
     t: float | None = None,
     base: str | None = None,
 ) -> list[str]:
-    """Write points of a curve into folders below `out`, with index.json of their t and weights; returns lines that say
-    what was written, and how to compare it with PEFT where the base is in half precision.
+    """Write points of a curve into folders below `out`, with index.json of their t and weights, and, where they are
+    those of the run's average, what it knows of unknown inputs (`runs.carried`); returns lines that say what was
+    written, and how to compare it with PEFT where the base is in half precision.
 
     Args:
         run: run directory.
@@ -43,25 +47,32 @@ def export_run(
 
 
 def _export(opened: Run, folder: Path, points: int | None, best: bool, t: float | None) -> list[str]:
+    average = None
     if best:
         times, weights = [best_point(opened)], [1.0]
     elif t is not None:
         times, weights = [t], [1.0]
     else:
-        wanted = opened.config.evaluation if points is None else replace(opened.config.evaluation, points=points)
+        wanted = opened.config.evaluation
+        if points is not None:
+            wanted = replace(wanted, points=points, inference="curve")
         average = opened.average(wanted)
         if average.coefficients is not None:
             raise UserError(
                 "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
             )
         times, weights = average.t.tolist(), average.weights.tolist()
-    index = []
-    for i, (time, weight) in enumerate(zip(times, weights, strict=True)):
-        name = f"point-{i:02d}"
+    names = [f"point-{i:02d}" for i in range(len(times))]
+    for name, time in zip(names, times, strict=True):
         opened.model.export(folder / name, time)
-        index.append({"folder": name, "t": time, "weight": weight})
-    write_json(folder / "index.json", index)
-    lines = [f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}"]
+    write_index(folder, names, times, weights)
+    lines = [f"{len(names)} adapter{'s' * (len(names) > 1)} written to {folder}"]
+    if average is not None and average.unknowns is not None:
+        base = load_base_record(opened.folder / "curve").fingerprint
+        carry_unknowns(average.unknowns, average.points, folder, base)
+        lines.append("with unknowns.json, by which loracurve tells inputs that are foreign to these points")
+    elif average is None and is_file(opened.folder / "unknowns.json"):
+        lines.append("without unknowns.json, which is of the average's points together")
     if opened.model.dtype in (torch.float16, torch.bfloat16):
         dtype = str(opened.model.dtype).removeprefix("torch.")
         lines.append(

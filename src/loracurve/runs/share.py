@@ -1,15 +1,21 @@
-"""The card of a run and its curve, ready for the hub."""
+"""The card of a run and its curve, ready for the hub, with what the run knows of unknown inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loracurve.curve.files import load_base_record, load_curve
 from loracurve.curve.hub import hub_base, write_shared
 from loracurve.curve.model_card import model_card
+from loracurve.inference.model_average import Average
+from loracurve.inference.unknowns import Unknowns, read_unknowns
 from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import summary
+from loracurve.runs.carried import carry_unknowns
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.identity import read_identity
 from loracurve.system.errors import UserError
@@ -71,7 +77,9 @@ def _described(run: RunData) -> dict[str, Any]:
     }
 
 
-def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: str | None = None) -> Path:
+def share_run(
+    run: str | Path, out: str | Path, base: str | None = None, repo: str | None = None, unknowns: bool = True
+) -> Path:
     """Write the curve of an evaluated run with a model card into a folder, ready for the hub.
 
     Args:
@@ -79,22 +87,54 @@ def share_run(run: str | Path, out: str | Path, base: str | None = None, repo: s
         out: new or empty folder, returned.
         base: name of the base model on the hub, where the run used a folder.
         repo: OWNER/NAME that the card names.
+        unknowns: whether the run's Gaussians and familiarity go along, where it has them (`runs.carried`).
 
     Raises:
-        UserError: no evaluated run, files that hold something else than a run's, a base model without a name on the
-            hub, or a folder with something in it.
+        UserError: no evaluated run, files that hold something else than a run's or do not belong together, a base model
+            without a name on the hub, or a folder with something in it.
     """
     if not is_file(Path(run) / "metrics.json"):
         raise UserError(f"{run}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
     with results_folder(Path(out)) as folder:
-        return _share(Path(run), folder, base, repo)
+        return _share(Path(run), folder, base, repo, unknowns)
 
 
-def _share(run: Path, folder: Path, base: str | None, repo: str | None) -> Path:
+def _share(run: Path, folder: Path, base: str | None, repo: str | None, with_unknowns: bool) -> Path:
     read_identity(run)  # of a newer version: refused
     config, spec, points = load_curve(run / "curve")
     name = hub_base(config, base)
+    known = read_unknowns(run) if with_unknowns else None
     with fitting_files([run]):
-        card = model_card(config, spec, name, repo, _described(read_run(run, run.resolve().name)))
+        data = read_run(run, run.resolve().name)
+        described = _described(data) | {"unknowns": known and _named(known[0])}
+        if known is not None:
+            _check_average(data.metrics, known[1], run)
+        card = model_card(config, spec, name, repo, described)
     record = load_base_record(run / "curve")
-    return write_shared(config, spec, points, name, card, folder, record)
+    written = write_shared(config, spec, points, name, card, folder, record)
+    if known is not None:
+        carry_unknowns(*known, written)
+    return written
+
+
+def _named(unknowns: Unknowns) -> dict[str, bool]:
+    """What there is, and whether it holds a state of each training row."""
+    familiarity = unknowns.familiarity
+    return {
+        "gaussians": unknowns.gaussians is not None,
+        "familiarity": familiarity is not None,
+        "rows": familiarity is not None and familiarity.measure == "cosine",
+    }
+
+
+def _check_average(metrics: Mapping[str, Any], points: Sequence[Sequence[float]], run: Path) -> None:
+    """Raise UserError where unknowns are of other points of the curve than the run was evaluated at."""
+    recorded = metrics["average"]
+    if "tunnel" in metrics or not {"t", "w"} <= recorded.keys():
+        return
+    t, weights = (torch.tensor(recorded[name], dtype=torch.float64) for name in ("t", "w"))
+    if not Average(t, weights).has(points):
+        raise UserError(
+            f"{run / 'unknowns.json'}: expected Gaussians and familiarity of the {len(recorded['t'])} points of "
+            f"metrics.json, found those of {len(points)} others; run loracurve calibrate, or share without them"
+        )

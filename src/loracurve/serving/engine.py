@@ -15,7 +15,8 @@ import torch
 
 from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.inference.generation import generate
-from loracurve.runs.predict import calibration_for, prediction_records, say_what_is_missing
+from loracurve.runs.calibration import calibration_for
+from loracurve.runs.predict import parts_of, prediction_records, say_what_is_missing
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Job
 from loracurve.serving.config import ServeConfig
@@ -79,6 +80,7 @@ class Engine:
         template = self.run.task.template
         if template is not None and "text2" in template.fields:
             example["text2"] = "its second text"
+        known = self.average.unknowns
         limits = ["max_body_bytes", "max_rows", "max_tokens_per_row", "max_new_tokens", "max_queue", "max_wait_s"]
         return {
             "run": self.run.folder.resolve().name,
@@ -90,6 +92,8 @@ class Engine:
             "generate": self.generates,
             "points": len(self.average.weights),
             "calibrated": self.calibration is not None,
+            "parts": list(parts_of(self.average)),
+            "familiarity": known is not None and known.familiarity is not None,
             "example_row": example,
             "limits": {name: getattr(self.options, name) for name in [*limits, "timeout_s"]},
         }

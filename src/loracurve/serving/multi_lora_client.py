@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from loracurve.inference.predictive import Predictive
+from loracurve.runs.index import read_index
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json
-from loracurve.system.paths import is_folder
 from loracurve.tasks.tokens import common_prefix
 
 __all__ = ["NextToken", "ServedCurve", "ServedText"]
@@ -92,22 +91,10 @@ class ServedCurve:
             raise UserError(f"url: expected one that begins with http:// or https://, found {url!r}")
         if not timeout > 0 or top < 1:
             raise UserError(f"expected timeout > 0 and top >= 1, found {timeout} and {top}")
-        path = Path(index)
-        path = path / "index.json" if is_folder(path) else path
-        points = read_json(path)
-        try:
-            self.models: list[str] = [point["folder"] for point in points]
-            weights = torch.tensor([float(point["weight"]) for point in points], dtype=torch.float64)
-            if not all(isinstance(point["folder"], str) for point in points):
-                raise TypeError("folders are named by text")
-        except (ArithmeticError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: expected a list of folder, t and weight, found something else") from error
-        if not self.models or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
-            raise UserError(f"{path}: expected weights >= 0 with sum 1, found {weights.tolist()}")
-        self.weights = weights
+        self.models, self.weights = read_index(index)
         self.url, self.api_key, self.timeout, self.top = url.rstrip("/"), api_key, timeout, top
 
-    def choices(self, prompts: str | Sequence[str], answers: Sequence[str]) -> Predictive:
+    def choices(self, prompts: str | Sequence[str], answers: Sequence[str], unknowns: bool = False) -> Predictive:
         """Probabilities of answers as continuations of prompts, averaged over the points: exact, as in training.
 
         At each point the softmax over the answers' log-likelihoods (sums over their tokens), which the server reads
@@ -116,13 +103,20 @@ class ServedCurve:
         Args:
             prompts: E prompts.
             answers: C continuations, with their leading space where they need one.
+            unknowns: ask for the part of the uncertainty within the points and for familiarity, which is refused:
+                both are read from hidden states, which such a server does not give.
 
         Returns:
-            The `Predictive` of E examples and C classes at n points.
+            The `Predictive` of E examples and C classes at n points, with two parts of the uncertainty.
 
         Raises:
-            UserError: the server cannot be reached, is too slow, or answers something else.
+            UserError: unknowns were asked for; the server cannot be reached, is too slow, or answers something else.
         """
+        if unknowns:
+            raise UserError(
+                f"{self.url}: expected a model whose hidden states can be read, found a completions API, which gives "
+                "none: the part within the points and familiarity come from loracurve predict, serve or open_average"
+            )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or len(set(answers)) < 2 or len(set(answers)) < len(answers) or not all(answers):
             raise UserError(f"expected prompts and at least two different answers, found {len(texts)} and {answers}")

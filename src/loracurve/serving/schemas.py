@@ -28,7 +28,9 @@ class PredictRequest(BaseModel):
 
 
 class Prediction(BaseModel):
-    """One row's prediction. Entropies in nats, before the calibration's temperature."""
+    """One row's prediction. Entropies in nats, before the calibration's temperature: entropy is the sum of
+    expected_entropy and mutual_information, and this, where the run has Gaussians, of within_points and
+    between_points."""
 
     id: str
     label: int = Field(description="Place of the most probable class.")
@@ -43,7 +45,10 @@ class Prediction(BaseModel):
         None, description="Part of known rows that are at least as far from the training data; near 0 for foreign ones."
     )
     abstain: bool | None = Field(None, description="Only with a calibration: don't rely on the answer.")
-    reasons: list[str] | None = Field(None, description="Why to abstain: uncertain, foreign, or both.")
+    reasons: list[str] | None = Field(
+        None,
+        description="Why to abstain: uncertain (the classes are close), foreign (far from the training data), or both.",
+    )
     set: list[str] | None = Field(None, description="Only with a calibration: classes that hold the label.")
 
 
@@ -97,6 +102,8 @@ class Description(BaseModel):
     generate: bool
     points: int = Field(description="Points of the curve that are averaged.")
     calibrated: bool
+    parts: list[str] = Field(description="Fields of a prediction that add up to its entropy: two, or three.")
+    familiarity: bool = Field(description="Whether predictions say how familiar a row is.")
     example_row: dict[str, Any]
     limits: dict[str, float]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -13,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from loracurve.system.errors import UserError
-from loracurve.system.paths import file_size, flush, make_folder, read_text, reason, temporary
+from loracurve.system.paths import file_size, flush, make_folder, opened, read_text, reason, temporary
 
-__all__ = ["atomic_write", "once", "read_json", "write_json"]
+__all__ = ["atomic_write", "file_hash", "once", "read_json", "write_json"]
 
 LARGEST_JSON = 2**28
 
@@ -66,6 +67,15 @@ def read_json(path: Path) -> Any:
         return json.loads(text, object_pairs_hook=once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def file_hash(path: Path, expected: str) -> str:
+    """SHA-256 of a file's bytes; raises UserError, which says what was `expected`, where it cannot be read."""
+    digest = hashlib.sha256()
+    with opened(path, expected) as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from loracurve.system.distributed import on_main
 from loracurve.system.errors import CheckpointError, one_line
-from loracurve.system.files import read_json, write_json
-from loracurve.system.paths import exists, opened
+from loracurve.system.files import file_hash, read_json, write_json
+from loracurve.system.paths import exists
 from loracurve.system.tensors import read_tensors, write_tensors
 from loracurve.training.origin import Changes, Origin
 
@@ -93,7 +93,7 @@ def save_checkpoint(
     values = {
         "format": FORMAT,
         "tensors": name,
-        "tensors_sha256": _file_hash(folder / name),
+        "tensors_sha256": file_hash(folder / name, "the checkpoint's tensors"),
         "origin": origin,
         "step": state.step,
         "best_nll": best_nll,
@@ -111,14 +111,6 @@ def checksum(values: Mapping[str, Any]) -> str:
     """SHA-256 of what a checkpoint.json says, however it is laid out, but for the checksum itself."""
     rest = {name: value for name, value in values.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with opened(path, "the checkpoint's tensors") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _remove_others(folder: Path, name: str) -> None:
@@ -211,7 +203,7 @@ def _state(values: Mapping[str, Any], groups: int) -> LoopState:
 
 def _tensors(path: Path, known: str, factors: Sequence[Tensor], step: int) -> dict[str, Tensor]:
     """The tensors, once their file has its checksum and they suit the control points."""
-    if _file_hash(path) != known:
+    if file_hash(path, "the checkpoint's tensors") != known:
         raise ValueError(f"{path.name} does not have its checksum")
     tensors = read_tensors(path, most=10 * len(factors))
     for i, p in enumerate(factors):

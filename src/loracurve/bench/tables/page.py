@@ -16,6 +16,7 @@ from loracurve.bench.config import slug
 from loracurve.bench.registry import ONE_MODE, method_name
 from loracurve.bench.results import Results, seed_of, stacked
 from loracurve.bench.suite import full_ensemble
+from loracurve.bench.tables.foreign import SHARE, Order, orders_of, stream_risk
 from loracurve.bench.tables.table import Table, shown
 from loracurve.inference.intervals import bootstrap_interval
 from loracurve.report import figures, frames, plots, prediction_plots, suite_plots
@@ -46,6 +47,7 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
         ("Test rows", Block(), ["averages", "summary", "data_sets"]),
         ("Ensembles and methods of one mode", _sizes(results, named), ["ensembles", "deep_ensemble_equivalents"]),
         ("What curves hold that anchors do not", Block(), ["against_discrete", "weighted_points", "uncertainty"]),
+        ("Foreign rows", _foreign(results, named), ["foreign", "stream"]),
         ("Detection", _detection(named), ["detection_verdicts", "detection"]),
         ("Reliability", _reliability(results), []),
         ("Landscape", _landscape(results, out), ["barriers", "barriers_each", "along_curves"]),
@@ -123,6 +125,38 @@ def _detection(named: dict[str, Table]) -> Block:
         words = "AUROC by MI and by entropy, means over tasks, sets and seeds"
         block.figures.append(_drawn("auroc", f"detection of {what}", words, draw, 5.0))
     return block
+
+
+def _foreign(results: Results, named: dict[str, Table]) -> Block:
+    """Risk against coverage on a stream with foreign rows: the full ensemble and one adapter by entropy, and what has
+    two reasons to hold an answer back."""
+    block = Block()
+    if "stream" not in named:
+        return block
+    whole = full_ensemble(results.suite)
+    single = [n for n, m in results.suite.methods.items() if method_name(m) == "single"][:1]
+    chosen: list[tuple[str, Order]] = [(m, "entropy") for m in (*single, whole)]
+    curves = [n for n, m in results.suite.methods.items() if isinstance(_inside(m), Curve)]
+    both = [n for n in curves if {"W", "two reasons"} <= set(orders_of(results, n))]
+    chosen += [(n, "entropy") for n in curves[:1]] + [(n, order) for n in both[:1] for order in ("W", "two reasons")]
+    parts = []
+    for method, order in chosen:
+        if order in orders_of(results, method):
+            risk = stream_risk(results, method, order)[1:]
+            coverage = [(i + 1) / len(risk) for i in range(len(risk))]
+            parts.append(pd.DataFrame({"method": f"{method}, {order}", "coverage": coverage, "risk": risk.tolist()}))
+    if parts:
+        words = (
+            f"risk and coverage with {SHARE:.0%} foreign rows, means over pairs and seeds; answering one is an error"
+        )
+        draw = partial(suite_plots.risk_and_coverage, pd.concat(parts))
+        block.figures.append(_drawn("stream", "a stream with foreign rows", words, draw, 4.2))
+    return block
+
+
+def _inside(method: Any) -> Any:
+    """The method that another is built upon, or itself."""
+    return _inside(method.of) if hasattr(method, "of") else method
 
 
 def _reliability(results: Results) -> Block:

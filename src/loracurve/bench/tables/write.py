@@ -10,6 +10,7 @@ from loracurve.bench.tables.averages import averages
 from loracurve.bench.tables.costs import costs, left_out
 from loracurve.bench.tables.detection import detection, detection_differences, verdicts
 from loracurve.bench.tables.ensembles import comparisons, ensembles
+from loracurve.bench.tables.foreign import foreign, stream
 from loracurve.bench.tables.goals import goals
 from loracurve.bench.tables.landscape import along_curves, barriers
 from loracurve.bench.tables.mixtures import against_discrete, weighted_points
@@ -43,7 +44,15 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
     ]
     tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
     tables += [*barriers(results, out), along_curves(results)]
-    tables += [detection(results), differences, shift(results), comparisons(results), seeds(results)]
+    tables += [
+        foreign(results),
+        stream(results),
+        detection(results),
+        differences,
+        shift(results),
+        comparisons(results),
+        seeds(results),
+    ]
     tables += [costs(results, out), left_out(results)]
     for table in tables:
         write_table(table, out / "tables")
