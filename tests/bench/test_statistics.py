@@ -16,6 +16,7 @@ from loracurve.bench.statistics import (
     novel_share,
     paired_p_value,
     subsets_of,
+    two_sided,
 )
 from loracurve.inference import metrics
 from loracurve.inference.calibration import apply_temperature, fit_temperature
@@ -32,6 +33,13 @@ def test_equivalent_is_the_smallest_ensemble_no_worse() -> None:
     assert deep_ensemble_equivalent(0.4, means) == 2  # no worse: equal counts
     assert deep_ensemble_equivalent(0.34, means) == 4
     assert deep_ensemble_equivalent(0.31, means) is None
+    assert deep_ensemble_equivalent(0.32 - 1e-15, means) == 5  # the whole ensemble against itself, up to rounding
+
+
+def test_p_values_of_resamples_are_shares_on_the_rarer_side() -> None:
+    assert two_sided(torch.tensor([-1.0, -1, -1, -1, -1, -1, -1, -1, -1, 1])) == pytest.approx(2 * 2 / 11)
+    assert two_sided(torch.full((999,), 1.0)) == pytest.approx(2 / 1000)
+    assert two_sided(torch.zeros(10)) == 1 and two_sided(torch.tensor([1.0, math.nan])) == 1
 
 
 def test_subsets_are_all_or_as_many_different_ones_as_asked() -> None:

@@ -22,6 +22,7 @@ from loracurve.inference.metrics import brier_per_example
 from loracurve.system.randomness import generator
 
 __all__ = [
+    "MOST_SUBSETS",
     "counts_above_chance",
     "deep_ensemble_equivalent",
     "ensemble_auroc",
@@ -31,7 +32,12 @@ __all__ = [
     "novel_share",
     "paired_p_value",
     "subsets_of",
+    "two_sided",
 ]
+
+
+MOST_SUBSETS = 252
+"""Subsets of one size that are taken at most: all of those of ten members."""
 
 
 def subsets_of(members: int, size: int, most: int, seed: int) -> list[tuple[int, ...]]:
@@ -46,7 +52,12 @@ def subsets_of(members: int, size: int, most: int, seed: int) -> list[tuple[int,
 
 
 def ensemble_scores(
-    validation: Tensor, validation_labels: Tensor, test: Tensor, test_labels: Tensor, most: int = 120, seed: int = 0
+    validation: Tensor,
+    validation_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    most: int = MOST_SUBSETS,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Mean score of ensembles of 1, 2, ... M of M members, each tempered on validation data.
 
@@ -74,7 +85,7 @@ def ensemble_scores(
 
 
 def ensemble_auroc(
-    test: Tensor, labels: Tensor, most: int = 120, seed: int = 0
+    test: Tensor, labels: Tensor, most: int = MOST_SUBSETS, seed: int = 0
 ) -> dict[Literal["MI", "entropy"], list[float | None]]:
     """Mean AUROC of error detection by ensembles of 1, 2, ... M of M members, over the subsets of `ensemble_scores`.
 
@@ -104,7 +115,8 @@ def ensemble_auroc(
 
 def deep_ensemble_equivalent(score: float, ensembles: Sequence[float]) -> int | None:
     """The smallest M whose ensembles' mean score is no worse (no higher) than `score`; None: more than there are."""
-    return next((m for m, value in enumerate(ensembles, start=1) if value <= score), None)
+    slack = 1e-9 * abs(score)  # the same members averaged in another order are no worse
+    return next((m for m, value in enumerate(ensembles, start=1) if value <= score + slack), None)
 
 
 def counts_above_chance(accuracy: float, labels: Tensor) -> bool:
@@ -128,6 +140,14 @@ def paired_p_value(differences: Tensor) -> float:
     if not error > 0:
         return 1.0 if not values.mean().item() else 0.0
     return math.erfc(abs(values.mean().item()) / error / math.sqrt(2))
+
+
+def two_sided(resampled: Tensor) -> float:
+    """p-value of 0 from resampled differences ``[R]``: twice the share on the rarer side, counting one more there
+    (Davison & Hinkley 1997, sec. 4.2)."""
+    known = resampled[~resampled.isnan()]
+    rarer = min(int((known <= 0).sum()), int((known >= 0).sum()))
+    return min(1.0, 2 * (rarer + 1) / (len(known) + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.results import Results, read_results, stacked
-from loracurve.bench.tables.averages import averages
+from loracurve.bench.tables.averages import averages, differences
 from loracurve.inference.intervals import Interval, bootstrap_interval
 
 
@@ -32,3 +32,26 @@ def test_averages_are_means_over_the_sets_that_count_and_differences_paired(
     wanted = bootstrap_interval(mine - other, 0)
     assert found.low == pytest.approx(wanted.low, abs=0.2 * (wanted.high - wanted.low))
     assert found.high == pytest.approx(wanted.high, abs=0.2 * (wanted.high - wanted.low))
+
+
+def test_differences_of_means_know_of_rows_seeds_and_sets(
+    scanned: tuple[SuiteConfig, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out, _ = scanned
+    results = read_results(suite, out)
+    assert differences(results).rows == []
+    monkeypatch.setattr(Results, "singles", lambda self, task: (1.0, True))
+    table = differences(results)
+    rows = {(row[1], row[2]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    found = rows["nll_ts", "curve"]
+    wanted = {r[0]: r[-1] for r in averages(results).rows}["curve"]
+    assert found["difference, rows drawn"] == wanted and found["sets too"] is None and found["sets"] == 1
+    seeds = found["seeds too"]
+    assert isinstance(seeds, Interval) and isinstance(wanted, Interval)
+    assert seeds.estimate == wanted.estimate and found["better on"] == f"{int(wanted.estimate < 0)} of 1"
+    # Whole seeds are drawn: the interval is at least as wide as the seeds lie apart, and wider than that of rows alone.
+    mine, other = (results.seeds("made", n) for n in ("curve", "ensemble 3"))
+    each = [(a.per_example["nll_ts"] - b.per_example["nll_ts"]).mean().item() for a, b in zip(mine, other, strict=True)]
+    assert seeds.high - seeds.low > max(wanted.high - wanted.low, abs(each[0] - each[1]))
+    assert all(0 < row["p"] <= row["p Holm"] <= 1 for row in rows.values())  # type: ignore[operator]
+    assert {m for m, _ in rows} == {"nll_ts", "nll", "brier_ts", "acc"}

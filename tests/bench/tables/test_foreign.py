@@ -87,8 +87,8 @@ def test_means_over_pairs_and_what_text_length_would_do() -> None:
 def test_a_stream_ranks_far_rows_last() -> None:
     results = _results()
     rows = {(r[0], r[1]): r for r in stream(results).rows}
-    # 180 test rows and 20 foreign ones, every one far: the first answers are the test rows by entropy, but for those whose
-    # own p-value is below ALPHA.
+    # 180 test rows and 20 foreign ones, every one far: the first answers are the test rows by entropy, but for those
+    # whose own p-value is below ALPHA.
     found = []
     for task in ("a", "b"):
         for r in results.seeds(task, "far"):

@@ -1,17 +1,23 @@
-"""One line for each method: means over the data sets that count."""
+"""Means over the data sets that count, and differences of them to the references."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loracurve.bench.results import CellResult, Results, mean_of, seed_of, shared_seeds, stacked
-from loracurve.bench.statistics import mean_or_none
+from loracurve.bench.results import CellResult, Results, mean_of, references_of, seed_of, shared_seeds
+from loracurve.bench.statistics import holm, mean_or_none, two_sided
 from loracurve.bench.suite import full_ensemble
-from loracurve.bench.tables.table import Table
+from loracurve.bench.tables.resampled import over_groups, over_seeds
+from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval, interval_of, resample_counts
 
-__all__ = ["averages", "mean_difference"]
+__all__ = ["averages", "differences", "mean_difference"]
+
+Pair = tuple[str, list[CellResult], list[CellResult]]
+"""A task, and cells of two methods with the same seeds."""
 
 
 _FIGURES = {"ACC": "acc", "NLL": "nll", "NLL ts": "nll_ts", "ECE": "ece", "ECE ts": "ece_ts", "JSD": "pairwise_jsd"}
@@ -44,14 +50,62 @@ def averages(results: Results) -> Table:
     return table
 
 
-def mean_difference(pairs: list[tuple[str, list[CellResult], list[CellResult]]]) -> Interval | None:
+def mean_difference(pairs: Sequence[Pair]) -> Interval | None:
     """Mean over sets of the difference in NLL after temperature scaling, with an interval over their rows."""
     if not pairs:
         return None
-    estimates, resampled = [], []
+    estimates, rows, _ = _resampled(pairs, "nll_ts")
+    return interval_of(estimates.mean().item(), rows.mean(0))
+
+
+def differences(results: Results) -> Table:
+    """Differences of the means over data sets to the references, with intervals that know of rows, of seeds too, and of
+    the choice of data sets too."""
+    table = Table(
+        "differences",
+        f"Method minus reference, means over the {results.counted_sets()}",
+        [
+            *("reference", "measure", "method", "sets", "difference, rows drawn", "seeds too", "sets too"),
+            *("better on", "p", "p Holm"),
+        ],
+        notes="Negative NLL and Brier, positive ACC: the method is better. Intervals: 95 % bootstrap over rows; over "
+        "seeds and rows; over sets, seeds and rows. better on: sets with the better estimate. p: two-sided, from the "
+        "resamples of seeds and rows; Holm's correction over the methods of one reference and measure.",
+    )
+    for reference in references_of(results.suite):
+        for measure in ("nll_ts", "nll", "brier_ts", "acc"):
+            rows, p_values = [], []
+            for method in dict.fromkeys(m for _, m, _ in results.each() if m != reference):
+                pairs = [
+                    (t, *shared_seeds(results.seeds(t, method), results.seeds(t, reference))) for t in results.counting
+                ]
+                pairs = [p for p in pairs if p[1]]
+                if not pairs:
+                    continue
+                estimates, of_rows, of_seeds = _resampled(pairs, measure)
+                mean = estimates.mean().item()
+                tasks = [t for t, *_ in pairs]
+                sets = interval_of(mean, over_groups(of_seeds, tasks)) if len(tasks) > 1 else None
+                better = int(((estimates > 0) if measure == "acc" else (estimates < 0)).sum())
+                values: list[Value] = [len(tasks), interval_of(mean, of_rows.mean(0))]
+                values += [interval_of(mean, of_seeds.mean(0)), sets, f"{better} of {len(tasks)}"]
+                rows.append([reference, measure, method, *values])
+                p_values.append(two_sided(of_seeds.mean(0)))
+            for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
+                table.rows.append([*row, p, corrected])
+    return table
+
+
+def _resampled(pairs: Sequence[Pair], measure: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean differences over seeds and rows ``[P]``, and over resamples ``[P, R]`` of rows, and of seeds and rows."""
+    estimates, of_rows, of_seeds = [], [], []
     for task, mine, other in pairs:
-        values: Tensor = stacked(mine, "nll_ts") - stacked(other, "nll_ts")
-        counts = resample_counts(len(values), seed_of(task, "averages"))
-        estimates.append(values.double().mean())
-        resampled.append(counts @ values.double() / len(values))
-    return interval_of(torch.stack(estimates).mean().item(), torch.stack(resampled).mean(0))
+        values = torch.stack(
+            [a.per_example[measure] - b.per_example[measure] for a, b in zip(mine, other, strict=True)]
+        ).double()
+        counts = resample_counts(values.shape[1], seed_of(task, "averages"))
+        each = values @ counts.mT / values.shape[1]  # [S, R]
+        estimates.append(values.mean())
+        of_rows.append(each.mean(0))
+        of_seeds.append(over_seeds(each))
+    return torch.stack(estimates), torch.stack(of_rows), torch.stack(of_seeds)

@@ -12,6 +12,7 @@ import torch
 from loracurve.bench.registry import ONE_MODE, method_name
 from loracurve.bench.results import CellResult, Results, references_of, seed_of, shared_seeds, stacked
 from loracurve.bench.statistics import (
+    MOST_SUBSETS,
     deep_ensemble_equivalent,
     ensemble_auroc,
     ensemble_scores,
@@ -73,8 +74,8 @@ def ensembles(results: Results, out: Path) -> list[Table]:
         "ensembles",
         "Ensembles of each size beside methods of one mode",
         ["task", "method", *(f"{n} ts" for n in _SCORES), *(f"error AUROC, {by}" for by in ("MI", "entropy"))],
-        notes="ts: after temperature scaling. Ensembles of M anchors: means over all, or 120 random, subsets, "
-        "and over seeds. The other methods spend the training of one adapter.",
+        notes=f"ts: after temperature scaling. Ensembles of M anchors: means over all, or {MOST_SUBSETS} random, "
+        "subsets, and over seeds. The other methods spend the training of one adapter.",
     )
     equivalents = Table(
         "deep_ensemble_equivalents",
@@ -154,12 +155,17 @@ def _scores(whole: CellResult, out: Path) -> dict[str, Any]:
     path = whole.cell.folder(out) / "ensemble_scores.json"
     if is_file(path):
         kept = read_json(path)
-        if isinstance(kept, dict) and kept.get("options") == whole.record["options"] and "auroc" in kept:
+        if (
+            isinstance(kept, dict)
+            and kept.get("options") == whole.record["options"]
+            and kept.get("subsets") == MOST_SUBSETS
+        ):
             return kept
     labels, seed = whole.predictions.labels, whole.cell.seed
     parts = whole.points("validation"), labels["validation"], whole.points("test"), labels["test"]
     scores = ensemble_scores(*parts, seed=seed)
-    made = {"options": whole.record["options"], "scores": scores, "auroc": ensemble_auroc(*parts[2:], seed=seed)}
+    auroc = ensemble_auroc(*parts[2:], seed=seed)
+    made = {"options": whole.record["options"], "subsets": MOST_SUBSETS, "scores": scores, "auroc": auroc}
     write_json(path, made)
     return made
 

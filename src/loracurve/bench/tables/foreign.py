@@ -105,7 +105,8 @@ def text_length(results: Results) -> dict[Pair, float]:
 
 
 def stream(results: Results) -> Table:
-    """What answering costs on a stream with foreign rows, where answering one of them is an error."""
+    """What answering costs on a stream with foreign rows, where answering one of them is an error; for suites some of
+    whose methods measure a distance from the training data."""
     whole = full_ensemble(results.suite)
     table = Table(
         "stream",
@@ -117,7 +118,8 @@ def stream(results: Results) -> Table:
         f"from the training data has a p-value below {ALPHA:g} on validation rows come last. risk at 80 %: share of "
         "errors among the answers when 80 % are answered. Intervals as in the table of foreign rows.",
     )
-    for method in dict.fromkeys(m for _, m, _ in results.each()):
+    methods = list(dict.fromkeys(m for _, m, _ in results.each()))
+    for method in methods if any("two reasons" in orders_of(results, m) for m in methods) else []:
         pairs = pairs_of(results, method)
         for order in orders_of(results, method):
 

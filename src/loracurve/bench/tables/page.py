@@ -44,7 +44,7 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
     named = {table.name: table for table in tables}
     blocks: tuple[tuple[str, Block, list[str]], ...] = (
         ("Goals", Block(), ["goals"]),
-        ("Test rows", Block(), ["averages", "summary", "data_sets"]),
+        ("Test rows", Block(), ["averages", "differences", "summary", "data_sets"]),
         ("Ensembles and methods of one mode", _sizes(results, named), ["ensembles", "deep_ensemble_equivalents"]),
         ("What curves hold that anchors do not", Block(), ["against_discrete", "weighted_points", "uncertainty"]),
         ("Foreign rows", _foreign(results, named), ["foreign", "stream"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.results import read_results, write_metrics
-from loracurve.bench.tables.averages import averages
+from loracurve.bench.tables.averages import averages, differences
 from loracurve.bench.tables.costs import costs, left_out
 from loracurve.bench.tables.detection import detection, detection_differences, verdicts
 from loracurve.bench.tables.ensembles import comparisons, ensembles
@@ -33,14 +33,15 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
     out = Path(out)
     results = read_results(suite, out)
     write_metrics(results, out / "metrics.parquet")
-    differences = detection_differences(results)
+    of_detection = detection_differences(results)
     of_ensembles = ensembles(results, out)
     tables = [
         averages(results),
+        differences(results),
         summary(results),
-        goals(results, of_ensembles[-1], differences),
+        goals(results, of_ensembles[-1], of_detection),
         *of_ensembles,
-        verdicts(results, differences),
+        verdicts(results, of_detection),
     ]
     tables += [uncertainty(results), against_discrete(results), weighted_points(results)]
     tables += [*barriers(results, out), along_curves(results)]
@@ -48,7 +49,7 @@ def write_tables(suite: SuiteConfig, out: str | Path, page: bool = False) -> lis
         foreign(results),
         stream(results),
         detection(results),
-        differences,
+        of_detection,
         shift(results),
         comparisons(results),
         seeds(results),
