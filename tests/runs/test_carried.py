@@ -91,9 +91,12 @@ def swap(folder: Path) -> None:
     write_json(folder / "index.json", read(folder / "index.json")[::-1])
 
 
-def outside(folder: Path) -> None:
-    points = read(folder / "index.json")
-    write_json(folder / "index.json", [points[0] | {"folder": "../points"}, *points[1:]])
+def outside(name: str) -> Callable[[Path], None]:
+    def work(folder: Path) -> None:
+        points = read(folder / "index.json")
+        write_json(folder / "index.json", [points[0] | {"folder": name}, *points[1:]])
+
+    return work
 
 
 POINT = "point-01/adapter_model.safetensors"
@@ -102,7 +105,8 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "numbers of an adapter": ("points", scale(POINT), f"expected the {POINT} that it was made with, found another"),
     "alpha of an adapter": ("points", edit("point-00/adapter_config.json", lora_alpha=64), "adapter_config.json that"),
     "the order of the points": ("points", swap, "expected the index.json that it was made with, found another"),
-    "a point elsewhere": ("points", outside, "expected names of folders beside it, found '../points'"),
+    "a point elsewhere": ("points", outside("../points"), "expected names of folders beside it, found '../points'"),
+    "the folder above": ("points", outside(".."), "expected names of folders beside it, found '..'"),
     "the prior": ("curve", edit("unknowns.json", on_base=True), "expected what loracurve wrote, found it changed"),
     "hashes that are gone": ("curve", edit("unknowns.json", belongs={}), "expected the entry 'belongs.files'"),
     "numbers of the curve": ("curve", scale("control_points.safetensors"), "the control_points.safetensors that it"),
@@ -110,7 +114,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a file less": (
         "curve",
         lambda f: (f / "unknowns.safetensors").unlink(),
-        "expected a file that unknowns.json belongs to, found none",
+        "expected the unknowns.safetensors that it",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.made_runs import Maker, command
 from helpers.read_runs import log_point_nll, logits, peft_logits, read, some_ids, table
 
+from loracurve.cli import main
 from loracurve.model.base_model import load_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.runs.run import open_run
@@ -39,6 +41,30 @@ def test_the_best_point_has_the_lowest_validation_nll(fitted: Maker, tmp_path: P
     (entry,) = read(tmp_path / "best" / "index.json")
     assert nll[round(entry["t"] * 20)] == pytest.approx(float(nll.min()), abs=1e-6)
     assert float(nll.max() - nll.min()) > 1e-3, "or any point would do"
+
+
+def test_points_on_the_curve_of_a_run_that_averages_off_it(fitted: Maker, tmp_path: Path) -> None:
+    """Those of `--points`, as the refusal of the run's own advises."""
+    out = Path(shutil.copytree(fitted("anchored", "letter"), tmp_path / "run"))
+    text = (out / "config.yaml").read_text()
+    assert "inference: curve" in text
+    (out / "config.yaml").write_text(text.replace("inference: curve", "inference: tunnel"))
+    command("export", out, "--points=2", "--out", tmp_path / "ends")
+    points = read(tmp_path / "ends" / "index.json")
+    assert [(p["t"], p["weight"]) for p in points] == [(0.0, 0.5), (1.0, 0.5)]
+
+
+def test_unknowns_of_another_curve_are_refused(
+    fitted: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs average the same points: only the curves differ."""
+    run = Path(shutil.copytree(fitted("anchored", "letter"), tmp_path / "run"))
+    other = Path(shutil.copytree(fitted("free", "letter"), tmp_path / "other"))
+    for name in ("unknowns.json", "unknowns.safetensors"):
+        shutil.copy(other / name, run / name)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "again")]) == 2
+    assert "expected numbers of this run's curve, found those of another" in capsys.readouterr().err
 
 
 def test_exported_points_are_anchors_of_another_run(fitted: Maker, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from loracurve.curve import hub as curve_hub
 from loracurve.curve.files import FILES
 from loracurve.curve.hub import UNKNOWNS
 from loracurve.curve.spec import CurveSpec
+from loracurve.inference.unknowns import read_unknowns
 from loracurve.model.curve_model import CurveModel
-from loracurve.runs.carried import open_average
+from loracurve.runs.carried import carry_unknowns, open_average
 from loracurve.runs.run import open_run
 from loracurve.system.errors import UserError
 from loracurve.system.files import read_json, write_json
@@ -244,16 +245,21 @@ def test_what_cannot_be_shared_is_said_in_one_line(
 def test_the_example_of_the_page_runs(
     runs: dict[str, Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    curve = runs["label"] / "curve"
+    curve, known = Path(shutil.copytree(runs["label"] / "curve", tmp_path / "curve")), read_unknowns(runs["label"])
+    assert known is not None
+    carry_unknowns(*known, curve)
     in_cache(tmp_path / "cache", "OWNER/NAME", {p.name: p.read_bytes() for p in curve.iterdir()})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "sharing.md").read_text()
-    block = text.split("```python\n")[1].split("```")[0]
+    block, second = (part.split("```")[0] for part in text.split("```python\n")[1:])
     pushed = 'push_to_hub("OWNER/OTHER", base="org/tiny")'  # this one's base is a folder
     names: dict[str, Any] = {}
     exec(block.replace('push_to_hub("OWNER/OTHER")', pushed), names)
     assert torch.equal(logits(names["model"]), model_of(runs["label"])[1])
+    run = open_run(runs["label"])
+    exec(second, names | {"task": run.task})
+    assert_same_unknowns(run, *open_average("OWNER/NAME"))
     points = hub.repositories["OWNER/OTHER"]["control_points.safetensors"]
     assert points == (curve / "control_points.safetensors").read_bytes()
 

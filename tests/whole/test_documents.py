@@ -127,7 +127,7 @@ def is_there(named: str) -> bool:
     first, *names = named.split(".")
     if names == ["py"]:
         return any((SOURCE.parent / (m.replace(".", "/") + ".py")).is_file() for m in MODULES.get(first, []))
-    if names in (["json"], ["yaml"]):
+    if names in (["json"], ["yaml"], ["safetensors"]):
         return True  # a file of a run
     for module in MODULES.get(first, []):
         found: Any = importlib.import_module(module)

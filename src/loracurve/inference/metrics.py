@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -86,6 +85,9 @@ def average_precision(scores: Tensor, is_positive: Tensor) -> Scalar:
     reason = _undefined(is_positive, both=True)
     if reason:
         return Scalar(None, reason)
+    # Imported here: it takes a second, and few need it.
+    from sklearn.metrics import average_precision_score
+
     positive = is_positive.bool().cpu().numpy()
     weights = np.where(positive, 1 / positive.mean(), 1 / (1 - positive.mean()))
     return Scalar(float(average_precision_score(positive, _groups(scores).cpu().numpy(), sample_weight=weights)))

@@ -187,12 +187,15 @@ _TENSORS = {
 }
 
 
-def write_unknowns(unknowns: Unknowns, average: Sequence[Sequence[float]], folder: Path) -> None:
+def write_unknowns(
+    unknowns: Unknowns, average: Sequence[Sequence[float]], folder: Path, curve: str | None = None
+) -> None:
     """Write unknowns.safetensors, and then unknowns.json, which says what is in it.
 
     Args:
         average: place and weight of each point that they were built for.
         folder: of the run.
+        curve: SHA-256 of the run's control points.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {
@@ -200,6 +203,8 @@ def write_unknowns(unknowns: Unknowns, average: Sequence[Sequence[float]], folde
         "average": [list(point) for point in average],
         "on_base": unknowns.on_base,
     }
+    if curve is not None:
+        values["curve"] = curve
     if (gaussians := unknowns.gaussians) is not None:
         tensors |= {f"gaussians.{name}": getattr(gaussians, name) for name in _TENSORS["gaussians"]}
         names = ("form", "classes", "bias", "rows", "of", "tau")
@@ -251,6 +256,7 @@ _SHAPE: Any = {
     "format": int,
     "average": [[float]],
     "on_base": bool,
+    "curve?": str,
     "gaussians?": {"form": str, "classes": int, "bias": bool, "rows": int, "of": int, "tau": float},
     "familiarity?": {"measure": str, "rows": int},
 }

@@ -21,10 +21,9 @@ from loracurve.inference.calibration import (
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.model_average import Average
 from loracurve.inference.rounding import SAFETY, PredictedAgain, first_of_each, predict_again
-from loracurve.inference.unknowns import write_unknowns
 from loracurve.runs.calibration import FORMAT, Measure, arithmetic_of
 from loracurve.runs.predict import average_of_classes, familiarity_of, rows_of
-from loracurve.runs.run import Run, build_unknowns
+from loracurve.runs.run import Run, build_unknowns, keep_unknowns
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
 from loracurve.system.folders import locked
@@ -147,7 +146,7 @@ def _known_by(run: Run, average: Average, distance: Tensor | None) -> Average:
         return average
     known = replace(unknowns.familiarity, known=distance.cpu().double().sort().values)
     unknowns = replace(unknowns, familiarity=known)
-    write_unknowns(unknowns, average.points, run.folder)
+    keep_unknowns(unknowns, average, run.folder)
     return replace(average, unknowns=unknowns)
 
 

@@ -44,18 +44,23 @@ _SHAPE: Shape = {"belongs": {"files": {str: str}, "base": {}}, "sha256": str}
 
 
 def carry_unknowns(
-    unknowns: Unknowns, points: Sequence[Sequence[float]], folder: Path, base: Mapping[str, Any] | None = None
+    unknowns: Unknowns,
+    points: Sequence[Sequence[float]],
+    folder: Path,
+    index: Sequence[Mapping[str, Any]] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a run's unknowns into a folder of exported points or of a curve, whose other files are there already.
+    """Write a run's unknowns into a folder of exported points or of a curve, which are there already.
 
     Args:
         unknowns: of the run's average.
-        points: place and weight of each of its points, in the order of the exported ones.
+        points: place and weight of each of its points.
         folder: where the points or the curve are.
-        base: fingerprint of the base, where the folder has none itself.
+        index: of exported points, what index.json is going to hold.
+        base: of exported points, the fingerprint of their base; a curve has its own.
     """
     write_unknowns(unknowns, points, folder)
-    belongs = {"files": _hashes(folder), "base": dict(base or {})}
+    belongs = {"files": _hashes(folder, index), "base": dict(base or {})}
     values = read_json(folder / _JSON) | {"belongs": belongs}
     write_json(folder / _JSON, values | {"sha256": checksum(values)})
 
@@ -75,7 +80,11 @@ def carried_unknowns(folder: Path) -> tuple[Unknowns, list[tuple[float, ...]]] |
     again = "export or share the run again"
     if values["sha256"] != checksum(values):
         raise UserError(f"{path}: expected what loracurve wrote, found it changed; {again}")
-    known, found = values["belongs"]["files"], _hashes(folder)
+    index = None
+    if is_file(folder / INDEX):
+        read_index(folder)  # or it is refused
+        index = read_json(folder / INDEX)
+    known, found = values["belongs"]["files"], _hashes(folder, index)
     for name in [*found, *sorted(known.keys() - found.keys())]:
         if known.get(name) != found.get(name):
             raise UserError(f"{path}: expected the {name} that it was made with, found another or none; {again}")
@@ -147,22 +156,22 @@ def _average_of(unknowns: Unknowns, points: list[tuple[float, ...]], control_poi
 def _within(names: Sequence[str], folder: Path) -> Sequence[str]:
     """Names of folders; raises UserError for those that lead out of their own."""
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{folder / INDEX}: expected names of folders beside it, found {name[:100]!r}")
     return names
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that unknowns belong to; of configs without the place of the base."""
-    if is_file(folder / INDEX):
-        points = _within(read_index(folder)[0], folder)
-        names = [INDEX, *(f"{point}/{name}" for point in points for name in _POINT_FILES)]
-    else:
-        names = [name for name in CURVE_FILES if is_file(folder / name)]
-    return {name: _hash(folder / name) for name in (*names, _TENSORS)}
+def _hashes(folder: Path, index: Any) -> dict[str, str]:
+    """SHA-256 of what unknowns belong to, by file: the curve, or where there is an index the points in it."""
+    if index is None:
+        return {name: _hash(folder / name) for name in (*CURVE_FILES, _TENSORS) if is_file(folder / name)}
+    points = _within([point["folder"] for point in index], folder)
+    names = [*(f"{point}/{name}" for point in points for name in _POINT_FILES), _TENSORS]
+    return {INDEX: checksum({"points": index})} | {name: _hash(folder / name) for name in names}
 
 
 def _hash(path: Path) -> str:
+    """Of a file's bytes; of a config, of what it says but for the place of its base."""
     if path.name.endswith("_config.json"):
         return checksum(_nameless(read_json(path)))
     return file_hash(path, f"a file that {_JSON} belongs to")

@@ -9,9 +9,10 @@ import torch
 
 from loracurve.curve.files import load_base_record
 from loracurve.runs.carried import carry_unknowns
-from loracurve.runs.index import write_index
+from loracurve.runs.index import INDEX, index_of
 from loracurve.runs.run import Run, best_point, check_run, open_run
 from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
 from loracurve.system.paths import is_file
 
@@ -49,9 +50,9 @@ def export_run(
 def _export(opened: Run, folder: Path, points: int | None, best: bool, t: float | None) -> list[str]:
     average = None
     if best:
-        times, weights = [best_point(opened)], [1.0]
+        points_of = [(best_point(opened), 1.0)]
     elif t is not None:
-        times, weights = [t], [1.0]
+        points_of = [(t, 1.0)]
     else:
         wanted = opened.config.evaluation
         if points is not None:
@@ -61,18 +62,18 @@ def _export(opened: Run, folder: Path, points: int | None, best: bool, t: float 
             raise UserError(
                 "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
             )
-        times, weights = average.t.tolist(), average.weights.tolist()
-    names = [f"point-{i:02d}" for i in range(len(times))]
-    for name, time in zip(names, times, strict=True):
-        opened.model.export(folder / name, time)
-    write_index(folder, names, times, weights)
-    lines = [f"{len(names)} adapter{'s' * (len(names) > 1)} written to {folder}"]
+        points_of = list(zip(average.t.tolist(), average.weights.tolist(), strict=True))
+    index = index_of([f"point-{i:02d}" for i in range(len(points_of))], points_of)
+    for point in index:
+        opened.model.export(folder / point["folder"], point["t"])
+    lines = [f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}"]
     if average is not None and average.unknowns is not None:
         base = load_base_record(opened.folder / "curve").fingerprint
-        carry_unknowns(average.unknowns, average.points, folder, base)
+        carry_unknowns(average.unknowns, points_of, folder, index, base)
         lines.append("with unknowns.json, by which loracurve tells inputs that are foreign to these points")
     elif average is None and is_file(opened.folder / "unknowns.json"):
         lines.append("without unknowns.json, which is of the average's points together")
+    write_json(folder / INDEX, index)  # last: it says that the rest is there
     if opened.model.dtype in (torch.float16, torch.bfloat16):
         dtype = str(opened.model.dtype).removeprefix("torch.")
         lines.append(

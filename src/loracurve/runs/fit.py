@@ -29,6 +29,7 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
 from loracurve.system.paths import exists
+from loracurve.tasks.repeats import in_training
 from loracurve.training.corruption import unlabelled
 from loracurve.training.fit import fit, fit_anchors
 from loracurve.training.origin import MAY_BE_LOWERED, MAY_CHANGE, check_changes, flat_options, options_changed
@@ -85,6 +86,8 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("validation")
+    for words in in_training(task.dataset) if is_main() else ():
+        logger.warning("%s: %s", task.dataset.name, words)
     identity = identity_of(config, base, task.tokenizer, task)
     if (known := read_identity(out)) is not None:
         known.check_same(identity, base, task.tokenizer, str(out))

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loracurve.system.errors import UserError
-from loracurve.system.files import read_json, write_json
+from loracurve.system.files import read_json
 from loracurve.system.paths import is_folder
 
-__all__ = ["INDEX", "read_index", "write_index"]
+__all__ = ["INDEX", "index_of", "read_index"]
 
 
 INDEX = "index.json"
 
 
-def write_index(folder: Path, names: Sequence[str], t: Sequence[float], weights: Sequence[float]) -> None:
-    """Write index.json into the folder that holds the points' folders."""
-    points = zip(names, t, weights, strict=True)
-    write_json(folder / INDEX, [{"folder": name, "t": time, "weight": weight} for name, time, weight in points])
+def index_of(names: Sequence[str], points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """What index.json holds, of the names of folders and the t and weight of each."""
+    return [{"folder": name, "t": t, "weight": weight} for name, (t, weight) in zip(names, points, strict=True)]
 
 
 def read_index(index: str | Path) -> tuple[list[str], Tensor]:

@@ -23,12 +23,13 @@ from loracurve.runs.identity import IDENTITY, Identity, read_identity
 from loracurve.system.consent import consented
 from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
+from loracurve.system.files import file_hash, read_json
 from loracurve.system.paths import is_file
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task, load_task, settled_dataset
 
-__all__ = ["Run", "base_and_task", "best_point", "build_unknowns", "check_run", "open_run", "spread"]
+__all__ = ["Run", "base_and_task", "best_point", "build_unknowns", "check_run", "keep_unknowns", "open_run", "spread"]
 
 
 logger = logging.getLogger("loracurve")
@@ -51,10 +52,16 @@ class Run:
         if known is None:
             return found
         unknowns, points = known
+        path = self.folder / "unknowns.json"
+        if (of := read_json(path).get("curve")) is not None and of != _curve_hash(self.folder):
+            raise UserError(
+                f"{path}: expected numbers of this run's curve, found those of another; delete it, and run "
+                "loracurve calibrate"
+            )
         if not found.has(points):
             logger.warning(
                 "%s: without Gaussians and familiarity, which are of another average of %d points, this one has %d",
-                *(self.folder / "unknowns.json", len(points), len(found.weights)),
+                *(path, len(points), len(found.weights)),
             )
             return found
         return replace(found, unknowns=unknowns)
@@ -134,8 +141,17 @@ def build_unknowns(
             raise
         logger.warning("%s: without Gaussians and familiarity: %s", folder, error)
         return None
-    on_main(partial(write_unknowns, found, average.points, folder))
+    on_main(partial(keep_unknowns, found, average, folder))
     return found
+
+
+def keep_unknowns(unknowns: Unknowns, average: Average, folder: Path) -> None:
+    """Write what was built for an average into a run's folder, with the hash of the curve that it is of."""
+    write_unknowns(unknowns, average.points, folder, _curve_hash(folder))
+
+
+def _curve_hash(folder: Path) -> str:
+    return file_hash(folder / "curve" / "control_points.safetensors", "a run's control points")
 
 
 def spread(model: CurveModel, config: RunConfig) -> None:

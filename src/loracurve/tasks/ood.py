@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from loracurve.system.errors import UserError, nearest
 from loracurve.tasks.dataset import Dataset, Row, as_text
+from loracurve.tasks.repeats import shared_rows
 
 __all__ = ["HELD_OUT", "MOST_SHARED", "adopted", "check_foreign", "without_classes"]
 
@@ -62,22 +63,16 @@ def check_foreign(rows: Sequence[Row], dataset: Dataset, name: str) -> None:
     """Refuse rows of which more than `MOST_SHARED` are among those that the task learns from or is judged by: they are
     not foreign.
 
-    Texts are compared without case, punctuation and spacing.
-
     Raises:
         UserError: they do, with their number.
     """
-    own = {_bare(row) for part in ("train", "validation", "test") for row in dataset.splits.get(part, ())}
-    shared = sum(_bare(row) in own for row in rows)
+    own = (row for part in ("train", "validation", "test") for row in dataset.splits.get(part, ()))
+    shared = shared_rows(rows, own)
     if shared > MOST_SHARED * len(rows):
         raise UserError(
             f"{name}: expected rows that {dataset.name} does not have, found {shared} of {len(rows)} in it; choose "
             "other data"
         )
-
-
-def _bare(row: Row) -> str:
-    return "".join(c for c in as_text(row).lower() if c.isalnum())
 
 
 def without_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:

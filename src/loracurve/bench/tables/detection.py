@@ -49,7 +49,7 @@ def detection_differences(results: Results) -> Table:
             mine, other = shared_seeds(done, results.seeds(task, reference))
             if method == reference or not mine:
                 continue
-            for where, score in _scores_of(mine):
+            for where, score in [pair for pair in _scores_of(mine) if pair in _scores_of(other)]:
                 values: list[Value] = []
                 for measure in ("auroc", "aurc") if where == "errors" else ("auroc",):
                     found = [[resampled(r, where, score, measure) for r in group] for group in (mine, other)]
