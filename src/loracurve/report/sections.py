@@ -267,7 +267,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 SECTIONS = (
     Section(
         "Summary",
-        "A 10-point curve costs 10 forward passes and must be compared at equal passes. MI counts only where NLL and "
+        "A curve of n points costs n forward passes and must be compared at equal passes. MI counts only where NLL and "
         "ACC are not worse. Small test sets leave a point of accuracy as noise: look at the intervals.",
         summary,
         evaluation=True,
