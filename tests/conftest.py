@@ -16,9 +16,12 @@ os.environ["GIT_CEILING_DIRECTORIES"] = str(Path(__file__).parents[1] / "src")
 
 import gc
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 # Their assertions are explained too where they fail.
@@ -27,6 +30,14 @@ from helpers.made_runs import QUICK, SCAN, SCORED, Maker, base_folder, command, 
 from helpers.places import PREPARED  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def _written_is_enough(file: Any) -> None:
+    """In place of `os.fsync`, which waits for the disk: what a killed process wrote is there without it."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = _written_is_enough
 
 # How long an example takes says something about the machine alone.
 settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,23 +63,45 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     return Maker(tmp_path_factory.mktemp("runs"))
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills for the first worker that asks; each gets a copy of its own."""
+    own = factory.mktemp("copies") / name
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    shared = (factory.getbasetemp().parent if workers else factory.mktemp("made")) / name
+    done = shared.with_name(f"{name}.done")
+    with FileLock(shared.with_name(f"{name}.lock")):
+        if not done.exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            make(shared)
+            done.touch()
+    return Path(shutil.copytree(shared, own))
+
+
 @pytest.fixture(scope="session")
 def scored_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A fitted run of each scoring, anchored but for lm, which is free."""
-    root, made = tmp_path_factory.mktemp("runs"), {}
-    for scoring, architecture in SCORED.items():
-        base = base_folder(root / f"base-{scoring}", architecture)
-        config = config_file(root / f"{scoring}.yaml", base, data_folder(root / f"data-{scoring}", scoring), scoring)
-        kind = "free" if scoring == "lm" else "anchored"
-        command("fit", config, "--out", root / scoring, f"--curve.kind={kind}", *QUICK)
-        made[scoring] = root / scoring
-    return made
+
+    def make(root: Path) -> None:
+        for scoring, architecture in SCORED.items():
+            base = base_folder(root / f"base-{scoring}", architecture)
+            config = config_file(
+                root / f"{scoring}.yaml", base, data_folder(root / f"data-{scoring}", scoring), scoring
+            )
+            kind = "free" if scoring == "lm" else "anchored"
+            command("fit", config, "--out", root / scoring, f"--curve.kind={kind}", *QUICK)
+
+    root = made_once(tmp_path_factory, "scored_runs", make)
+    return {scoring: root / scoring for scoring in SCORED}
 
 
 @pytest.fixture(scope="session")
 def reported(scored_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the multiple-choice run, scanned and reported."""
-    run = Path(shutil.copytree(scored_runs["letter"], tmp_path_factory.mktemp("reported") / "letter"))
-    command("scan", run, *SCAN, "--hessian", "1")
-    command("report", run)
-    return run
+
+    def make(root: Path) -> None:
+        run = shutil.copytree(scored_runs["letter"], root / "letter")
+        command("scan", run, *SCAN, "--hessian", "1")
+        command("report", run)
+
+    return made_once(tmp_path_factory, "reported", make) / "letter"

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@cache
 def _command_parser(name: str) -> Parser:
     command = COMMANDS[name]
     described = inspect.getdoc(command.run) or ""

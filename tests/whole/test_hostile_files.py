@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import yaml
 from fuzz.limits import in_time, little_memory, read_or_refused
 from fuzz.mutations import mutated, spoiled
 from fuzz.targets import TARGETS, shared_world
+from helpers.kills import ended, forked
 from helpers.made_runs import command, tree_hash
 from helpers.suites import little
 from helpers.tiny import tiny
@@ -462,8 +461,7 @@ def test_code_of_a_model_runs_only_when_asked(made: Path, tmp_path: Path, capsys
         open_run(run)
     assert not mark.exists()
     # In a process of its own: transformers marks the classes that such code names.
-    words = [sys.executable, "-m", "loracurve", "predict", str(run), str(rows), "--trust-remote-code"]
-    subprocess.run(words, check=False, capture_output=True)
+    ended(forked(lambda: main(["predict", str(run), str(rows), "--trust-remote-code"])))
     assert mark.exists(), "this is what the flag is for"
     with consent.remote_code(True):
         assert consent.consented(True, "a run")

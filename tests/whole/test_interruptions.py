@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import psutil
+from helpers.kills import ended, forked
 from helpers.made_runs import QUICK, Maker, command
-from helpers.processes import ran, started
+from helpers.processes import end_group, ran, started
 from helpers.suites import little
 from helpers.waiting import SECONDS, until
 
 from loracurve.baselines.single import Single
 from loracurve.bench.config import SuiteTask
 from loracurve.bench.provenance import plain
+from loracurve.cli import main
 from loracurve.system.folders import LOCK
 from loracurve.system.tensors import read_tensors
 from loracurve.training.config import LoopConfig
@@ -28,13 +30,28 @@ SLOW = ["--curve_training.steps=1000000", "--curve_training.checkpoint_every=1"]
 
 
 def test_a_fit_that_is_interrupted_keeps_its_checkpoint_and_says_one_line(fitted: Maker, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    words = ["fit", fitted.config("letter"), "--out", out, *QUICK]
-    with started([sys.executable, "-m", "loracurve", *words, *SLOW], **LOUD) as process:
-        until((out / "training" / "checkpoint.json").is_file, "a checkpoint", lambda: process.poll() is None)
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130 and said[1] == SAID
+    out, said = tmp_path / "run", tmp_path / "said"
+    words = ["fit", fitted.config("letter"), "--out", out, *QUICK, *SLOW]
+
+    def program() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv, sys.stderr = ["loracurve", *map(str, words)], os.fdopen(2, "w", buffering=1)
+        sys.exit(main())
+
+    child = forked(program)
+    try:
+        until(
+            (out / "training" / "checkpoint.json").is_file,
+            "a checkpoint",
+            lambda: psutil.Process(child).status() != psutil.STATUS_ZOMBIE,
+        )
+        os.killpg(child, signal.SIGINT)
+        code = ended(child)
+    finally:
+        end_group(child)
+    assert code == 130 and said.read_text() == SAID
     assert not (out / LOCK).exists() and not [*out.rglob(".*.tmp")]
     state = json.loads((out / "training" / "checkpoint.json").read_text())
     assert read_tensors(out / "training" / state["tensors"])

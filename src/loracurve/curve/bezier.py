@@ -135,12 +135,12 @@ def arc_length(
     if not 0 <= start <= end <= 1:
         raise ValueError(f"expected 0 <= start <= end <= 1, found start={start}, end={end}")
     ends = torch.tensor([start, end], dtype=torch.float64, device=gram.device)
-    to_start, to_end = _length_up_to(ends, gram, segments, degree, nodes)
+    to_start, to_end = _Lengths(gram, segments, degree, nodes)(ends)
     return to_end - to_start
 
 
 def arc_length_parameter(fractions: Tensor, gram: Tensor, segments: int, degree: int) -> Tensor:
-    """The t at which the given fractions of the whole arc length lie behind, by bisection.
+    """The t at which the given fractions of the whole arc length lie behind: Newton steps, halving where they are slow.
 
     Returns:
         t, float64 of the shape of `fractions`; the fractions themselves for a curve of length 0.
@@ -151,15 +151,23 @@ def arc_length_parameter(fractions: Tensor, gram: Tensor, segments: int, degree:
     fractions = fractions.to(gram.device, torch.float64)
     if ((fractions < 0) | (fractions > 1)).any():
         raise ValueError(f"expected fractions in [0, 1], found {fractions.min():g} to {fractions.max():g}")
-    whole = arc_length(gram, segments, degree)
+    before = _Lengths(gram, segments, degree)
+    whole = before.joints[-1]
     if whole == 0:
         return fractions.clone()
-    low, high = torch.zeros_like(fractions), torch.ones_like(fractions)
-    for _ in range(54):  # bits of a float64
-        middle = (low + high) / 2
-        before = _length_up_to(middle, gram, segments, degree) < fractions * whole
-        low, high = torch.where(before, middle, low), torch.where(before, high, middle)
-    return torch.where((fractions == 0) | (fractions == 1), fractions, high)
+    t, low, high = fractions, torch.zeros_like(fractions), torch.ones_like(fractions)
+    change, done = torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
+    for _ in range(100):
+        missing = fractions * whole - before(t)
+        low, high = torch.where(missing > 0, t, low), torch.where(missing > 0, high, t)
+        step = torch.where(missing == 0, 0, missing / speed(t, gram, segments, degree))
+        done |= (step.abs() <= 2**-52) | (high - low <= 2**-53)
+        if done.all():
+            break
+        fits = (t + step >= low) & (t + step <= high) & (step.abs() <= change / 2)
+        step = torch.where(fits, step, (low + high) / 2 - t)
+        t, change = torch.where(done, t, t + step), step.abs()
+    return torch.where((fractions == 0) | (fractions == 1), fractions, t)
 
 
 def chord_length(gram: Tensor) -> Tensor:
@@ -226,18 +234,23 @@ def _place(values: Tensor, segment: Tensor, segments: int, degree: int) -> Tenso
     return zeros.scatter(-1, columns, values)
 
 
-def _length_up_to(t: Tensor, gram: Tensor, segments: int, degree: int, nodes: int = 32) -> Tensor:
-    """Arc length from 0 to each t."""
-    x, weights = (part.to(gram.device) for part in gauss_legendre(nodes))
+class _Lengths:
+    """Arc lengths from 0 to each t."""
 
-    def inside(segment: Tensor, u: Tensor) -> Tensor:
-        at = (segment.unsqueeze(-1) + u.unsqueeze(-1) * x) / segments
-        return speed(at, gram, segments, degree) @ weights * u / segments
+    def __init__(self, gram: Tensor, segments: int, degree: int, nodes: int = 32) -> None:
+        self.gram, self.segments, self.degree = gram, segments, degree
+        self.x, self.weights = (part.to(gram.device) for part in gauss_legendre(nodes))
+        each = torch.arange(segments, device=gram.device)
+        self.joints = pad(self._inside(each, torch.ones_like(each, dtype=torch.float64)).cumsum(0), (1, 0))
+        """[S + 1]"""
 
-    each = torch.arange(segments, device=gram.device)
-    joints = pad(inside(each, torch.ones_like(each, dtype=torch.float64)).cumsum(0), (1, 0))
-    segment, u = _local(t, segments)
-    return joints[segment] + inside(segment, u)
+    def __call__(self, t: Tensor) -> Tensor:
+        segment, u = _local(t, self.segments)
+        return self.joints[segment] + self._inside(segment, u)
+
+    def _inside(self, segment: Tensor, u: Tensor) -> Tensor:
+        at = (segment.unsqueeze(-1) + u.unsqueeze(-1) * self.x) / self.segments
+        return speed(at, self.gram, self.segments, self.degree) @ self.weights * u / self.segments
 
 
 def _distances(gram: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from torch import Tensor
 
 from loracurve.inference.hidden_states import SplitStates
@@ -189,6 +188,9 @@ def fit_familiarity(
         nearest = torch.nn.functional.normalize(_mean_state(train.states.read, weights), dim=-1)
         empty = torch.zeros(points, 0)
         return Familiarity(measure, torch.zeros(points, 0, 0), none, empty, none, weights, count, nearest)
+    # Imported here: it takes a second, and most commands and all workers of a suite don't need it.
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
     labelled = train.labels >= 0
     there = train.labels[labelled].unique() if classes > 1 else train.labels[:0]
     means, within, centre, whole = [], [], [], []
@@ -210,6 +212,8 @@ def fit_familiarity(
 
 def _shrunk(centred: Tensor, intensity: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and -vectors of the covariance of rows [E, d], shrunk by `intensity`."""
+    from sklearn.covariance import shrunk_covariance
+
     found = torch.linalg.eigh(
         torch.from_numpy(shrunk_covariance((centred.mT @ centred / len(centred)).numpy(), intensity))
     )
