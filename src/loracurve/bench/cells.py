@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class Group:
         """Let go of the model, before the next one is loaded."""
         self._shared = self._anchors = None
         self._shelf = Shelf()
+        gc.collect()  # on the CPU too: the next model would stand beside this one
         free_memory()
 
     def run(self, cell: Cell) -> dict[str, Any]:
