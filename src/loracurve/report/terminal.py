@@ -64,12 +64,13 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
     sets = sorted({s for row in rows for s in row["detection"]})
     if sets:
         scores = detectors_of(methods.values())
-        title = f"AUROC of telling a set from {split}, {' / '.join(DETECTORS[name] for name in scores)}"
-        table = _table(title, ["method", "passes", *sets])
-        for row in rows:
-            if row["detection"]:
-                cells = (" / ".join(number(v, 3, missing="-") for v in row["detection"][s].values()) for s in sets)
-                _add(table, row["method"], str(row["passes"]), *cells)
+        title = f"AUROC of telling a set from {split}"
+        table = _table(title, ["set: method", *(DETECTORS[name] for name in scores)])
+        for of in sets:
+            for row in rows:
+                if of in row["detection"]:
+                    values = row["detection"][of]
+                    _add(table, f"{of}: {row['method']}", *(number(values[k], 3, missing="-") for k in scores))
         console.print(table)
 
 
