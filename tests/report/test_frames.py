@@ -7,25 +7,29 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from helpers.made_frames import made_rows, predictions
 
-from loracurve.inference.metrics import expected_calibration_error
 from loracurve.report import frames
 from loracurve.system.errors import UserError
 
 
-def test_reliability_bins_are_those_of_the_ece() -> None:
-    rows = predictions().query("method == 'curve' and set == 'test'")
-    frame = frames.reliability_frame(rows).query("items > 0")
-    ece = (frame["items"] * (frame["confidence"] - frame["accuracy"]).abs()).sum() / frame["items"].sum()
-    probs, labels = torch.tensor(np.stack(rows["probs"])), torch.tensor(rows["label"].astype(int).to_numpy())
-    assert ece == pytest.approx(expected_calibration_error(probs, labels), abs=1e-6)
+def test_reliability_groups_hold_enough_rows_and_all_of_them() -> None:
+    draw = np.random.default_rng(0)
+    for rows, groups in ((10, 1), (39, 1), (40, 2), (190, 9), (1000, 10), (1010, 10)):
+        chances = 0.5 + draw.random(rows) / 2
+        frame = frames.reliability_frame(made_rows([*chances], [*draw.integers(0, 2, rows)]), ["m"])
+        assert len(frame) == groups and frame["items"].sum() == rows
+        assert frame["items"].min() >= min(frames.LEAST, rows) and frame["confidence"].is_monotonic_increasing
+        assert (frame["low"] <= frame["accuracy"]).all() and (frame["accuracy"] <= frame["high"]).all()
+        mean = (frame["items"] * frame["confidence"]).sum() / rows
+        assert mean == pytest.approx(chances.mean())
 
 
-def test_empty_bins_have_no_accuracy() -> None:
-    frame = frames.reliability_frame(made_rows([0.9], [0]), ["m"], bins=4)
-    assert frame["items"].tolist() == [0, 0, 0, 1] and frame["accuracy"].isna().tolist() == [True, True, True, False]
+def test_rows_of_equal_confidence_stay_together() -> None:
+    frame = frames.reliability_frame(made_rows([0.9] * 90 + [0.6] * 15, [0] * 105), ["m"])
+    assert frame["items"].tolist() == [105]  # fifteen rows alone say too little
+    frame = frames.reliability_frame(made_rows([0.9] * 90 + [0.6] * 25, [0] * 115), ["m"])
+    assert frame["items"].tolist() == [25, 90]
 
 
 def test_sets_in_distribution_come_first() -> None:

@@ -11,17 +11,21 @@ from matplotlib.figure import Figure
 from loracurve.report import figures, frames, prediction_plots
 
 
-def test_reliability_bins_by_hand() -> None:
-    # Confidences .5 and .5 lie in (0, .5], .51, .95 and 1 above; class 0 is predicted but for the last one.
-    rows = made_rows([0.5, 0.5, 0.51, 0.95, 0.0], [0, 1, 0, 0, 0])
-    frame = frames.reliability_frame(rows, ["m"], bins=2)
-    assert frame["items"].tolist() == [2, 3]
-    np.testing.assert_allclose(frame["confidence"], [0.5, (0.51 + 0.95 + 1) / 3])
-    np.testing.assert_allclose(frame["accuracy"], [1 / 2, 2 / 3])
+def test_reliability_groups_by_hand() -> None:
+    # 25 rows of confidence .6, 15 of them right, and 30 of .9 and 1, all right but one.
+    chances, labels = [0.6] * 25 + [0.9] * 15 + [1.0] * 15, [0] * 15 + [1] * 10 + [0] * 29 + [1]
+    frame = frames.reliability_frame(made_rows(chances, labels), ["m"])
+    assert frame["items"].tolist() == [25, 30]
+    np.testing.assert_allclose(frame["confidence"], [0.6, 0.95])
+    np.testing.assert_allclose(frame["accuracy"], [15 / 25, 29 / 30])
+    # Wilson's interval of 15 of 25 at z = 1.96.
+    middle, half = (0.6 + 1.96**2 / 50) / (1 + 1.96**2 / 25), 1.96 / (1 + 1.96**2 / 25)
+    half *= (0.6 * 0.4 / 25 + 1.96**2 / 2500) ** 0.5
+    np.testing.assert_allclose(frame.loc[0, ["low", "high"]].astype(float), [middle - half, middle + half], atol=1e-4)
     axes = prediction_plots.reliability(frame, Figure().subplots())
-    np.testing.assert_allclose(lines(axes)["m"], frame[["confidence", "accuracy"]])
-    (stairs,) = prediction_plots.confidences(frame, Figure().subplots()).patches
-    np.testing.assert_array_equal(stairs.get_data().values, [2, 3])  # type: ignore[attr-defined]
+    (bars,) = axes.containers
+    np.testing.assert_allclose(bars.lines[0].get_xydata(), frame[["confidence", "accuracy"]])
+    assert figures.label("m") in axes.get_legend_handles_labels()[1]
 
 
 def test_uncertainty_distributions_by_hand() -> None:

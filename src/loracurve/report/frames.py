@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from loracurve.inference.familiarity import p_values
@@ -19,6 +20,8 @@ from loracurve.report.parts import THREE, TWO
 from loracurve.system.errors import UserError
 
 __all__ = [
+    "BINS",
+    "LEAST",
     "compared",
     "confidence",
     "foreign_share",
@@ -50,32 +53,56 @@ def confidence(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reliability_frame(
-    predictions: pd.DataFrame, methods: Sequence[str] | None = None, split: str = "test", bins: int = 15
+    predictions: pd.DataFrame, methods: Sequence[str] | None = None, split: str = "test"
 ) -> pd.DataFrame:
-    """Accuracy and mean confidence in bins of equal width, those of `metrics.expected_calibration_error`.
+    """Accuracy and mean confidence of rows of like confidence, at most `BINS` groups of at least `LEAST` rows each.
+
+    Bins of equal width, which the expected calibration error has, hold a handful of rows each where a model is mostly
+    sure: their accuracy is noise.
 
     Args:
         predictions: see above.
         methods: which; default `compared`.
         split: a labelled set.
-        bins: number of bins (low, high] on [0, 1], 0 in the first.
 
     Returns:
-        method, low, high, items, confidence and accuracy (fractions; missing in empty bins).
+        method, items, confidence, accuracy (fractions), and low and high: its 95 % interval (Wilson 1927).
 
     Raises:
         UserError: a method without rows of the split.
     """
-    edges = np.linspace(0, 1, bins + 1)
     frames = []
     for method in compared(predictions) if methods is None else methods:
         top, right = confidence(_rows(predictions, method, split))
-        place = np.clip(np.digitize(top, edges, right=True) - 1, 0, bins - 1)
-        count = np.bincount(place, minlength=bins)
-        with np.errstate(invalid="ignore"):
-            mean = {k: np.bincount(place, v, bins) / count for k, v in (("confidence", top), ("accuracy", right))}
-        frames.append(pd.DataFrame({"method": method, "low": edges[:-1], "high": edges[1:], "items": count, **mean}))
-    return pd.concat(frames, ignore_index=True)
+        rows = pd.DataFrame({"confidence": top, "accuracy": right.astype(float), "bin": _bins(top)})
+        found = rows.groupby("bin").agg(
+            items=("accuracy", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
+        )
+        for side in ("low", "high"):
+            found[side] = [
+                getattr(binomtest(round(a * n), int(n)).proportion_ci(0.95, "wilson"), side)
+                for a, n in zip(found["accuracy"], found["items"], strict=True)
+            ]
+        frames.append(found.reset_index(drop=True).assign(method=method))
+    return pd.concat(frames, ignore_index=True)[["method", "items", "confidence", "accuracy", "low", "high"]]
+
+
+BINS, LEAST = 10, 20
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """Number of the bin of each value: ascending, equal values in one, all of about the same size."""
+    each, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    size = max(LEAST, -(-len(values) // BINS))
+    number, filled, bins = 0, 0, np.zeros(len(each), dtype=int)
+    for i, count in enumerate(counts):
+        bins[i] = number
+        filled += count
+        if filled >= size:
+            number, filled = number + 1, 0
+    if 0 < filled < LEAST:
+        bins[bins == number] = max(number - 1, 0)
+    return np.asarray(bins[place])
 
 
 def selective_frame(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from loracurve.report.figures import GREY, label, styles
 
-__all__ = ["confidences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
+__all__ = ["posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
 
 _HEADINGS = {
@@ -22,25 +24,15 @@ _HEADINGS = {
 
 
 def reliability(frame: pd.DataFrame, ax: Axes) -> Axes:
-    """Accuracy against confidence of `reliability_frame`, for each method."""
-    ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
+    """Accuracy against confidence of `reliability_frame`, for each method, with intervals."""
+    lowest = max(0, min(frame["confidence"].min(), frame["low"].min()) - 0.02)
+    ax.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
     for (name, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
-        filled = part[part["items"] > 0]
-        ax.plot(filled["confidence"], filled["accuracy"], label=label(name), **style)
-    ax.set(xlabel="confidence (fraction)", ylabel="accuracy (fraction)", title="Reliability")
-    ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    return ax
-
-
-def confidences(frame: pd.DataFrame, ax: Axes) -> Axes:
-    """How many items of `reliability_frame` lie in each bin of confidence, for each method."""
-    for (_, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
-        edges = np.r_[part["low"], part["high"].iloc[-1]]
-        ax.stairs(part["items"], edges, linewidth=1.5, color=style["color"], linestyle=style["linestyle"])
-    # Logarithmic above 1: bins of a handful of items, whose accuracy means little, must be seen to be such.
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set(xlabel=f"confidence (fraction), {frame['low'].nunique()} bins", ylabel="items")
-    ax.set_ylim(bottom=0)
+        ends = np.clip([part["accuracy"] - part["low"], part["high"] - part["accuracy"]], 0, None)
+        thin: dict[str, Any] = {"capsize": 2, "elinewidth": 0.8, "linewidth": 1.2}
+        ax.errorbar(part["confidence"], part["accuracy"], ends, label=label(name), **thin, **style)
+    ax.set(xlabel="confidence (mean of a group of like rows)", ylabel="accuracy, 95 % interval", title="Reliability")
+    ax.set(xlim=(lowest, 1.01), ylim=(lowest, 1.01))
     return ax
 
 

@@ -102,13 +102,11 @@ def reliability(run: RunData) -> Block:
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
     frame = frames.reliability_frame(run.predictions)
-    drawn = figures.panels(
-        [partial(prediction_plots.reliability, frame), partial(prediction_plots.confidences, frame)],
-        (5.2, 4.8),
-        sharex=True,
-        height_ratios=(3, 1),
+    drawn = figures.figure_of(prediction_plots.reliability, frame, size=(5.2, 4.2))
+    caption = (
+        f"Accuracy against confidence, in groups of {frame['items'].min():,} to {frame['items'].max():,} test rows"
     )
-    block = Block(figures=[("reliability", "Accuracy against confidence", drawn)])
+    block = Block(figures=[("reliability", caption, drawn)])
     block.numbers["reliability"] = records(frame)
     return block
 
@@ -278,7 +276,12 @@ SECTIONS = (
         "both alignments) do not have comes from the adapters' rescaling freedom (gauge), not from the loss.",
         loss_paths,
     ),
-    Section("Reliability", "On the diagonal, confidence is right on average.", reliability, evaluation=True),
+    Section(
+        "Reliability",
+        "On the diagonal, confidence is right on average; bars are 95 % intervals.",
+        reliability,
+        evaluation=True,
+    ),
     Section(
         "Uncertainty by set",
         "Total uncertainty is what the data leave open (expected entropy) plus what more data could settle (MI).",

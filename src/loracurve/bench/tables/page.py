@@ -174,7 +174,7 @@ def _reliability(results: Results) -> Block:
         ]
         if rows:
             frame = frames.reliability_frame(pd.concat(rows), [n for n in chosen if results.seeds(task, n)])
-            words = "accuracy against confidence in 15 bins"
+            words = f"accuracy against confidence in at most {frames.BINS} groups of like rows, seeds together"
             block.figures.append(_drawn("reliability", task, words, partial(prediction_plots.reliability, frame), 4.2))
     return block
 
