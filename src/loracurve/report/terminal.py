@@ -88,6 +88,8 @@ def _parts_table(methods: Mapping[str, Any]) -> Table:
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the tables of methods and the paired comparisons of the curve with each of them."""
     print_methods(report["methods"])
+    if not report["comparisons"]:  # a free curve has no adapters to be compared with
+        return
     table = _table(
         "curve minus other, paired over test examples, 95 % bootstrap interval", ["other", "", "difference", ""]
     )
