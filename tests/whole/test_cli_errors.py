@@ -234,11 +234,13 @@ def test_data_folders_that_are_incomplete(world: World, refused: Refused) -> Non
     assert "meta.json, found none" in refused(*fit)
 
 
-def test_answers_that_are_no_single_token(world: World, refused: Refused) -> None:
+def test_answers_that_are_no_single_token(world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_folder(world / "classes", "label")
     fit = ["fit", world.config, "--out", world.out, f"--task.data={data}", "--task.scoring=label", *QUICK]
     answers = ["--task.prompt=Text: {text}\nLabel:", '--task.answers=["quite unlikely", "positive"]']
-    said = refused(*fit, *answers)
+    with monkeypatch.context() as loading:
+        loading.setattr("loracurve.runs.run.open_base", lambda *_: pytest.fail("a model was loaded for nothing"))
+        said = refused(*fit, *answers)
     assert "' quite unlikely': expected exactly one token after the prompt" in said and "scoring: text" in said
     # The mistake is mended and the same folder is good for it: nothing has been computed that could be lost.
     command(*fit)

@@ -49,6 +49,7 @@ def load_base(
     trust_remote_code: bool = False,
     quantise: Quantisation = "none",
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model or a sequence classifier with its tokenizer.
 
@@ -61,6 +62,7 @@ def load_base(
         quantise: hold the linear maps' weights in 4 (nf4, doubly quantised) or 8 bits, as QLoRA does (Dettmers et al.
             2023, arXiv 2305.14314); they are multiplied in `dtype`, for `auto` in bfloat16.
         revision: branch, tag or commit on the hub.
+        tokenizer: the model's, where it is loaded already.
 
     Returns:
         The model, in evaluation mode, and a fast tokenizer with a padding token. Names of weights that the checkpoint
@@ -99,7 +101,8 @@ def load_base(
     if replaced:
         logger.warning("%s: its head has another number of labels; a new one of %d replaces it", name, num_labels)
     setattr(model, DRAWN_ANEW, tuple(sorted({*report["missing_keys"], *replaced})))
-    tokenizer = load_tokenizer(name, trust_remote_code, revision)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, trust_remote_code, revision)
     if classifier and (model.config.pad_token_id is None or model.config.pad_token_id < 0):
         # Classifiers on decoders find the last token by the padding token.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -107,7 +110,11 @@ def load_base(
 
 
 def open_base(
-    config: ModelConfig, task: TaskConfig, seed: int | None = None, trust_remote_code: bool = False
+    config: ModelConfig,
+    task: TaskConfig,
+    seed: int | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The base model and tokenizer for a task: where a head is scored, a sequence classifier of as many classes as the
     data have, else a causal language model.
@@ -116,6 +123,7 @@ def open_base(
         seed: of weights that no checkpoint holds (a new pooler or head), which come from the global generator: the same
             at each opening. None: the generator stays as it is.
         trust_remote_code: consent to run code that comes with the model; what `config` says of it is no consent.
+        tokenizer: the model's, where it is loaded already.
 
     Raises:
         UserError: as `load_base`, no such data, or a config that asks to run code without consent.
@@ -127,7 +135,7 @@ def open_base(
         torch.manual_seed(seed)
     trusted = consented(config.trust_remote_code, f"model {config.name!r}", trust_remote_code)
     options = config.dtype, labels, trusted, config.quantise, config.revision
-    base, tokenizer = load_base(config.name, classifier, *options)
+    base, tokenizer = load_base(config.name, classifier, *options, tokenizer)
     if classifier:
         _check_classes(base, names)
     return base, tokenizer

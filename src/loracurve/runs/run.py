@@ -15,7 +15,7 @@ from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.inference.model_average import Average, average_of
 from loracurve.inference.prediction import point_nll, predict_split
 from loracurve.inference.unknowns import Unknowns, fit_unknowns, read_unknowns, training_rows, write_unknowns
-from loracurve.model.base_model import load_base, model_window, open_base
+from loracurve.model.base_model import load_base, load_tokenizer, model_window, open_base
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
 from loracurve.runs.config import RunConfig, load_config
@@ -162,7 +162,13 @@ def spread(model: CurveModel, config: RunConfig) -> None:
 
 def base_and_task(config: RunConfig, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Task]:
     """The base model of a run about to be trained, and its task; consent as for `open_run`."""
-    base, tokenizer = open_base(config.model, config.task, config.curve_training.seed, trust_remote_code)
+    options = config.model
+    trusted = consented(options.trust_remote_code, f"model {options.name!r}", trust_remote_code)
+    tokenizer = load_tokenizer(options.name, trusted, options.revision)
+    # Answers that are no single tokens, and other faults of prompt and rows, are said before a model is loaded.
+    first = load_task(config.task, tokenizer)
+    first.encode_rows(first.dataset.rows("train")[:8])
+    base, _ = open_base(options, config.task, config.curve_training.seed, trust_remote_code, tokenizer)
     return base, load_task(config.task, tokenizer, model_window(base))
 
 
