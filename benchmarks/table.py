@@ -53,6 +53,17 @@ ROWS: list[tuple[str, str, str, str, str, float]] = [
     ("", "the same, compiled", "four_bit-7b-cuda", "compiled_over_peft", "<=", 1.0),
     ("P10", "training step 16 x 256, 7B shapes: one GPU / two", "scaling-7b-cuda", "training/speedup", ">=", 1.8),
     ("", "evaluation of a data set: one GPU / two", "scaling-7b-cuda", "evaluation/speedup", ">=", 1.8),
+    (
+        "P13",
+        "Gaussians and distance at ten points / the curve's training",
+        "unknowns-small-cpu",
+        "build_curve_share",
+        "<=",
+        0.25,
+    ),
+    ("", "the same with the base's states", "unknowns-small-cpu", "build_base_share", "<=", 0.25),
+    ("P14", "predictions with them / without", "unknowns-small-cpu", "predict_curve_over_without", "<=", 1.05),
+    ("", "the same with the base's states", "unknowns-small-cpu", "predict_base_over_without", "<=", 1.15),
 ]
 
 

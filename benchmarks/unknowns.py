@@ -44,7 +44,7 @@ def main() -> None:
     options = arguments(__doc__, data={"type": Path}, rows={"type": int}, points={"type": int, "default": 10})
     begin = time.perf_counter()
     figures: dict[str, Any] = {"relative_errors": check()}
-    rows = options.rows or (BUILT_FROM if DEVICE.type == "cuda" else 320)
+    rows = options.rows or (BUILT_FROM if DEVICE.type == "cuda" else 1000)
     base = build(options.shape)
     encoded = encode(texts(options.data, 2 * rows), base.config.vocab_size)
     train, other = part(encoded, 0, rows), part(encoded, rows, 2 * rows)
@@ -86,7 +86,8 @@ def main() -> None:
         ratios = [a / b for a, b in zip(times, found["without"], strict=True)]
         if name != "without":
             figures[f"predict_{name}_over_without"] = statistics.median(ratios)
-    report("unknowns", options, figures)
+    command = f"python benchmarks/unknowns.py --shape {options.shape} --rows {rows} --repeats {options.repeats}"
+    report("unknowns", options, figures, command)
     show("unknowns", figures)
 
 
