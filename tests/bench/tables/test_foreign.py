@@ -130,3 +130,15 @@ def test_seeds_and_tasks_are_drawn_as_wholes() -> None:
     # Both tasks, in three pairs; one of them alone, or the other.
     assert {round(v, 9) for v in drawn.tolist()} == {0.0, 1.0, 3.0}
     assert math.isclose((drawn == 1).double().mean().item(), 0.5, abs_tol=0.03)
+
+
+def test_a_score_that_a_task_lacks_counts_where_it_is() -> None:
+    results = _results()
+    for cell in [c for c in results.done if c.task == "b" and c.method == "far"]:
+        of = results.done[cell].predictions
+        for name, predictive in of.sets.items():
+            of.sets[name] = replace(predictive, distance=None)
+    rows = {(r[0], r[1]): r for r in foreign(results).rows}
+    assert rows["far", "entropy"][2] == 2 and rows["far", "distance"][2] == 1
+    assert rows["far", "distance"][5] is None, "one task says nothing of the choice of tasks"
+    assert {(r[0], r[1]): r[2] for r in stream(results).rows}["far", "two reasons"] == 1

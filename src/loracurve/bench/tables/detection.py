@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 from loracurve.bench.results import CellResult, Results, references_of, shared_seeds
-from loracurve.bench.tables.resampled import mean_over_seeds, resampled, scores_of
+from loracurve.bench.tables.resampled import FIGURES, mean_over_seeds, resampled, scores_of
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval
 
 __all__ = ["detection", "detection_differences", "verdicts"]
-
-
-_KEYS = {"MI": "mi", "entropy": "entropy", "W": "within", "distance": "distance"}
 
 
 def detection(results: Results) -> Table:
@@ -30,7 +27,7 @@ def detection(results: Results) -> Table:
             if where == "errors":
                 values += [mean_over_seeds([resampled(r, where, score, "aurc") for r in done]), None, None]
             else:
-                found = [results.figure(task, method, where, f"{n}_{_KEYS[score]}") for n in ("aupr", "fpr95")]
+                found = [results.figure(task, method, where, f"{n}_{FIGURES[score]}") for n in ("aupr", "fpr95")]
                 values += [None, *found]
             table.rows.append([task, method, where, score, *values])
     return table

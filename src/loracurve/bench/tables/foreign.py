@@ -11,7 +11,16 @@ from torch import Tensor
 
 from loracurve.bench.results import CellResult, Results, seed_of, shared_seeds
 from loracurve.bench.suite import full_ensemble
-from loracurve.bench.tables.resampled import Resampled, counts_of, over_groups, over_seeds, resampled, scores_of
+from loracurve.bench.tables.resampled import (
+    FIGURES,
+    SCORES,
+    Resampled,
+    counts_of,
+    over_groups,
+    over_seeds,
+    resampled,
+    scores_of,
+)
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference import metrics
 from loracurve.inference.familiarity import p_values
@@ -37,10 +46,11 @@ Pair = tuple[str, str]
 """A task and the set whose rows are foreign to it."""
 
 
-def pairs_of(results: Results, method: str) -> list[Pair]:
-    """The pairs that a method has predictions for."""
+def pairs_of(results: Results, method: str, score: str) -> list[Pair]:
+    """The pairs on which a method gives a score."""
     found = [(t, results.seeds(t, method)) for t in results.suite.tasks]
-    return [(t, w) for t, done in found if done for w in done[0].predictions.sets if w.startswith("ood:")]
+    there = [(t, done[0]) for t, done in found if done and all(score in scores_of(r.test) for r in done)]
+    return [(t, w) for t, first in there for w in first.predictions.sets if w.startswith("ood:")]
 
 
 def foreign(results: Results) -> Table:
@@ -66,8 +76,9 @@ def foreign(results: Results) -> Table:
         "first, which nobody knows beforehand.",
     )
     for method in dict.fromkeys(m for _, m, _ in results.each()):
-        pairs = pairs_of(results, method)
-        for score in scores_of(results.seeds(pairs[0][0], method)[0].test) if pairs else []:
+        for score in SCORES:
+            if not (pairs := pairs_of(results, method, score)):
+                continue
 
             def measured(result: CellResult, where: str, own: str = score) -> Resampled:
                 return resampled(result, where, own, "auroc")
@@ -77,16 +88,13 @@ def foreign(results: Results) -> Table:
 
             row = _compared(results, method, pairs, measured, reference, larger=True)
             further = [
-                _mean([results.figure(t, method, w, f"{name}_{_KEYS[score]}") for t, w in pairs])
+                _mean([results.figure(t, method, w, f"{name}_{FIGURES[score]}") for t, w in pairs])
                 for name in ("aupr", "fpr95")
             ]
             table.rows.append([method, score, len(pairs), *row, *further])
     if length := text_length(results):
         table.rows.append(["the prompt's length", "tokens", len(length), _mean([*length.values()]), *[None] * 5])
     return table
-
-
-_KEYS = {"MI": "mi", "entropy": "entropy", "W": "within", "distance": "distance"}
 
 
 def text_length(results: Results) -> dict[Pair, float]:
@@ -120,8 +128,8 @@ def stream(results: Results) -> Table:
     )
     methods = list(dict.fromkeys(m for _, m, _ in results.each()))
     for method in methods if any("two reasons" in orders_of(results, m) for m in methods) else []:
-        pairs = pairs_of(results, method)
         for order in orders_of(results, method):
+            pairs = pairs_of(results, method, _NEEDS[order])
 
             def measured(result: CellResult, where: str, own: Order = order) -> Resampled:
                 return _stream_aurc(result, where, own)
@@ -140,19 +148,19 @@ def stream(results: Results) -> Table:
 _COVERAGES = (0.5, 0.8, 0.9)
 
 
+_NEEDS: dict[Order, str] = {"entropy": "entropy", "MI": "MI", "W": "W", "two reasons": "distance"}
+"""The score that each order needs."""
+
+
 def orders_of(results: Results, method: str) -> list[Order]:
     """The orders in which a method's answers can be given."""
-    pairs = pairs_of(results, method)
-    if not pairs:
-        return []
-    scores = scores_of(results.seeds(pairs[0][0], method)[0].test)
-    there: dict[Order, bool] = {"entropy": True, "MI": "MI" in scores, "W": "W" in scores}
-    return [order for order, known in there.items() if known] + (["two reasons"] if "distance" in scores else [])
+    return [order for order, score in _NEEDS.items() if pairs_of(results, method, score)]
 
 
 def stream_risk(results: Results, method: str, order: Order, steps: int = 200) -> Tensor:
     """``[steps + 1]``: risk at equally spaced coverages from 0 to 1, mean over pairs and seeds; 0 at coverage 0."""
-    risks = [_risk(r, w, order, steps) for t, w in pairs_of(results, method) for r in results.seeds(t, method)]
+    pairs = pairs_of(results, method, _NEEDS[order])
+    risks = [_risk(r, w, order, steps) for t, w in pairs for r in results.seeds(t, method)]
     return torch.stack(risks).mean(0)
 
 
@@ -198,9 +206,11 @@ def _stream_aurc(result: CellResult, where: str, order: Order) -> Resampled:
     if key not in result.resampled:
         scores, errors, rows = _streamed(result, where, order)
         first = counts_of(result.cell.task, "test", rows)[:_RESAMPLES]
-        drawn = _drawn(result.cell.task, where, len(scores) - rows, _foreign_rows(rows, len(scores) - rows), len(first))
+        others = len(scores) - rows
+        size = _foreign_rows(rows, others)
+        drawn = _drawn(result.cell.task, where, others, size, len(first))
         values = resampled_aurc(scores, errors, torch.cat([first, drawn], dim=1))
-        fixed = _risk(result, where, order, rows + _foreign_rows(rows, len(scores) - rows))[1:].mean().item()
+        fixed = _risk(result, where, order, rows + size)[1:].mean().item()
         result.resampled[key] = fixed, values
     return result.resampled[key]
 

@@ -13,11 +13,24 @@ from loracurve.inference import metrics
 from loracurve.inference.intervals import Interval, interval_of, resample_counts, resampled_aurc, resampled_auroc
 from loracurve.inference.predictive import Predictive
 
-__all__ = ["SCORES", "Resampled", "counts_of", "mean_over_seeds", "over_groups", "over_seeds", "resampled", "scores_of"]
+__all__ = [
+    "FIGURES",
+    "SCORES",
+    "Resampled",
+    "counts_of",
+    "mean_over_seeds",
+    "over_groups",
+    "over_seeds",
+    "resampled",
+    "scores_of",
+]
 
 
 SCORES = {"MI": "mutual_information", "entropy": "entropy", "W": "within_points", "distance": "distance"}
 """Scores by the names that tables give them. W is the mutual information within points (`Predictive`)."""
+
+FIGURES = {"MI": "mi", "entropy": "entropy", "W": "within", "distance": "distance"}
+"""How the figures of a cell call them, as in auroc_mi."""
 
 Resampled = tuple[float | None, Tensor]
 """A measure, None where the data leave it undefined, and its values ``[R]`` over resamples."""
