@@ -254,7 +254,7 @@ def test_answers_that_are_no_single_token(world: World, refused: Refused, monkey
         (["--task.prompt={qestion}"], "prompt: expected fields .*did you mean 'question'"),
         (["--task.max_length=100000"], "max_length: expected at most the model's window of 512"),
         (["--task.max_length=2"], "window of 2"),
-        (["--model.name=nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
+        (["--model.name=nowhere/at-all"], "cannot load the tokenizer of 'nowhere/at-all'"),
         (["--lora.target_modules=[nothing_here]"], "LoRA targets do not fit this model"),
         (["--evaluation.ood=[nowhere]"], "nowhere"),
         (["--evaluation.quadrature=gauss-legendre", "--curve.anchors=3"], "points: expected a multiple of the 2"),
