@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -74,8 +73,7 @@ class Group:
         """Let go of the model, before the next one is loaded."""
         self._shared = self._anchors = None
         self._shelf = Shelf()
-        gc.collect()  # on the CPU too: the next model would stand beside this one
-        free_memory()
+        free_memory(model_too=True)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fit, predict and store one cell; a UserError is recorded as the reason why it failed.

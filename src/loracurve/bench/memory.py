@@ -44,11 +44,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def free_memory() -> None:
+def free_memory(model_too: bool = False) -> None:
     """Give back what nothing uses on a GPU: captured steps, with all their activations, hang in circles of references.
 
     Without one the collector finds its own time: a third of a second for each cell would be most of a small one.
+
+    Args:
+        model_too: a model was let go of, beside which the next one must not stand, on the CPU either.
     """
-    if torch.cuda.is_available():
+    if model_too or torch.cuda.is_available():
         gc.collect()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
