@@ -92,6 +92,12 @@ def test_faults_in_a_suite_are_told_in_one_line(changes: dict[str, object], mess
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_yaml_reads_as_a_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("model: {name: m}\ntasks: {sst2: {}}\nmethods: {5e-4: {method: single}}\n")
+    with pytest.raises(UserError, match="methods: expected names, found the number 0.0005; put it in quotes"):
+        load_suite(tmp_path / "s.yaml")
+
+
 def test_local_tasks_of_the_small_suite_have_what_their_prompts_need(shared_data: Path) -> None:
     _, tokenizer = tiny_model()
     for name, task in load_suite("small").tasks.items():

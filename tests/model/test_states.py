@@ -10,6 +10,7 @@ import torch
 from helpers.made import made_task, vocabulary
 from helpers.matrix import SCORING
 from helpers.tiny import adapters_on, lora_config, peft_twin, random_points, tiny
+from peft import LoraConfig
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -150,6 +151,31 @@ def test_a_classifier_is_read_where_it_pools() -> None:
         _, states = model.runner.point_states(collate(encoded, [0, 1]), T)
     # Fresh adapters change nothing.
     torch.testing.assert_close(states.read[0, 0], seen[0][0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_is_read_where_it_pools_though_its_head_is_zero(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, num_labels=3, pad_token_id=0, num_key_value_heads=2)
+    base = LlamaForSequenceClassification(config).to(dtype).eval()
+    lengths = (300, 7)  # beyond 256 whole numbers are not all bfloat16 ones
+    ids = [torch.randint(3, 300, (1, n)) for n in lengths]
+    with torch.no_grad():
+        expected = [base.model(input_ids=x).last_hidden_state[0, -1].float() for x in ids]
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    model = CurveModel(base, lora, CurveSpec(1, 2)).eval()
+    model.set_curve(model.spec, random_points(model))
+    rows = [Example(str(i), tuple(x[0].tolist()), (), 0, 3) for i, x in enumerate(ids)]
+    batch = collate(Encoded(rows, "head", None, ("x", "y", "z"), "sum", 0), [0, 1])
+    alone = torch.zeros(1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        log_probs, states = model.runner.point_states(batch, alone)
+        _, together = model.runner.point_states(batch, torch.cat([model.coefficients(T), alone]))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for found in (states.read[0], together.read[-1]):
+        for row, own in zip(found, expected, strict=True):
+            torch.testing.assert_close(row, own, **tolerance)
+    torch.testing.assert_close(log_probs[0], torch.full((2, 3), 1 / 3).log().to(log_probs))
 
 
 def test_logits_of_no_linear_map_are_refused() -> None:

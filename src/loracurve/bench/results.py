@@ -16,9 +16,10 @@ from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.lines import Line
 from loracurve.bench.config import LANDSCAPE, SuiteConfig
+from loracurve.bench.registry import method_name
 from loracurve.bench.retired import RetiredCurve
 from loracurve.bench.statistics import counts_above_chance
-from loracurve.bench.store import Predictions, read_predictions, record_of, write_frame
+from loracurve.bench.store import WIDE, Predictions, read_predictions, record_of, write_frame
 from loracurve.bench.suite import Cell, cells_of, full_ensemble, method_of, scans_of
 from loracurve.curve.anchored import slot_times
 from loracurve.inference import metrics
@@ -60,8 +61,14 @@ class CellResult:
     def test(self) -> Predictive:
         return self.predictions.sets["test"]
 
+    @property
+    def keeps_points(self) -> bool:
+        """Whether all points are stored; of more than `WIDE` classes it is their average alone."""
+        found = self.test.point_log_probs
+        return found is not None and (found.shape[-1] <= WIDE or self.record["passes"] == 1)
+
     def points(self, name: str) -> Tensor:
-        """``[n, E, C]`` log-probabilities at each point."""
+        """``[n, E, C]`` log-probabilities at each point; the average ``[1, E, C]`` where points are not kept."""
         found = self.predictions.sets[name].point_log_probs
         assert found is not None
         return found
@@ -146,10 +153,16 @@ class Results:
         return [p for p in pairs if p[2]]
 
     def singles(self, task: str) -> tuple[float, bool] | None:
-        """Mean test accuracy of single anchors, and whether the data set counts by it; None without anchors."""
+        """Mean test accuracy of single anchors, and whether the data set counts by it; None without anchors.
+
+        Where only averages are stored: of the method `single`, or of the ensemble where it takes no part.
+        """
         whole = self.seeds(task, full_ensemble(self.suite))
         if not whole:
             return None
+        if not whole[0].keeps_points:
+            one = next((n for n, m in self.suite.methods.items() if method_name(m) == "single"), None)
+            whole = (one and self.seeds(task, one)) or whole
         labels = whole[0].predictions.labels["test"]
         correct = torch.stack([r.points("test").argmax(-1) == labels for r in whole])
         accuracy = correct.double().mean().item()
@@ -173,8 +186,10 @@ class Results:
         return found
 
     def positions(self, done: list[CellResult]) -> list[float] | None:
-        """t of the points of a line or curve; None for other methods, and for samples off the curve."""
+        """t of the stored points of a line or curve; None for other methods, and for samples off the curve."""
         method, first = method_of(self.suite, done[0].cell.method), done[0]
+        if not first.keeps_points:
+            return None
         if isinstance(method, Line):
             return slot_times(len(first.test.weights)).tolist()
         if isinstance(method, Curve) and method.inference == "curve":

@@ -3,7 +3,7 @@
 A cell's predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those
 of every class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed`
 says, and `tokens`, the length of its prompt; of tasks with more than `WIDE` classes those of the average alone, with
-`expected_entropy` and `between_points`. Of methods whose points are averages over models around them `expected_entropy`
+`expected_entropy`, `between_points` and `within_points`. Of methods whose points are averages over models around them `expected_entropy`
 is the mean entropy of those, and of methods that measure it `distance` is that from the training data. Numbers of
 points and classes and the weights of the points are in the file's metadata. Against steps of 1/128, which take a
 seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example by some 1e-4,
@@ -36,7 +36,7 @@ from loracurve.system.paths import is_file
 from loracurve.system.tables import read_table, write_table
 from loracurve.tasks.encoding import Encoded
 
-__all__ = ["STEPS", "Predictions", "read_predictions", "record_of", "write_frame", "write_cell_predictions"]
+__all__ = ["STEPS", "WIDE", "Predictions", "read_predictions", "record_of", "write_frame", "write_cell_predictions"]
 
 
 STEPS = 64  # of the stored log-odds, in one nat
@@ -97,7 +97,8 @@ def write_cell_predictions(path: Path, sets: dict[str, Predictive], encoded: dic
         if wide or bool(own.within_points.any()):
             columns["expected_entropy"] = pa.array(own.expected_entropy.tolist(), pa.float32())
         if wide:
-            columns["between_points"] = pa.array(own.between_points.tolist(), pa.float32())
+            for part in ("between_points", "within_points"):
+                columns[part] = pa.array(getattr(own, part).tolist(), pa.float32())
         if own.distance is not None:
             columns["distance"] = pa.array(own.distance.tolist(), pa.float32())
         tables.append(pa.table(columns))
@@ -147,7 +148,7 @@ def _predictions_in(table: pa.Table) -> Predictions:
     values = pad(torch.from_numpy(others), (1, 0))
     further = {
         name: torch.from_numpy(table[name].to_numpy(zero_copy_only=False).astype(np.float64))
-        for name in ("expected_entropy", "between_points", "distance")
+        for name in ("expected_entropy", "between_points", "within_points", "distance")
         if name in table.column_names
     }
     ids, labels = table["id"].to_pylist(), table["label"].to_pylist()
@@ -165,7 +166,9 @@ def _predictions_in(table: pa.Table) -> Predictions:
         left = None if left is None else left.expand(len(weights), -1)
         average = replace(Predictive.from_log_probs(log_probs, weights, left), distance=own.get("distance"))
         if between is not None:
-            average = replace(average, between_points=between, within_points=average.mutual_information - between)
+            # The difference to the entropy of rounded log-odds would be some where there is none.
+            within = own.get("within_points", torch.zeros_like(between))
+            average = replace(average, between_points=between, within_points=within)
         out.sets[name] = average
         out.ids[name] = [ids[i] for i in rows]
         if tokens is not None:

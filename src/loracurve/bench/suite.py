@@ -76,6 +76,8 @@ def suite_of(values: Any) -> SuiteConfig:
     options = {f.name: values[f.name] for f in fields(SuiteConfig)}
     for name in ("tasks", "methods"):
         for key, entry in options[name].items():
+            if not isinstance(key, str):
+                raise UserError(f"{name}: expected names, found the number {key!r}; put it in quotes")
             if not (entry is None or isinstance(entry, Mapping) or is_dataclass(entry)):
                 raise UserError(f"{name}.{key}: expected options such as {{a: 1}}, found {entry!r}")
     made: dict[str, Callable[[Any, str], Any]] = {

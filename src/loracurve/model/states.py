@@ -84,9 +84,13 @@ class LastMap:
             self.module, self.scale = giving[-1], 1.0
         self.module.register_forward_hook(self._note)
 
-    def _note(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.route.watched:
-            self.route.seen = args[0], output
+    def _note(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not self.route.watched:
+            return None
+        if self.is_classifier and output.dim() == 3:
+            output = _told_apart(output)
+        self.route.seen = args[0], output
+        return output
 
     def states(self, batch: Batch, logits: Tensor, replicas: int) -> States:
         """What was seen in the pass that gave these logits of a batch's replicas."""
@@ -148,6 +152,20 @@ def _holds(output: Tensor, logits: Tensor) -> bool:
         return False
     difference = (output.reshape(len(logits), -1, logits.shape[-1]) - logits[:, None]).abs().amax(-1)
     return bool((difference.amin(1) <= 1e-6 * logits.abs().max()).all())
+
+
+def _told_apart(output: Tensor) -> Tensor:
+    """Outputs [R, T, C] whose places differ where all were 0, by as much for every class.
+
+    A head at coefficients of 0, which the untouched base has, gives 0 at every place, and nothing would say which of
+    them the model pools. Its probabilities stay equal.
+    """
+    silent = ~output.flatten(1).any(1)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[output.element_size()]
+    # Neighbouring floats: whole numbers from 257 on would be the same ones in bfloat16.
+    one = torch.ones(output.shape[1], dtype=output.dtype, device=output.device)
+    place = (one.view(bits) + torch.arange(len(one), dtype=bits, device=output.device)).view(output.dtype)
+    return output + silent[:, None, None] * place[:, None]
 
 
 def _scale(output: Tensor, logits: Tensor) -> float | None:

@@ -21,6 +21,7 @@ from loracurve.bench.statistics import (
     novel_share,
     paired_p_value,
 )
+from loracurve.bench.store import WIDE
 from loracurve.bench.suite import full_ensemble
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval, bootstrap_interval
@@ -68,7 +69,8 @@ def ensembles(results: Results, out: Path) -> list[Table]:
         "data_sets",
         "Which data sets count",
         ["task", "test rows", "majority share", "single adapter ACC", "counts"],
-        notes="A data set counts where single adapters exceed the majority class by three standard errors.",
+        notes="A data set counts where single adapters exceed the majority class by three standard errors. Sets with "
+        f"more than {WIDE} classes, of whose methods averages alone are stored, have no part in the next two tables.",
     )
     sizes = Table(
         "ensembles",
@@ -94,6 +96,8 @@ def ensembles(results: Results, out: Path) -> list[Table]:
         labels = members[0].predictions.labels["test"]
         majority = torch.bincount(labels).max().item() / len(labels)
         data.rows.append([task, len(labels), majority, accuracy, "yes" if counts else "no"])
+        if not members[0].keeps_points:  # no smaller ensembles can be made of the average
+            continue
         kept = {m.cell.seed: _scores(m, out) for m in members}
         scores = {seed: k["scores"] for seed, k in kept.items()}
         sizes.rows += [[task, *row] for row in _sizes_and_modes(results, task, list(kept.values()))]

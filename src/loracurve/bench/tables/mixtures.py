@@ -74,7 +74,7 @@ def against_discrete(results: Results) -> Table:
         if not isinstance(method_of(results.suite, method), Curve) or not (count := results.anchors_of(method)):
             continue
         done, whole = shared_seeds(results.seeds(task, method), results.seeds(task, full_ensemble(results.suite)))
-        if not done:
+        if not done or not done[0].keeps_points:
             continue
         mixes, joint, jsd, novel = [], [], [], []
         for mine, anchors in zip(done, whole, strict=True):
