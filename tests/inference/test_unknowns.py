@@ -21,6 +21,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 
 T, WEIGHTS = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+COSINE = {"measure": "cosine", "familiarity": "curve"}
 
 
 def build(tmp_path: Path, scoring: str) -> tuple[CurveModel, Any]:
@@ -44,7 +45,8 @@ def test_every_scoring_has_what_it_can_have(scoring: str, tmp_path: Path, caplog
     plain = predict_split(model, test, T, WEIGHTS)
     assert len(found) == len(plain) and found.distance is not None
     states = states_of(model, test, T)
-    torch.testing.assert_close(found.distance, unknowns.familiarity.distance(states.states), rtol=1e-3, atol=1e-3)
+    beside = states_of(model, test, unknowns.places(model, T))
+    torch.testing.assert_close(found.distance, unknowns.familiarity.distance(beside.states), rtol=1e-3, atol=1e-3)
     parts = found.expected_entropy + found.within_points + found.between_points
     torch.testing.assert_close(parts, found.entropy, rtol=1e-4, atol=1e-5)
     assert bool(found.within_points.any()) == (scoring != "lm")
@@ -65,7 +67,27 @@ def test_every_scoring_has_what_it_can_have(scoring: str, tmp_path: Path, caplog
     assert p.min() >= 1 / (len(validation) + 1) and p.max() <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"measure": "cosine"}, {"familiarity": "base"}, {"gaussians": "none"}])
+@pytest.mark.parametrize("scoring", ["label", "text"])
+def test_both_distances_are_the_sum_of_either_by_its_spread_among_validation_rows(scoring: str, tmp_path: Path) -> None:
+    model, task = build(tmp_path, scoring)
+    train, validation, test = (task.encode(name) for name in ("train", "validation", "test"))
+    found = {}
+    for which in ("curve", "base", "both"):
+        config = UnknownsConfig(gaussians="none", familiarity=which)  # type: ignore[arg-type]
+        unknowns = fit_unknowns(model, train, validation, T, WEIGHTS, config)
+        predicted = unknowns.predict(model, {"known": validation, "test": test}, T, WEIGHTS)
+        found[which] = {name: p.distance for name, p in predicted.items()}
+    expected = sum(found[which]["test"] / found[which]["known"].std() for which in ("curve", "base"))
+    both = found["both"]["test"]
+    # Up to a scale of its own, which no p-value knows of.
+    torch.testing.assert_close(both / both.abs().max(), expected / expected.abs().max(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="expected curve or base with measure cosine, found both"):
+        UnknownsConfig(measure="cosine")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"familiarity": "curve"}, {"familiarity": "base"}, {"gaussians": "none"}, COSINE]
+)
 @pytest.mark.parametrize("scoring", ["label", "text"])
 def test_they_come_back_from_a_folder(scoring: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, task = build(tmp_path, scoring)
@@ -106,7 +128,7 @@ def test_damaged_files_are_told_in_one_line(tmp_path: Path) -> None:
         (whole | {"gaussians": whole["gaussians"] | {"classes": 4}}, "dimensions for 4 classes"),
         (whole | {"gaussians": whole["gaussians"] | {"tau": 0.0}}, "tau 0.0"),
         (whole | {"familiarity": {"measure": "euclid", "rows": 4}}, "measure 'euclid'"),
-        (whole | {"on_base": True}, "of shape"),
+        (whole | {"on_base": False}, "of shape"),
         ({"format": 1}, "expected the entry 'average'"),
     ]
     for values, message in spoiled:

@@ -37,16 +37,17 @@ def test_exported_points_predict_as_their_run_does(
     assert_same_unknowns(run, *open_average(tmp_path / "curve", base_of(run)))
 
 
-def test_a_familiarity_of_the_base_and_another_place_of_it(fitted: Maker, tmp_path: Path) -> None:
-    """The base is then one point more; its place is no part of what is compared."""
+@pytest.mark.parametrize("which", ["base", "curve"])
+def test_a_familiarity_of_one_kind_and_another_place_of_the_base(which: str, fitted: Maker, tmp_path: Path) -> None:
+    """The base is one point more or none; its place is no part of what is compared."""
     folder = Path(shutil.copytree(fitted("anchored", "letter"), tmp_path / "run"))
     for name in UNKNOWNS:
         (folder / name).unlink()
     text = (folder / "config.yaml").read_text()
-    assert "familiarity: curve" in text
-    (folder / "config.yaml").write_text(text.replace("familiarity: curve", "familiarity: base"))
+    assert "familiarity: both" in text
+    (folder / "config.yaml").write_text(text.replace("familiarity: both", f"familiarity: {which}"))
     command("calibrate", folder)
-    assert read(folder / "unknowns.json")["on_base"]
+    assert read(folder / "unknowns.json")["on_base"] == (which == "base")
     command("export", folder, "--out", tmp_path / "points")
     moved = Path(shutil.copytree(fitted.base("qwen2"), tmp_path / "moved"))
     for config in (tmp_path / "points").glob("*/adapter_config.json"):
@@ -107,7 +108,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "the order of the points": ("points", swap, "expected the index.json that it was made with, found another"),
     "a point elsewhere": ("points", outside("../points"), "expected names of folders beside it, found '../points'"),
     "the folder above": ("points", outside(".."), "expected names of folders beside it, found '..'"),
-    "the prior": ("curve", edit("unknowns.json", on_base=True), "expected what loracurve wrote, found it changed"),
+    "the prior": ("curve", edit("unknowns.json", on_base=False), "expected what loracurve wrote, found it changed"),
     "hashes that are gone": ("curve", edit("unknowns.json", belongs={}), "expected the entry 'belongs.files'"),
     "numbers of the curve": ("curve", scale("control_points.safetensors"), "the control_points.safetensors that it"),
     "a curve's config": ("curve", edit("curve_config.json", more=1), "the curve_config.json that it was made with"),

@@ -3,11 +3,11 @@
 A cell's predictions.parquet has one row for each example: `set`, `id`, `label` (null without one) and `log_odds`, those
 of every class but the first against the first at each point, points outermost, in steps of 1/64 and packed as `_packed`
 says, and `tokens`, the length of its prompt; of tasks with more than `WIDE` classes those of the average alone, with
-`expected_entropy`, `between_points` and `within_points`. Of methods whose points are averages over models around them `expected_entropy`
-is the mean entropy of those, and of methods that measure it `distance` is that from the training data. Numbers of
-points and classes and the weights of the points are in the file's metadata. Against steps of 1/128, which take a
-seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example by some 1e-4,
-AUROC by 1e-4 to 4e-4.
+`expected_entropy`, `between_points` and `within_points`. Of methods whose points are averages over models around them
+`expected_entropy` is the mean entropy of those, and of methods that measure it `distance` is that from the training
+data. Numbers of points and classes and the weights of the points are in the file's metadata. Against steps of 1/128,
+which take a seventh more room, mean NLL and mutual information move by some 1e-5, the mutual information of an example
+by some 1e-4, AUROC by 1e-4 to 4e-4.
 
 A run's file of the same name is of another form, with probabilities (`runs.evaluate.write_run_predictions`).
 """

@@ -85,9 +85,10 @@ class UnknownsConfig:
     rule: Literal["marginal", "validation"] = "validation"
     """marginal: the tau of the highest marginal likelihood. validation: the smallest whose validation NLL, as it is and
     after temperature, is within .3 % of the best. Scores of whole texts always take the second."""
-    familiarity: Literal["curve", "base", "none"] = "curve"
-    """Distance from the training data, by the hidden states of the curve's points or of the untouched base (a forward
-    pass more)."""
+    familiarity: Literal["both", "curve", "base", "none"] = "both"
+    """Distance from the training data by hidden states. curve: of its points, which see what is unlike the classes.
+    base: of the untouched base, which sees other topics and formats. both: their sum. The base is a forward pass more.
+    """
     measure: Literal["mahalanobis", "cosine"] = "mahalanobis"
     """mahalanobis: relative to the classes and to all rows. cosine: to the nearest training rows."""
     rows: Count = 3000
@@ -95,6 +96,8 @@ class UnknownsConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "unknowns")
+        if self.measure == "cosine" and self.familiarity == "both":
+            raise UserError("unknowns.familiarity: expected curve or base with measure cosine, found both; choose one")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,16 @@ whose sign is the wrong one. Without classes it is the second term alone, with i
 1 - the mean cosine to the nearest training rows. Neither says anything of errors on known inputs: a hard row can be
 quite familiar.
 
+The points of a curve know what their training told apart, the untouched base knows topics and formats, and each misses
+what the other sees. Together they are summed, each by how much it varies among known rows (`balanced`).
+
 What is reported is a conformal p-value against validation rows: of known inputs at most a part alpha has a p-value of
 at most alpha, whatever the distribution.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -32,7 +35,7 @@ from loracurve.model.states import States
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import Batch
 
-__all__ = ["NEIGHBOURS", "Familiarity", "Measure", "cosine_distance", "fit_familiarity", "p_values"]
+__all__ = ["NEIGHBOURS", "Familiarity", "Measure", "balanced", "cosine_distance", "fit_familiarity", "p_values"]
 
 
 Measure = Literal["mahalanobis", "cosine"]
@@ -81,7 +84,7 @@ class Familiarity:
     whole: Inverse
     """S_0^-1 at each point"""
     weights: Tensor
-    """[n] of the points, summing to 1"""
+    """[n] of the points, summing to 1; of the curve's points and the base as one more: `balanced`"""
     rows: int
     """training rows"""
     nearest: Tensor
@@ -125,10 +128,13 @@ class Familiarity:
         mean state."""
         if len(states.read) != len(self.weights):
             raise ValueError(f"expected the states at {len(self.weights)} points, found {len(states.read)}")
-        weights = self.weights.to(states.read.device)
         if self.measure == "cosine":
             return cosine_distance(_mean_state(states.read, self.weights), self.nearest)
-        return weights @ torch.stack([self._at(i, h.double()) for i, h in enumerate(states.read)])
+        return self.weights.to(states.read.device) @ self.each(states)
+
+    def each(self, states: States) -> Tensor:
+        """[n, E] float64, the relative Mahalanobis distance at each point."""
+        return torch.stack([self._at(i, h.double()) for i, h in enumerate(states.read)])
 
     def _at(self, point: int, h: Tensor) -> Tensor:
         whole = self.whole.squares(point, h, self.centre[point : point + 1])[:, 0]
@@ -156,6 +162,23 @@ def p_values(distance: Tensor, known: Tensor) -> Tensor:
         raise ValueError("expected distances of known rows, found none")
     nearer = torch.searchsorted(known.contiguous(), distance.to(known).contiguous())
     return (1 + len(known) - nearer.double()) / (len(known) + 1)
+
+
+def balanced(found: Familiarity, known: States, weights: Tensor | None) -> Familiarity:
+    """The same, with weights by which the curve's points together and the base vary alike among known rows.
+
+    Args:
+        found: of the curve's n points and the base as one more.
+        known: of validation rows there.
+        weights: [n] of the curve's points; equal if None.
+    """
+    each = found.each(known).cpu()
+    points = len(each) - 1
+    weights = torch.full((points,), 1 / points, dtype=torch.float64) if weights is None else weights.double().cpu()
+    spread = torch.stack([weights @ each[:-1], each[-1]]).std(1, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    own = torch.cat([weights / spread[0], 1 / spread[1:]])
+    return replace(found, weights=own / own.sum())
 
 
 def _mean_state(states: Tensor, weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loracurve.inference.config import UnknownsConfig
-from loracurve.inference.familiarity import Familiarity, Inverse, fit_familiarity
+from loracurve.inference.familiarity import Familiarity, Inverse, balanced, fit_familiarity
 from loracurve.inference.hidden_states import SplitStates, states_of
 from loracurve.inference.laplace import (
     LARGEST_TAU,
@@ -54,14 +54,17 @@ class Unknowns:
     gaussians: Gaussians | None
     familiarity: Familiarity | None
     on_base: bool = False
-    """whether familiarity is that of the untouched base's state, which is then run as one point more"""
+    """whether familiarity looks at the untouched base's state, which is then run as one point more; it alone where
+    familiarity is of one point, else beside the curve's points"""
 
     def read(self, log_probs: Tensor, states: States, batch: Batch) -> Read:
         """As `prediction.Reader`."""
-        own = states
+        distance = None
+        if self.familiarity is not None:
+            alone = self.on_base and len(self.familiarity.weights) == 1
+            distance = self.familiarity.distance(states.at(slice(-1, None)) if alone else states)
         if self.on_base:
-            own, states, log_probs = states.at(slice(-1, None)), states.at(slice(-1)), log_probs[:-1]
-        distance = None if self.familiarity is None else self.familiarity.distance(own)
+            states, log_probs = states.at(slice(-1)), log_probs[:-1]
         if self.gaussians is None:
             return Read(log_probs, distance=distance)
         return replace(self.gaussians.read(log_probs, states, batch), distance=distance)
@@ -121,7 +124,7 @@ def fit_unknowns(
         UserError: as `fit_gaussians` and `fit_familiarity`; where only the Gaussians cannot be had, they are left out
             with a line in the log, if `config.gaussians` is `auto`.
     """
-    on_base = config.familiarity == "base"
+    on_base = config.familiarity in ("base", "both")
     where = _with_base(model, t) if on_base else t
     states, known = states_of(model, train, where), states_of(model, validation, where)
     own = slice(-1) if on_base else slice(None)
@@ -135,8 +138,8 @@ def fit_unknowns(
             logger.warning("without Gaussians: %s", error)
     familiarity = None
     if config.familiarity != "none":
-        of = slice(-1, None) if on_base else slice(None)
-        familiarity = _familiarity(train, states.at(of), known.at(of), None if on_base else weights, config)
+        of = slice(-1, None) if config.familiarity == "base" else slice(None)
+        familiarity = _familiarity(train, states.at(of), known.at(of), weights, config)
     return Unknowns(gaussians, familiarity, on_base)
 
 
@@ -169,7 +172,11 @@ def _familiarity(
     shared = train.scoring in ("head", "answer") and all(e.n_choices == len(train.classes) for e in train.examples)
     if train.scoring == "lm":
         states, known = (_thinned(s) for s in (states, known))
-    found = fit_familiarity(states, weights, len(train.classes) if shared else 0, config.measure)
+    classes = len(train.classes) if shared else 0
+    own = weights if config.familiarity == "curve" else None
+    found = fit_familiarity(states, own, classes, config.measure)
+    if config.familiarity == "both":
+        found = balanced(found, known.states, weights)
     return replace(found, known=found.distance(known.states).cpu().sort().values)
 
 
@@ -244,7 +251,8 @@ def read_unknowns(folder: Path) -> tuple[Unknowns, list[tuple[float, ...]]] | No
             for part in ("within", "whole"):
                 own[part] = Inverse(*(tensors[f"familiarity.{part}.{k}"] for k in ("vectors", "values", "floor")))
             familiarity = Familiarity(**own, **about)
-            familiarity.check(1 if values["on_base"] else points)
+            alone = values["on_base"] and len(familiarity.weights) == 1
+            familiarity.check(1 if alone else points + values["on_base"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: expected what loracurve fit writes, found {error}; run loracurve calibrate"
