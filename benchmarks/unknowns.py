@@ -63,7 +63,7 @@ def main() -> None:
     figures |= {"data": options.data.name if options.data else "synthetic", "rows": rows, "points": options.points}
     figures |= {"classes": len(ANSWERS), "step_s": step_s}
     runs: dict[str, Callable[[], Any]] = {"without": lambda: predict_splits(model, {"": other}, t)}
-    for name, familiarity in (("curve", "curve"), ("base", "base")):
+    for name, familiarity in (("curve", "curve"), ("base", "both")):
         config = UnknownsConfig(familiarity=familiarity, rows=rows)  # type: ignore[arg-type]
 
         def built(config: UnknownsConfig = config) -> Any:

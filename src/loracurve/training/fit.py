@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ from accelerate import Accelerator
 
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.injection import initial_control_points
-from loracurve.system.distributed import join, world
+from loracurve.system.distributed import is_main, join, world
 from loracurve.system.errors import UserError
 from loracurve.tasks.task import Task
 from loracurve.training.anchors import AnchorsObjective, slot_seeds
 from loracurve.training.config import FitConfig, LoopConfig, ObjectiveConfig, resolve_tau
 from loracurve.training.corruption import ordinary_tokens, unlabelled
 from loracurve.training.curves import CurveObjective
+from loracurve.training.doubts import doubts
 from loracurve.training.loop import FitResult, run_loop
 from loracurve.training.perturbation import Perturbation
 
 __all__ = ["fit", "fit_anchors"]
+
+logger = logging.getLogger("loracurve")
 
 
 def fit_anchors(
@@ -59,7 +63,9 @@ def fit_anchors(
     points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
     model.set_curve(model.spec, points)
     program = AnchorsObjective(model, task.encode("train"), task.encode("validation"), config, anchors)
-    return run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
+    result = run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
+    _tell_doubts(result, task, config, "anchors")
+    return result
 
 
 def fit(
@@ -95,7 +101,14 @@ def fit(
         options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
         result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
     result.settled = settled
+    _tell_doubts(result, task, config, "curve")
     return result
+
+
+def _tell_doubts(result: FitResult, task: Task, config: LoopConfig, label: str) -> None:
+    if is_main():
+        for words in doubts(result, task.encode("validation"), label, config.learning_rate):
+            logger.warning("%s", words)
 
 
 def _prepare(model: CurveModel, task: Task, config: FitConfig, loop: dict[str, object]) -> dict[str, Any]:
