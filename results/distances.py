@@ -3,8 +3,8 @@
 python results/distances.py unknowns_choosing
 
 Both: each divided by its standard deviation among validation rows, added (`loracurve.inference.familiarity.balanced`);
-largest: the larger of the two, each by mean and deviation; p: the smaller p-value. Means over seeds. The base's distances
-are from `base_states/TASK.parquet` where it is: cells of tasks with a head have wrong ones (NOTES.md).
+largest: the larger of the two, each by mean and deviation; p: the smaller p-value. Means over seeds. The distances of
+the base are from `base_states/TASK.parquet` where it is: cells of tasks with a head have wrong ones (NOTES.md).
 """
 
 from __future__ import annotations
