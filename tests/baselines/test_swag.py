@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.settings import LOOP, posterior_setting
 
-from loracurve.baselines.swag import SWAG, Iterates
+from loracurve.baselines.swag import SWAG, Iterates, MultiSWAG
 from loracurve.curve.anchored import slot_times
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.prediction import predict_split
@@ -52,3 +52,21 @@ def test_swag_collects_evenly_from_the_anchor_at_a_constant_rate(tmp_path: Path)
         SWAG().fit(of)
     with pytest.raises(UserError, match="2 <= rank <= collect"):
         SWAG(collect=3)
+
+
+def test_multiswag_shares_the_samples_between_anchors(tmp_path: Path) -> None:
+    of = posterior_setting(tmp_path, samples=5)
+    encoded = of.task.encode("test")
+    options = {"collect": 6, "rank": 3, "rate": 1e-9}
+    found = MultiSWAG(modes=2, **options).fit(of)  # type: ignore[arg-type]
+    assert found.along is not None and found.along.weights is not None
+    # Three samples around the first anchor, two around the second, half of the weight each.
+    torch.testing.assert_close(found.along.weights, torch.tensor([1 / 6] * 3 + [1 / 4] * 2, dtype=torch.float64))
+    assert (found.passes, found.cost) == (5, pytest.approx(2 * SWAG(**options).fit(of).cost))  # type: ignore[arg-type]
+    of.model.set_curve(CurveSpec.slots(2), of.anchors)
+    both = predict_split(of.model, encoded, slot_times(2))
+    torch.testing.assert_close(found.predict(encoded).probs, both.probs, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="expected 1 to 2 anchors"):
+        MultiSWAG(modes=3, **options).fit(of)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="modes: expected at most one a sample, found 9 for 5 samples"):
+        MultiSWAG(modes=9, **options).fit(of)  # type: ignore[arg-type]

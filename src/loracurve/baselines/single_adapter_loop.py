@@ -131,16 +131,18 @@ def fresh_adapter(setting: Setting) -> ControlPoints:
     return initial_control_points(model.layers, slot_seeds(setting.training.seed, 1), model.config.init_lora_weights)
 
 
-def train(setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> FitResult:
-    """Train, and leave `learner` at its best state (or the last, by `config.keep`).
+def train(
+    setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str, anchor: int = 0
+) -> FitResult:
+    """Train on the batches of an anchor, and leave `learner` at its best state (or the last, by `config.keep`).
 
     Returns:
-        Number of steps taken and of the best one, its validation NLL in nats. The batches are those of anchor 0.
+        Number of steps taken and of the best one, its validation NLL in nats.
 
     Raises:
         UserError: the loss is not finite.
     """
-    config = replace(config, seed=slot_seeds(config.seed, 1)[0])
+    config = replace(config, seed=slot_seeds(config.seed, anchor + 1)[anchor])
     return take_steps(one.model, _Adapter(setting, one, learner, config, label), config, label, setting.progress)
 
 

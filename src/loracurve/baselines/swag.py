@@ -17,12 +17,13 @@ from torch import Tensor
 
 from loracurve.baselines.method import Fitted, Setting, from_adapters
 from loracurve.baselines.single_adapter_loop import AdamW, NllAt, OneAdapter, train
+from loracurve.curve.lora_space import ControlPoints
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
-from loracurve.system.ranges import Amount, Count, Positive, Rank, check_ranges
+from loracurve.system.ranges import Amount, Count, Positive, Rank, Slots, check_ranges
 from loracurve.training.config import LoopConfig
 
-__all__ = ["SWAG", "Iterates"]
+__all__ = ["SWAG", "Iterates", "MultiSWAG"]
 
 
 class Iterates:
@@ -122,7 +123,12 @@ class SWAG:
 
     def fit(self, setting: Setting) -> Fitted:
         """Go on training from an anchor; raises UserError for an anchor that is not there or too few steps."""
-        start = {name: p[-1:] for name, p in setting.first(self.anchor + 1).items()}
+        adapters, cost = self._samples(setting, self.anchor, range(setting.samples))
+        return from_adapters(setting, adapters, cost)
+
+    def _samples(self, setting: Setting, anchor: int, numbers: range) -> tuple[ControlPoints, float]:
+        """Samples [S, ...] around an anchor, a stream of draws for each number, and the cost of anchor and training."""
+        start = {name: p[-1:] for name, p in setting.first(anchor + 1).items()}
         steps = self.steps or setting.training.steps
         if steps < self.collect:
             raise UserError(f"collect: expected at most one iterate a step, found {self.collect} in {steps} steps")
@@ -138,7 +144,26 @@ class SWAG:
         )
         one = OneAdapter(setting.model, start, config.capture)
         learner = _Collecting(one.values(), config, self)
-        train(setting, one, learner, config, "SWAG")
-        draws = (generator(setting.seed, "swag", s) for s in range(setting.samples))
+        train(setting, one, learner, config, "SWAG", anchor)
+        draws = (generator(setting.seed, "swag", s) for s in numbers)
         adapters = one.stack([learner.iterates.sample(draw, self.scale) for draw in draws])
-        return from_adapters(setting, adapters, cost=1 + steps * config.batch_size / setting.unit)
+        return adapters, 1 + steps * config.batch_size / setting.unit
+
+
+@dataclass(frozen=True)
+class MultiSWAG(SWAG):
+    """SWAG around several anchors, which share the samples evenly (Wilson & Izmailov 2020, arXiv 2002.08791)."""
+
+    modes: Slots = 3
+    """Anchors with a Gaussian each, from `anchor` on."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        """Go on training from each anchor; raises UserError as SWAG does, and for fewer samples than modes."""
+        if self.modes > setting.samples:
+            raise UserError(f"modes: expected at most one a sample, found {self.modes} for {setting.samples} samples")
+        setting.first(self.anchor + self.modes)  # says which are missing before any is trained
+        shares = [range(mode, setting.samples, self.modes) for mode in range(self.modes)]
+        found = [self._samples(setting, self.anchor + mode, share) for mode, share in enumerate(shares)]
+        adapters = {name: torch.cat([points[name] for points, _ in found]) for name in found[0][0]}
+        weights = torch.tensor([1 / (self.modes * len(s)) for s in shares for _ in s], dtype=torch.float64)
+        return from_adapters(setting, adapters, sum(cost for _, cost in found), weights)

@@ -14,7 +14,7 @@ from loracurve.baselines.lines import Line
 from loracurve.baselines.mc_dropout import MCDropout
 from loracurve.baselines.single import Single
 from loracurve.baselines.sngp import SNGP
-from loracurve.baselines.swag import SWAG
+from loracurve.baselines.swag import SWAG, MultiSWAG
 from loracurve.baselines.temperature import TemperatureScaled
 from loracurve.baselines.unknowns import FamiliarityOf, LaplaceCurve
 from loracurve.system.errors import UserError, nearest
@@ -31,6 +31,7 @@ METHODS: dict[str, type[Any]] = {
     "line": Line,
     "mc_dropout": MCDropout,
     "swag": SWAG,
+    "multiswag": MultiSWAG,
     "laplace": Laplace,
     "ivon": IVON,
     "blob": BLoB,
