@@ -26,7 +26,7 @@ EXPLAINED = (
     "between points, where the fine-tunes disagree. MI is the sum of the last two."
 )
 
-DETECTORS = {"entropy": "by entropy", "mi": "by MI", "within": "within points", "distance": "by distance"}
+DETECTORS = {"entropy": "entropy", "mi": "MI", "within": "within points", "distance": "distance"}
 """scores that tell sets apart, of which the last two need what a run knows of unknown inputs"""
 
 

@@ -159,7 +159,7 @@ def _detection(methods: Mapping[str, Any]) -> list[Sheet]:
         for method, values in methods.items()
         for name, found in values["detection"].items()
     ]
-    caption = "AUROC of telling a set from the test split (.5 is chance)"
+    caption = "AUROC of telling a set from the test split (.5 is chance), by"
     return [Sheet(caption, ["method: set", *(DETECTORS[s] for s in scores)], rows)] if rows else []
 
 

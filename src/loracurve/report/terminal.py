@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -64,7 +64,7 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
     sets = sorted({s for row in rows for s in row["detection"]})
     if sets:
         scores = detectors_of(methods.values())
-        title = f"AUROC of telling a set from {split}"
+        title = f"AUROC of telling a set from {split}, by"
         table = _table(title, ["set: method", *(DETECTORS[name] for name in scores)])
         for of in sets:
             for row in rows:
@@ -141,5 +141,8 @@ def _add(table: Table, *cells: str) -> None:
 def _table(title: str, headings: list[str]) -> Table:
     table = Table(title=visible(title), title_justify="left", box=SIMPLE_HEAD)
     for i, heading in enumerate(headings):
-        table.add_column(inline(heading), justify="left" if i == 0 or not heading else "right", no_wrap=True)
+        # In a narrow terminal names wrap: figures that are cut short are none.
+        least = max(len(heading), 6) if i and heading else None
+        side: Literal["left", "right"] = "left" if i == 0 or not heading else "right"
+        table.add_column(inline(heading), justify=side, no_wrap=i > 0, min_width=least)
     return table
