@@ -1,6 +1,7 @@
 """AUROC of foreign rows by the distance of the curve's states, of the base's, and of both together, from stored cells.
 
 python results/distances.py unknowns_choosing
+python results/distances.py unknowns --tables    (AUROC and the stream by both, with the intervals of the tables)
 
 Both: each divided by its standard deviation among validation rows, added (`loracurve.inference.familiarity.balanced`);
 largest: the larger of the two, each by mean and deviation; p: the smaller p-value. Means over seeds. The distances of
@@ -10,13 +11,18 @@ the base are from `base_states/TASK.parquet` where it is: cells of tasks with a 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from loracurve.bench.results import read_results
 from loracurve.bench.store import Predictions, read_predictions
+from loracurve.bench.suite import Cell, full_ensemble, load_suite
+from loracurve.bench.tables.foreign import foreign as foreign_table
+from loracurve.bench.tables.foreign import stream
 from loracurve.inference.familiarity import p_values
 from loracurve.inference.metrics import auroc
 
@@ -64,9 +70,27 @@ def main(store: Path) -> None:
         print(f"| {pair} |", " | ".join(f"{v:.4f}" for v in value.tolist()), "|")
 
 
+def by_tables(store: Path) -> None:
+    """The lines of `foreign` and `stream` of the curve with Gaussians, as if its cells had measured both distances."""
+    suite = load_suite(store / "suite.yaml")
+    results = read_results(suite, store)
+    kept = (full_ensemble(suite), "curve, Gaussians", "curve, base's states")
+    for cell in [c for c in results.done if c.method not in kept]:
+        del results.done[cell]
+    for cell, found in results.done.items():
+        if cell.method == kept[1]:
+            base = results.done[Cell(cell.task, cell.seed, kept[2])].predictions
+            both = {n: scores(distances(found.predictions, None), distances(base, None), n)["both"] for n in base.sets}
+            sets = found.predictions.sets
+            sets |= {name: replace(sets[name], distance=distance) for name, distance in both.items()}
+    for table in (foreign_table(results), stream(results)):
+        table.rows = [row for row in table.rows if row[0] == kept[1]]
+        print(table.markdown())
+
+
 def foreign(test: Tensor, other: Tensor) -> Tensor:
     return torch.cat([torch.zeros(len(test)), torch.ones(len(other))]).bool()
 
 
 if __name__ == "__main__":
-    main(Path(__file__).resolve().parent / sys.argv[1])
+    (by_tables if "--tables" in sys.argv else main)(Path(__file__).resolve().parent / sys.argv[1])
