@@ -173,12 +173,16 @@ def balanced(found: Familiarity, known: States, weights: Tensor | None) -> Famil
         weights: [n] of the curve's points; equal if None.
     """
     each = found.each(known).cpu()
-    points = len(each) - 1
-    weights = torch.full((points,), 1 / points, dtype=torch.float64) if weights is None else weights.double().cpu()
+    weights = _settled(weights, len(each) - 1).cpu()
     spread = torch.stack([weights @ each[:-1], each[-1]]).std(1, correction=0)
     spread = torch.where(spread > 0, spread, 1.0)
     own = torch.cat([weights / spread[0], 1 / spread[1:]])
     return replace(found, weights=own / own.sum())
+
+
+def _settled(weights: Tensor | None, points: int) -> Tensor:
+    """[n] float64, equal ones if None."""
+    return torch.full((points,), 1 / points, dtype=torch.float64) if weights is None else weights.double()
 
 
 def _mean_state(states: Tensor, weights: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ def fit_familiarity(
         raise UserError(f"familiarity: expected at least {_LEAST_ROWS} training rows, found {count}; give more")
     if not train.states.read.isfinite().all():
         raise UserError("familiarity: expected finite hidden states, found others")
-    weights = torch.full((points,), 1 / points, dtype=torch.float64) if weights is None else weights.double()
+    weights = _settled(weights, points)
     none = Inverse(torch.zeros(points, 0, 0), torch.zeros(points, 0), torch.ones(points))
     if measure == "cosine":
         nearest = torch.nn.functional.normalize(_mean_state(train.states.read, weights), dim=-1)

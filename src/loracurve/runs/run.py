@@ -166,10 +166,10 @@ def base_and_task(config: RunConfig, trust_remote_code: bool = False) -> tuple[t
     trusted = consented(options.trust_remote_code, f"model {options.name!r}", trust_remote_code)
     tokenizer = load_tokenizer(options.name, trusted, options.revision)
     # Answers that are no single tokens, and other faults of prompt and rows, are said before a model is loaded.
-    first = load_task(config.task, tokenizer)
-    first.encode_rows(first.dataset.rows("train")[:8])
+    task = load_task(config.task, tokenizer)
+    task.encode_rows(task.dataset.rows("train")[:8])
     base, _ = open_base(options, config.task, config.curve_training.seed, trust_remote_code, tokenizer)
-    return base, load_task(config.task, tokenizer, model_window(base))
+    return base, task.in_window(model_window(base))
 
 
 def _recorded(

@@ -57,8 +57,25 @@ class Task:
         self._encoder = Encoder(
             tokenizer, dataset, config.scoring, template, window, config.normalise, config.append_eos, classes
         )
+        self._given_classes = classes
         self._encoded: dict[str, Encoded] = {}
         self._truncated: dict[str, int] = {}
+
+    def in_window(self, model_window: int | None) -> Task:
+        """The same task for a model of this window, nothing encoded yet; the data are not read again.
+
+        Raises UserError for a `max_length` above it.
+        """
+        window = _window(self.config, model_window)
+        return Task(
+            self.config,
+            self.dataset,
+            self.tokenizer,
+            self.template,
+            window,
+            self.validation,
+            self._given_classes,
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -157,11 +174,17 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_wind
         UserError: no such data, rows that break the rules of docs/how-to/data.md, a prompt or a scoring that does not
             suit them, a `max_length` above the model's window.
     """
-    if config.max_length is not None and model_window is not None and config.max_length > model_window:
-        raise UserError(f"max_length: expected at most the model's window of {model_window}, found {config.max_length}")
+    window = _window(config, model_window)
     dataset, validation = settled_dataset(config)
     template = _template(config, dataset)
-    return Task(config, dataset, tokenizer, template, config.max_length or model_window, validation)
+    return Task(config, dataset, tokenizer, template, window, validation)
+
+
+def _window(config: TaskConfig, model_window: int | None) -> int | None:
+    """The longest input of a task in tokens."""
+    if config.max_length is not None and model_window is not None and config.max_length > model_window:
+        raise UserError(f"max_length: expected at most the model's window of {model_window}, found {config.max_length}")
+    return config.max_length or model_window
 
 
 def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from loracurve.inference.information import entropy
 from loracurve.tasks.encoding import Encoded
 from loracurve.training.loop import FitResult
 
@@ -31,8 +32,7 @@ def constant_nll(validation: Encoded) -> float | None:
     labels = validation.labels
     if validation.scoring == "text":
         return sum(math.log(e.n_choices) for e in validation.examples) / len(labels)
-    share = torch.bincount(labels).double() / len(labels)
-    return float(-(share * share.clamp_min(1e-300).log()).sum())
+    return float(entropy((torch.bincount(labels).double() / len(labels)).log()))
 
 
 def doubts(result: FitResult, validation: Encoded, label: str, rate: float) -> list[str]:
