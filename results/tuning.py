@@ -69,7 +69,7 @@ def main(path: Path) -> None:
     found = {key(r): r for r in read(path) if r["status"] == "done"}
     failed = {key(r): r for r in [*read(path), *read(path.with_name("failures.jsonl"))] if key(r) not in found}
     rows = {key(r): r for r in read(path.with_name("rows.jsonl"))}
-    body, gains, short_gains, tried = [], [], [], 0
+    body, gains, short_gains, averages, tried = [], [], [], [], 0
     for name in SETS:
         own = [r for r in found.values() if r["set"] == name]
         tried += len(own) + sum(k[0] == name for k in failed)
@@ -80,6 +80,7 @@ def main(path: Path) -> None:
         best, short = min(own, key=score), min((r for r in own if r["length"] == 1), key=score)
         gains.append(score(best) - score(now))
         short_gains.append(score(short) - score(now))
+        averages.append([r["ensemble"]["nll"] for r in (now, best, min(own, key=lambda r: r["ensemble"]["nll"]))])
         body.append(
             [
                 name,
@@ -98,7 +99,9 @@ def main(path: Path) -> None:
     table(["set", *ends, "best steps", "ensemble of 3: present / best", "ACC: present / best", "GB"], body)
     if gains:
         print(f"{tried} configurations. Best minus present, mean of {len(gains)} sets: {sum(gains) / len(gains):.4f};")
-        print(f"best of one unit minus present: {sum(short_gains) / len(gains):.4f}.\n")
+        print(f"best of one unit minus present: {sum(short_gains) / len(gains):.4f}.")
+        means = " / ".join(f"{sum(values) / len(values):.4f}" for values in zip(*averages, strict=True))
+        print(f"Averages of the three adapters: present / of the best single ones / best average, mean: {means}.\n")
     grid = [r for r in found.values() if not r["decay"] and not r["dropout"]]
     rates, lengths = sorted({r["rate"] for r in grid}), sorted({round(r["length"], 2) for r in grid})
     print("Validation NLL, mean of three adapters, without decay and dropout (* best step last for two or three):\n")
