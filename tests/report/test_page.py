@@ -17,16 +17,22 @@ from helpers.made_runs import SCAN, SCORED, Maker, command
 from safetensors.torch import load_file
 
 from loracurve.cli import main
+from loracurve.report.numbers import rounded
 from loracurve.report.terminal import print_methods
 
 
-def test_figures_of_a_run_show_loss_reliability_uncertainty_and_selection(fitted: Maker, tmp_path: Path) -> None:
+def test_figures_of_a_run_show_loss_reliability_uncertainty_and_selection(
+    fitted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loracurve.report import frames
     from loracurve.report.page import write_figures
 
+    monkeypatch.setattr(frames, "LEAST", 4)  # there are 17 test rows
     out = tmp_path / "run"
     shutil.copytree(fitted("anchored", "letter"), out)
     written = write_figures(out)
-    assert [p.stem for p in written] == ["loss_along_path", "reliability", "uncertainty", "selective_prediction"]
+    named = ["loss_along_path", "differences", "reliability", "uncertainty", "selective_prediction"]
+    assert [p.stem for p in written] == named
     assert all(p.stat().st_size > 1000 and p.with_suffix(".pdf").stat().st_size > 1000 for p in written)
 
 
@@ -75,15 +81,17 @@ def test_report_is_one_file_with_every_part(reported: Path) -> None:
         assert heading in said
     assert "No scan yet" not in said
     figures = {p.stem for p in (run / "figures").glob("*.png")}
-    assert figures >= {"scan_paths", "reliability", "uncertainty", "selective_prediction", "diversity_map", "plane"}
+    assert figures >= {"scan_paths", "differences", "uncertainty", "diversity_map", "plane"}
+    # 17 test rows are too few for figures of groups of them.
+    assert not figures & {"reliability", "selective_prediction"} and "fewer than 20 test rows" in said
     assert figures >= {"scan_accuracy", "slopes", "speed", "sharpness", "hessian", "diversity_distance", "information"}
     assert figures == {p.stem for p in (run / "figures").glob("*.pdf")}
     # What the summary shows stands in metrics.json.
     methods = json.loads((run / "metrics.json").read_text())["methods"]
     for name, method in methods.items():
-        assert name in said and f"{method['sets']['test']['nll']:.4f}" in said
+        assert name in said and f"{method['sets']['test']['nll']:.3f}" in said
     for barrier in json.loads((run / "scan" / "scan.json").read_text())["barriers"]:
-        assert f"{barrier['excess']:+.4f} [{barrier['low']:+.4f}" in said
+        assert rounded({**barrier, "estimate": barrier["excess"]}) in said
     numbers = json.loads((run / "figures" / "report.json").read_text())
     assert numbers["selective_accuracy"]["curve, entropy"]["1.0"] == pytest.approx(
         methods["curve"]["sets"]["test"]["acc"]
@@ -173,7 +181,7 @@ def test_the_three_parts_are_those_of_the_files(reported: Path, capsys: pytest.C
     assert [row[0] for row in rows] == list(curve)
     for name, *cells in rows:
         names = ("entropy", "expected_entropy", "within_points", "between_points")
-        assert [float(cell) for cell in cells[:4]] == pytest.approx([curve[name][k] for k in names], abs=6e-5)
+        assert [float(cell) for cell in cells[:4]] == pytest.approx([curve[name][k] for k in names], abs=6e-4)
         total, *parts = (curve[name][k] for k in names)
         assert sum(parts) == pytest.approx(total, abs=1e-9) and parts[1] > 0
         # Familiarity by hand: the part of known rows that are at least as far, this one with them.
@@ -188,7 +196,7 @@ def test_the_three_parts_are_those_of_the_files(reported: Path, capsys: pytest.C
     assert shown["adapter 0"]["MI"] == "–" and shown["ensemble"]["MI"] == shown["ensemble"]["between points"]
     test = curve["test"]
     for name, key in (("MI", "mutual_information"), *zip(THREE[1:], ("within_points", "between_points"), strict=True)):
-        assert shown["curve"][name] == f"{test[key]:.4f}"
+        assert shown["curve"][name] == f"{test[key]:.3f}"
     chosen = [rows for caption, rows in tables.items() if caption.startswith(("The points", "The text", "Far from"))]
     assert len(chosen) == 3 and all(heads[3:] == ["entropy", *THREE] for heads, *_ in chosen)
     for _, *rows in chosen:

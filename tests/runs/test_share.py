@@ -25,6 +25,7 @@ from loracurve.curve.hub import UNKNOWNS
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.unknowns import read_unknowns
 from loracurve.model.curve_model import CurveModel
+from loracurve.report.numbers import rounded
 from loracurve.runs.carried import carry_unknowns, open_average
 from loracurve.runs.run import open_run
 from loracurve.system.errors import UserError
@@ -129,10 +130,10 @@ def test_a_card_tells_what_the_run_recorded(runs: dict[str, Path], tmp_path: Pat
     for table in re.findall(r"(?:^\|.*\|\n)+", body, flags=re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     row = next(line for line in body.splitlines() if line.startswith("| curve |"))
-    assert f"{curve['nll']:.4f}" in row and f"{curve['acc']:.3f}" in row
+    assert f"{curve['nll']:.3f}" in row and f"{curve['acc']:.3f}" in row
     against = metrics["comparisons"][0]
     found = next(line for line in body.splitlines() if line.startswith(f"| {against['second']} | ") and "[" in line)
-    assert f"[{against['nll']['low']:+.4f}, {against['nll']['high']:+.4f}]" in found
+    assert rounded(against["nll"]) in found
     assert "3 control points in 1 segment of degree 2" in body and "through 2 independently" in body
     assert "train 40, validation 24, test 17 rows" in body and "Text: {text}\nLabel: {label}" in body
     assert "4 steps of 4 examples, learning rate 0.01" in body and "judged on 17 test examples" in body

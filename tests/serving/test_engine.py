@@ -13,16 +13,18 @@ import torch
 from helpers.served import LIMITS, ROWS, TEXTS, same
 
 from loracurve.inference.config import GenerateConfig
+from loracurve.inference.hidden_states import states_of
 from loracurve.inference.prediction import laid_out_for
 from loracurve.runs.run import Run, open_run
 from loracurve.serving.batcher import Job
 from loracurve.system.errors import UserError
+from loracurve.tasks.dataset import subset
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from loracurve.serving.engine import PREDICT, Engine  # noqa: E402
+from loracurve.serving.engine import PREDICT, Engine, Nearest  # noqa: E402
 
 
 def test_clients_that_run_together_get_what_they_get_alone(run: Run) -> None:
@@ -41,6 +43,37 @@ def test_clients_that_run_together_get_what_they_get_alone(run: Run) -> None:
             (other,) = _answers(engine, config, [p])
             assert [g["token_ids"] for g in one["generations"]] == [g["token_ids"] for g in other["generations"]]
         assert "prompt 1: expected at most 100 tokens" in str(together[3])
+
+
+def test_the_nearest_training_texts_are_those_of_plain_states(run: Run) -> None:
+    """By cosines of `hidden_states` at the middle point; a training row itself is its own nearest."""
+    engine = Engine(run, replace(LIMITS, nearest_rows=20))
+    engine.warm_up()
+    train = subset(run.task.dataset.rows("train"), 20)
+    rows = [{"id": "own", "text": train[3].text}, *ROWS[:2]]
+    key = engine.key(4)
+    assert key == Nearest(4)
+    found, other = _answers(engine, key, [engine.rows(rows[:1]), engine.rows(rows[1:])])
+    records = found["predictions"] + other["predictions"]
+    t = engine.average.t[len(engine.average.t) // 2 :][:1]
+    known = states_of(run.model, run.task.encode_rows(train), t).states.read[0].float()
+    asked = states_of(run.model, run.task.encode_rows(engine.rows(rows)), t).states.read[0].float()
+    cosine = torch.nn.functional.cosine_similarity(asked[:, None], known[None], dim=-1)
+    for record, own in zip(records, cosine, strict=True):
+        best = own.topk(4)
+        assert [n["cosine"] for n in record["nearest"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        texts = {row.text: run.task.classes[row.label] for row in train if row.label is not None}
+        assert all(texts[n["text"]] == n["label"] for n in record["nearest"])
+    assert records[0]["nearest"][0]["text"] == train[3].text and records[0]["nearest"][0]["cosine"] > 0.999
+    plain = _answers(engine, PREDICT, [engine.rows(rows)])[0]["predictions"]
+    same([{k: v for k, v in r.items() if k != "nearest"} for r in records], plain)
+
+
+def test_training_texts_are_shown_only_where_the_server_keeps_them(run: Run) -> None:
+    engine = Engine(run, LIMITS)
+    assert engine.key() == PREDICT and not engine.describe()["nearest"]
+    with pytest.raises(UserError, match="nearest: this server keeps no training texts; start it with --nearest_rows"):
+        engine.key(1)
 
 
 def test_a_calibration_of_other_points_is_warned_about(run: Run, caplog: pytest.LogCaptureFixture) -> None:

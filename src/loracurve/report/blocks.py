@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from loracurve.report.numbers import number, rounded
 from loracurve.report.run_data import RunData
 
-__all__ = ["Block", "Section", "Sheet"]
+__all__ = ["Block", "Section", "Sheet", "Tile"]
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,46 @@ class Sheet:
     """how many columns, from the left, are text"""
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A number for readers in a hurry."""
+
+    words: str
+    found: Mapping[str, Any]
+    """estimate, low, high; None where there is none"""
+    meaning: str
+    percent: bool = False
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """The number and its interval as readers see them."""
+        if self.percent:
+            estimate, low, high = (f"{100 * self.found[k]:.1f}" for k in ("estimate", "low", "high"))
+            return f"{estimate} %", f"95 % interval {low} to {high} %"
+        value, *ends = rounded(self.found, sign=False).split(" [")
+        if self.found["low"] is None:
+            return number(self.found["estimate"], 3), ""
+        return value, "95 % interval " + ends[0].rstrip("]").replace(", ", " to ")
+
+
 @dataclass
 class Block:
     """What a section says about one run."""
 
     findings: list[str] = field(default_factory=list)
     """what the numbers say, in sentences before everything else"""
+    tiles: list[Tile] = field(default_factory=list)
     figures: list[tuple[str, str, Figure]] = field(default_factory=list)
     """file name, what it shows in words, the figure"""
     sheets: list[Sheet] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     """numbers shown that stand neither in metrics.json nor in scan.json, for figures/report.json"""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.findings or self.tiles or self.figures or self.sheets or self.notes)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from loracurve.system.escaping import inline
 from loracurve.system.files import atomic_write
 
-__all__ = ["GREY", "drawing", "figure_of", "label", "panels", "save", "styles"]
+__all__ = ["GREY", "drawing", "embedded", "figure_of", "label", "panels", "save", "steady", "styles"]
 
 
 # Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
@@ -122,6 +124,34 @@ def save(figure: Figure, folder: str | Path, name: str, dpi: int = 150) -> tuple
         with drawing():
             atomic_write(path, write)
     return paths
+
+
+def embedded(png: Path) -> bytes:
+    """A saved figure with a palette of its most common colours, a third of the bytes: for pages."""
+    with Image.open(png) as image:
+        flat = image.convert("RGB").quantize(_PALETTE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    written = BytesIO()
+    flat.save(written, "PNG", optimize=True)
+    return written.getvalue()
+
+
+_PALETTE = 40
+
+
+def steady(ax: Axes, least: float = 0.0, part: float = 0.2, top: float | None = None) -> None:
+    """Widen a vertical axis that shows less than `least`, or than a part of its level, so that noise looks like noise.
+
+    Args:
+        top: where values end, which the axis passes by little.
+    """
+    low, high = ax.get_ylim()
+    missing = max(least, part * max(abs(low), abs(high))) - (high - low)
+    if missing <= 0:
+        return
+    up = missing / 2
+    if top is not None:
+        up = min(up, max(top + 0.02 * (high - low + missing) - high, 0))
+    ax.set_ylim(low - (missing - up), high + up)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from loracurve.inference.familiarity import p_values
@@ -29,6 +28,7 @@ __all__ = [
     "reliability_frame",
     "selective_frame",
     "uncertainty_frame",
+    "wilson",
 ]
 
 
@@ -78,13 +78,18 @@ def reliability_frame(
         found = rows.groupby("bin").agg(
             items=("accuracy", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
         )
-        for side in ("low", "high"):
-            found[side] = [
-                getattr(binomtest(round(a * n), int(n)).proportion_ci(0.95, "wilson"), side)
-                for a, n in zip(found["accuracy"], found["items"], strict=True)
-            ]
+        found["low"], found["high"] = wilson(found["accuracy"].to_numpy(), found["items"].to_numpy())
         frames.append(found.reset_index(drop=True).assign(method=method))
     return pd.concat(frames, ignore_index=True)[["method", "items", "confidence", "accuracy", "low", "high"]]
+
+
+def wilson(fraction: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % interval of fractions of so many items each (Wilson 1927)."""
+    z = 1.959964
+    whole = 1 + z**2 / items
+    middle = (fraction + z**2 / (2 * items)) / whole
+    half = z * np.sqrt(fraction * (1 - fraction) / items + z**2 / (4 * items**2)) / whole
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
 BINS, LEAST = 10, 20
@@ -116,7 +121,8 @@ def selective_frame(
         split: a labelled set.
 
     Returns:
-        method, measure (which ranks), coverage and accuracy (fractions).
+        method, measure (which ranks), items (answered), coverage and accuracy (fractions), and low and high: its 95 %
+        interval (Wilson 1927).
 
     Raises:
         UserError: a method without rows of the split.
@@ -128,7 +134,9 @@ def selective_frame(
         rows = _rows(predictions, method, split)
         wrong = torch.from_numpy(~confidence(rows)[1])
         coverage, risk = risk_coverage_curve(torch.tensor(rows[measure].to_numpy()), wrong)
-        columns = {"coverage": coverage.numpy(), "accuracy": 1 - risk.numpy()}
+        items, accuracy = np.arange(1, len(rows) + 1), 1 - risk.numpy()
+        low, high = wilson(accuracy, items)
+        columns = {"items": items, "coverage": coverage.numpy(), "accuracy": accuracy, "low": low, "high": high}
         frames.append(pd.DataFrame({"method": method, "measure": measure, **columns}))
     return pd.concat(frames, ignore_index=True)
 

@@ -9,8 +9,9 @@ import pandas as pd
 
 from loracurve.report import figures, plots
 from loracurve.report.blocks import Block, Sheet
-from loracurve.report.numbers import interval, number, star
+from loracurve.report.numbers import number, rounded, star
 from loracurve.report.run_data import RunData
+from loracurve.report.short import nll_of_test
 
 __all__ = ["diversity", "landscape", "loss_paths"]
 
@@ -38,8 +39,8 @@ def loss_paths(run: RunData) -> Block:
         [
             f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
-            interval({**b, "estimate": b["excess"]}) + star(b),
-            number(b["above_ends"], 4, sign=True),
+            rounded({**b, "estimate": b["excess"]}) + star(b),
+            number(b["above_ends"], 3, sign=True),
         ]
         for b in scan["barriers"]
     ]
@@ -56,7 +57,7 @@ def loss_paths(run: RunData) -> Block:
         [
             _label(name),
             *(number(p[k], 3) for k in ("arc_length", "through_anchors")),
-            *(number(p["nll"][s][k]) for s in ("test", "train") for k in ("mean", "highest")),
+            *(number(p["nll"][s][k], 3) for s in ("test", "train") for k in ("mean", "highest")),
         ]
         for name, p in scan["paths"].items()
     ]
@@ -78,15 +79,24 @@ def _points_of_averages(run: RunData) -> Block:
     ]
     if rows:
         frame = pd.DataFrame(rows, columns=["path", "split", "t", "nll"])
-        drawn = figures.figure_of(plots.paths, frame)
-        block.figures.append(("loss_along_path", "Test loss at the points of each average", drawn))
+        drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run))
+        words = "Test NLL at the points of each average; band: 95 % interval of the curve's average over test rows"
+        block.figures.append(("loss_along_path", words, drawn))
+        table = []
+        for name, part in frame.groupby("path", sort=False):
+            best = part.loc[part["nll"].idxmin()]
+            whole = run.metrics["methods"][name]["sets"]["test"].get("nll")
+            ends = (best["nll"], part["nll"].max(), whole)
+            table.append([str(name), number(best["t"], 2), *(number(v, 3) for v in ends)])
+        caption = "Test NLL of single points and of their average; which point is best is known only by these rows"
+        block.sheets.append(Sheet(caption, ["path", "best t", "best point", "worst point", "average"], table))
     return block
 
 
 def diversity(run: RunData) -> Block:
     """Divergence between points of the curve, against distance and number of points."""
     if run.scan is None:
-        return Block(notes=[_NO_SCAN])
+        return Block()  # the paths' section says that there is none
     if "diversity" not in run.tables:
         return Block(notes=["The scan kept no predictions to compare (language modelling)."])
     frame, path = run.tables["diversity"], run.scan["diversity"]["path"]
@@ -108,8 +118,8 @@ def diversity(run: RunData) -> Block:
         [
             f"{r['split']}, {'one segment' if r['within'] else 'across segments'}",
             number(r["distance"], 3),
-            number(r["jsd"], 5),
-            number(r["disagreement"], 4),
+            number(r["jsd"], 4),
+            number(r["disagreement"], 3),
         ]
         for r in run.scan["diversity"]["means"]
     ]
@@ -119,8 +129,8 @@ def diversity(run: RunData) -> Block:
     averages = [
         [
             f"{_label(r['path'])}, {r['split']}",
-            *(number(r[k], 5) for k in ("mutual_information", "pairwise_jsd")),
-            number(r["nll"]),
+            *(number(r[k], 4) for k in ("mutual_information", "pairwise_jsd")),
+            number(r["nll"], 3),
         ]
         for r in run.scan["information"]
         if r["n"] == most and r["split"] != run.scan["settings"]["choose"]
@@ -132,7 +142,7 @@ def diversity(run: RunData) -> Block:
 def landscape(run: RunData) -> Block:
     """The plane, the slopes and the sharpness."""
     if run.scan is None:
-        return Block(notes=[_NO_SCAN])
+        return Block()  # the paths' section says that there is none
     block = Block()
     plane, rows = run.scan["plane"], run.scan["rows"]["local"]
     if plane and "grid" in plane:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["interval", "number", "star"]
+__all__ = ["interval", "number", "rounded", "star"]
+
+
+FINE = 0.005
+"""Width of an interval below which a third decimal would hide it."""
 
 
 def number(value: float | None, digits: int | None = 4, sign: bool = False, missing: str = "–") -> str:
@@ -29,6 +33,13 @@ def interval(found: Mapping[str, Any], digits: int | None = 4, sign: bool = True
     """``estimate [low, high]``, of a mapping with these entries; arguments as for `number`."""
     estimate, low, high = (number(found[k], digits, sign, missing) for k in ("estimate", "low", "high"))
     return f"{estimate} [{low}, {high}]"
+
+
+def rounded(found: Mapping[str, Any], sign: bool = True) -> str:
+    """`interval` with the digits that it bears: three, or four where it is narrower than `FINE`."""
+    low, high = found["low"], found["high"]
+    narrow = low is not None and high is not None and high - low < FINE
+    return interval(found, 4 if narrow else 3, sign)
 
 
 def star(found: Mapping[str, Any], without: str = "") -> str:

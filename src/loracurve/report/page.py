@@ -17,6 +17,7 @@ from loracurve.report.landscape_sections import loss_paths
 from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.report.templates import render_html
+from loracurve.report.terms import terms_of
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write, write_json
 from loracurve.system.folders import locked, results_file
@@ -75,6 +76,9 @@ def render(parts: Mapping[str, Any], numbers: str, out: Path) -> Path:
         numbers: the files in which the numbers are, for the footer.
     """
     made = time.strftime("%Y-%m-%d")
+    said = set[str]()
+    for section in parts["sections"]:
+        section["terms"] = terms_of([s for block in section["blocks"] for s in block["block"].sheets], said)
     text = render_html("page.html", **parts, numbers=numbers, made=made, version=_version())
     atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))
     return out
@@ -91,6 +95,8 @@ def _sections(
         for run in concerned:
             block = section.make(run)
             numbers[run.name] |= block.numbers
+            if block.empty:
+                continue
             blocks.append({"run": run.name, "block": block, "images": images_of(places[run.name], block)})
         if blocks:
             sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
@@ -120,8 +126,10 @@ def images_of(folder: Path, block: Block) -> list[dict[str, str]]:
     images = []
     for name, words, figure in block.figures:
         png, _ = figures.save(figure, folder, name)
-        data = base64.b64encode(png.read_bytes()).decode()
-        images.append({"words": words, "source": f"data:image/png;base64,{data}"})
+        data = base64.b64encode(figures.embedded(png)).decode()
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        size = {"width": str(width), "height": str(height)}
+        images.append({"words": words, "source": f"data:image/png;base64,{data}", **size})
     return images
 
 

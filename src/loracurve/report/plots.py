@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from loracurve.landscape.config import PATHS
-from loracurve.report.figures import GREY, label, styles
+from loracurve.report.figures import GREY, label, steady, styles
 
 __all__ = [
     "PATH_LABELS",
@@ -24,6 +24,7 @@ __all__ = [
     "information",
     "paths",
     "plane",
+    "points_and_average",
     "sharpness",
     "slopes",
     "speed",
@@ -52,7 +53,16 @@ def paths(
         ax.axvline(position, color=GREY, linewidth=1, linestyle=":")
     _lines(frame[frame["split"] == split], measure, ax)
     ax.set(ylabel=f"{label(split)} NLL (nats)" if measure == "nll" else f"{label(split)} accuracy (fraction)")
+    steady(ax, *((0.0, 0.2) if measure == "nll" else (0.1, 0.0)), top=None if measure == "nll" else 1.0)
     return ax
+
+
+def points_and_average(frame: pd.DataFrame, ax: Axes, average: tuple[float, float, float] | None = None) -> Axes:
+    """Test NLL of single points (path, split, t, nll), and of the curve's average: estimate and 95 % interval."""
+    if average is not None:
+        ax.axhspan(*average[1:], color=GREY, alpha=0.15, linewidth=0)
+        ax.axhline(average[0], color="black", linewidth=1, label="average, 95 % interval")
+    return paths(frame, ax)
 
 
 def speed(frame: pd.DataFrame, ax: Axes) -> Axes:

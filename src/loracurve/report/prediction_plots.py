@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from loracurve.report.figures import GREY, label, styles
+from loracurve.report.figures import GREY, label, steady, styles
 
-__all__ = ["posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
+__all__ = ["differences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
 
 _HEADINGS = {
@@ -54,12 +54,37 @@ def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
     for (key, part), style in zip(frame.groupby(["method", "measure"], sort=False), styles(), strict=False):
         method, measure = key
         style.pop("marker")
+        if (method, measure) == ("curve", "entropy"):
+            ax.fill_between(part["coverage"], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0)
         ax.plot(
             part["coverage"], part["accuracy"], label=f"{label(method)}, by {MEASURE_LABELS[str(measure)]}", **style
         )
     ax.set(xlabel="coverage: items answered (fraction)", ylabel="accuracy among them (fraction)")
     ax.set(title="Selective prediction", xlim=(0, 1.02))
     ax.xaxis.set_major_locator(MultipleLocator(0.2))
+    steady(ax, 0.1, 0.0, top=1.0)
+    return ax
+
+
+def differences(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Differences of NLL from one method, with intervals: method, difference, low, high; one line each."""
+    style = next(styles())
+    places = np.arange(len(frame))[::-1]
+    ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
+    for place, row in zip(places, frame.itertuples(index=False), strict=True):
+        told = not row.low <= 0 <= row.high
+        ends = [[max(row.difference - row.low, 0)], [max(row.high - row.difference, 0)]]
+        ax.errorbar(
+            [row.difference], [place], xerr=ends, color=style["color"], marker="o", capsize=3, linewidth=1.6,
+            markerfacecolor=style["color"] if told else "white",
+        )  # fmt: skip
+    ax.set_yticks(places, [label(name, 28) for name in frame["method"]])
+    ax.set(xlabel="curve minus other: test NLL (nats)\n← curve better      curve worse →")
+    ax.set_ylim(-0.6, len(frame) - 0.4)
+    ax.grid(visible=False, axis="y")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    widest = max(map(abs, ax.get_xlim()))
+    ax.set_xlim(-widest, widest)
     return ax
 
 

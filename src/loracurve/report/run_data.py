@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from loracurve.system.paths import is_file
 from loracurve.system.shapes import Shape, check_shape
 from loracurve.system.tables import read_table
 from loracurve.system.yaml_files import read_yaml
+from loracurve.tasks.config import Columns, TaskConfig
 from loracurve.tasks.dataset import as_text
-from loracurve.tasks.task import open_dataset
+from loracurve.tasks.task import open_dataset, sized_dataset
 
 __all__ = ["RunData", "fitting_files", "read_run", "texts_of"]
 
@@ -163,12 +164,15 @@ def texts_of(run: RunData) -> dict[tuple[str, str], str]:
     """The text of every row by set and id; empty where the data set cannot be opened any more."""
     texts: dict[tuple[str, str], str] = {}
     try:
-        dataset = open_dataset(run.config["task"]["data"], run.config["task"].get("seed", 0))
+        # The columns and draws of a table are those of the fit.
+        known = {f.name: run.config["task"][f.name] for f in fields(TaskConfig) if f.name in run.config["task"]}
+        columns = Columns(**(known.pop("columns", None) or {}))
+        dataset = sized_dataset(TaskConfig(**known, columns=columns))
         texts |= {(split, r.id): as_text(r) for split, rows in dataset.splits.items() for r in rows}
         for data in run.config.get("evaluation", {}).get("ood", []):
-            other = open_dataset(data)
+            other = open_dataset(data, whole=True)
             texts |= {(f"ood:{other.name}", r.id): as_text(r) for r in other.rows("test")}
-    except (UserError, OSError, ImportError, ConnectionError):
+    except (UserError, OSError, ImportError, ConnectionError, TypeError):
         # The page can do without: ids stand for texts.
         return texts
     return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,10 @@ import yaml
 from loracurve.report import figures, frames, prediction_plots
 from loracurve.report.blocks import Block, Section, Sheet
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
-from loracurve.report.numbers import interval, number, star
+from loracurve.report.numbers import number, rounded, star
 from loracurve.report.parts import DETECTORS, EXPLAINED, HEADINGS, THREE, detectors_of, has_three, parts_of
 from loracurve.report.run_data import RunData, texts_of
+from loracurve.report.short import short, verdict
 from loracurve.system.tables import records
 
 __all__ = ["SECTIONS", "side_by_side"]
@@ -28,24 +30,24 @@ _NO_PREDICTIONS = "No predictions were kept (language modelling)."
 FOREIGN = 0.05
 """Familiarity below which a row counts as foreign here, as in `calibrate`."""
 
-# Figures of the summary, their headings and digits. The parts of MI stand beside it where it has any.
-_BEFORE = {"acc": ("ACC", 3), "nll": ("NLL", 4), "brier": ("Brier", 4), "ece": ("ECE", 3)}
-_AFTER = {"pairwise_jsd": ("pair JSD", 4), "aurc_entropy": ("AURC", 4)}
+# Figures of the summary and their headings. The parts of MI stand beside it where it has any.
+_BEFORE = {"acc": "ACC", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
+_AFTER = {"pairwise_jsd": "pair JSD", "aurc_entropy": "AURC"}
 
 
-def _columns(methods: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
+def _columns(methods: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     parts = ("mutual_information", *(THREE[1:] if parts_of(methods) == THREE else ()))
-    return _BEFORE | {name: (HEADINGS[name], 4) for name in parts} | _AFTER
+    return _BEFORE | {name: HEADINGS[name] for name in parts} | _AFTER
 
 
-def _method_row(method: Mapping[str, Any], columns: Mapping[str, tuple[str, int]]) -> list[str]:
+def _method_row(method: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     test = method["sets"]["test"]
     # One point has no information between points, and models without Gaussians none within; zeros would read as
     # findings.
     hidden = {"between_points", "pairwise_jsd"} if method["passes"] == 1 else set()
     if not has_three(test):
         hidden |= {"within_points"} | ({"mutual_information"} if method["passes"] == 1 else set())
-    shown = (number(None if name in hidden else test.get(name), digits) for name, (_, digits) in columns.items())
+    shown = (number(None if name in hidden else test.get(name), 3) for name in columns)
     return [str(method["passes"]), *shown]
 
 
@@ -65,7 +67,7 @@ def side_by_side(runs: Sequence[RunData]) -> Sheet | None:
 def _summary_sheet(caption: str, first: str, methods: Mapping[str, Mapping[str, Any]]) -> Sheet:
     columns = _columns(methods.values())
     rows = [[name, *_method_row(method, columns)] for name, method in methods.items()]
-    return Sheet(caption, [first, "passes", *(heading for heading, _ in columns.values())], rows)
+    return Sheet(caption, [first, "passes", *columns.values()], rows)
 
 
 def summary(run: RunData) -> Block:
@@ -74,9 +76,9 @@ def summary(run: RunData) -> Block:
     examples = next(iter(methods.values()))["sets"]["test"]["examples"]
     block = Block(sheets=[_summary_sheet(f"Test split, {examples:,} examples", "method", methods)])
     comparisons = run.metrics.get("comparisons", [])
-    block.findings = [_verdict(c, methods) for c in comparisons if c["second"] == "ensemble"]
+    block.findings = [verdict(run)] if comparisons else []
     compared = [
-        [c["second"], *(interval(c[k]) + star(c[k]) if k in c else number(None) for k in ("nll", "acc", "brier"))]
+        [c["second"], *(rounded(c[k]) + star(c[k]) if k in c else number(None) for k in ("nll", "acc", "brier"))]
         for c in comparisons
     ]
     if compared:
@@ -87,26 +89,33 @@ def summary(run: RunData) -> Block:
     return block
 
 
-def _verdict(comparison: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
-    """What the paired difference of NLL says, in a sentence."""
-    found = comparison["nll"]
-    words = "not distinguishable from"
-    if found["distinguishable"]:
-        words = "better than" if found["estimate"] < 0 else "worse than"
-    passes = [methods[comparison[k]]["passes"] for k in ("first", "second")]
-    return f"The curve ({passes[0]} passes) has a test NLL {words} the ensemble's of its anchors ({passes[1]} passes)."
+def methods_of(run: RunData) -> Block:
+    """`summary` without the verdict, which stands above it on the page."""
+    return replace(summary(run), findings=[])
 
 
 def reliability(run: RunData) -> Block:
     """Reliability diagram of single adapter, ensemble and curve."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
-    frame = frames.reliability_frame(run.predictions)
-    drawn = figures.figure_of(prediction_plots.reliability, frame, size=(5.2, 4.2))
-    caption = (
-        f"Accuracy against confidence, in groups of {frame['items'].min():,} to {frame['items'].max():,} test rows"
-    )
-    block = Block(figures=[("reliability", caption, drawn)])
+    # The intervals of more than two would hide each other.
+    frame = frames.reliability_frame(run.predictions, frames.compared(run.predictions)[-2:])
+    least, most = frame["items"].min(), frame["items"].max()
+    size = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    caption = f"Accuracy against confidence, in groups of {size} test rows of like confidence; bars are 95 % intervals"
+    own = frame[frame["method"] == frame["method"].iloc[-1]]
+    groups = [
+        [f"{row.items:,}", number(row.confidence, 3), number(row.accuracy, 3), f"{row.low:.3f} to {row.high:.3f}"]
+        for row in own.itertuples(index=False)
+    ]
+    heads = ["rows", "confidence", "accuracy", "95 % interval"]
+    block = Block()
+    if least >= frames.LEAST:
+        drawn = figures.figure_of(prediction_plots.reliability, frame, size=(5.2, 4.2))
+        block.figures.append(("reliability", caption, drawn))
+    else:
+        block.notes.append(f"No figure: fewer than {frames.LEAST} test rows.")
+    block.sheets.append(Sheet(f"Groups of like rows, of the {own['method'].iloc[0]}", heads, groups, texts=0))
     block.numbers["reliability"] = records(frame)
     return block
 
@@ -119,8 +128,9 @@ def uncertainty(run: RunData) -> Block:
         frame = frames.uncertainty_frame(run.predictions)
         measures = list(frame["measure"].unique())
         draws = [partial(prediction_plots.uncertainty, frame, measure=m) for m in measures]
-        drawn = figures.panels(draws, (5.2, 2.4 * len(draws)))
-        block.figures.append(("uncertainty", "Uncertainty of the curve by set", drawn))
+        drawn = figures.panels(draws, (5.2, 2.1 * len(draws)))
+        words = "Share of each set's rows whose uncertainty is at most so large: further right, more uncertain"
+        block.figures.append(("uncertainty", words, drawn))
         block.numbers["items"] = frame.groupby("set", sort=False)["items"].first().to_dict()
         if run.known is not None and "distance" in run.predictions:
             foreign = block.numbers["foreign"] = frames.foreign_share(run.predictions, run.known, FOREIGN)
@@ -129,7 +139,7 @@ def uncertainty(run: RunData) -> Block:
     rows = [
         [
             name,
-            *(number(found.get(k)) for k in ("entropy", *parts)),
+            *(number(found.get(k), 3) for k in ("entropy", *parts)),
             number(found.get("disagreement"), 3),
             *([number(foreign.get(name), 3)] if foreign else []),
         ]
@@ -184,8 +194,15 @@ def selective(run: RunData) -> Block:
         kept[name] = dict(zip(map(str, COVERAGES), at, strict=True))
         rows.append([name, *(number(a, 3) for a in at)])
     heads = ["ranked by", *(f"{c:.0%}" for c in COVERAGES)]
-    drawn = figures.figure_of(prediction_plots.selective_prediction, frame)
-    block = Block(figures=[("selective_prediction", "Accuracy among the examples answered", drawn)])
+    block = Block()
+    # The accuracy of a handful of answers is noise.
+    firm = frame[frame["items"] >= frames.LEAST]
+    if len(firm):
+        drawn = figures.figure_of(prediction_plots.selective_prediction, firm)
+        words = f"Accuracy among the rows answered, from {frames.LEAST} rows on; shaded: 95 % interval of the curve"
+        block.figures.append(("selective_prediction", words, drawn))
+    else:
+        block.notes.append(f"No figure: fewer than {frames.LEAST} test rows.")
     block.sheets.append(Sheet("Accuracy at coverage", heads, rows))
     block.numbers["selective_accuracy"] = kept
     return block
@@ -263,11 +280,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 
 SECTIONS = (
+    Section("Summary", "", short, evaluation=True),
     Section(
-        "Summary",
+        "Every method",
         "A curve of n points costs n forward passes and must be compared at equal passes. MI counts only where NLL and "
         "ACC are not worse. Small test sets leave a point of accuracy as noise: look at the intervals.",
-        summary,
+        methods_of,
         evaluation=True,
     ),
     Section(
@@ -278,7 +296,7 @@ SECTIONS = (
     ),
     Section(
         "Reliability",
-        "On the diagonal, confidence is right on average; bars are 95 % intervals.",
+        "On the diagonal, confidence is right on average. Below it the model is too sure, above it too cautious.",
         reliability,
         evaluation=True,
     ),

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from loracurve.report.figures import GREY, label, styles
+from loracurve.report.figures import GREY, label, steady, styles
 
 __all__ = ["by_information_and_entropy", "ensemble_sizes", "points", "risk_and_coverage"]
 
@@ -30,6 +30,7 @@ def ensemble_sizes(sizes: pd.DataFrame, others: pd.DataFrame, ax: Axes, measure:
         ax.errorbar([x], [row.score], errors, linestyle="", capsize=2, linewidth=1, label=label(row.method), **mark)
     ax.set(xlabel="members M", ylabel=f"{measure} after temperature scaling")
     ax.set_xticks([m for m in range(1, last + 1) if last <= 5 or m in (1, 2, 3, 5) or m == last])
+    steady(ax)
     return ax
 
 
@@ -62,4 +63,5 @@ def points(frame: pd.DataFrame, ax: Axes) -> Axes:
     for (name, part), style in zip(frame.groupby("path", sort=False), styles(), strict=False):
         ax.plot(part["t"], part["nll"], label=label(name), **style)
     ax.set(xlabel="position on the path t (fraction)", ylabel="test NLL (nats)", xlim=(-0.02, 1.02))
+    steady(ax)
     return ax

@@ -24,7 +24,7 @@ from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.runs.run import Run
 from loracurve.serving.batcher import Batcher, Closed, Job, QueueFull
 from loracurve.serving.config import ServeConfig
-from loracurve.serving.engine import PREDICT, Engine
+from loracurve.serving.engine import Engine
 from loracurve.serving.middleware import Guard
 from loracurve.serving.prometheus import Figures
 from loracurve.serving.schemas import (
@@ -95,7 +95,7 @@ def make_app(
     async def predict(body: PredictRequest, request: Request) -> Response:
         """Probabilities and uncertainty of rows, as the command predict gives them."""
         rows = engine.rows(body.rows)
-        return await answer(request, PREDICT, rows)
+        return await answer(request, engine.key(body.nearest), rows)
 
     @app.post("/generate", summary="Continue prompts", response_model=GenerateAnswer, responses=REFUSALS)
     async def generate(body: GenerateRequest, request: Request) -> Response:

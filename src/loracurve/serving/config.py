@@ -45,6 +45,9 @@ class ServeConfig:
     once. A request with more runs alone."""
     batch_prompts: Count = 8
     """Prompts decoded together, each at all points."""
+    nearest_rows: Annotated[int, Range(0, 2000)] = 0
+    """Training rows, drawn by the hash of their ids, among which clients may ask for the nearest to theirs; they run
+    once at one point when the server starts. 0: none, since whoever asks sees training texts."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from loracurve.inference.config import EvaluationConfig, GenerateConfig
 from loracurve.inference.generation import generate
+from loracurve.inference.hidden_states import states_of
 from loracurve.runs.calibration import calibration_for
 from loracurve.runs.predict import parts_of, prediction_records, say_what_is_missing
 from loracurve.runs.run import Run
@@ -24,14 +26,21 @@ from loracurve.serving.memory import give_back_memory
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import ROW_TOKENS
 from loracurve.tasks.classes import TaskIdentity, rows_in_class_order
-from loracurve.tasks.dataset import Row, parse_row
+from loracurve.tasks.dataset import Row, as_text, parse_row, subset
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.tokens import tokenise
 
-__all__ = ["PREDICT", "Engine"]
+__all__ = ["PREDICT", "Engine", "Nearest"]
 
 
 PREDICT = "predict"
+
+
+class Nearest(NamedTuple):
+    """The key of predictions that name so many training rows each."""
+
+    most: int
+
 
 MOST_FIELDS = 32
 
@@ -67,6 +76,12 @@ class Engine:
         self.generates = not run.model.is_classifier
         self.prefix = 0
         """tokens with which all prompts begin, as far as known"""
+        self.training: list[Row] = []
+        """among which the nearest to a row are looked for"""
+        if options.nearest_rows and self.predicts:
+            self.training = subset(run.task.dataset.rows("train"), options.nearest_rows)
+        self.states = torch.zeros(0, 0)
+        """[N, d] their hidden states, of length 1"""
 
     def describe(self) -> dict[str, Any]:
         """What this run can do, for clients: fields of a row, classes, points, limits."""
@@ -94,6 +109,7 @@ class Engine:
             "calibrated": self.calibration is not None,
             "parts": list(parts_of(self.average)),
             "familiarity": known is not None and known.familiarity is not None,
+            "nearest": bool(self.training),
             "example_row": example,
             "limits": {name: getattr(self.options, name) for name in [*limits, "timeout_s"]},
         }
@@ -113,6 +129,12 @@ class Engine:
             for i, record in enumerate(records)
         ]
         return rows_in_class_order(rows, dataset.labels, TaskIdentity.of(self.run.task))
+
+    def key(self, nearest: int = 0) -> Hashable:
+        """What predictions that name so many training rows are run together by. Raises UserError."""
+        if nearest and not self.training:
+            raise UserError("nearest: this server keeps no training texts; start it with --nearest_rows 500")
+        return Nearest(nearest) if nearest else PREDICT
 
     def prompts(self, prompts: Sequence[str], config: GenerateConfig) -> list[str]:
         """Prompts, checked against the limits. Raises UserError."""
@@ -146,6 +168,8 @@ class Engine:
                 )
                 model.runner.takes_trees(replace(encoded, examples=[longest]))
                 self.average.predict(model, encoded)
+        if self.training:
+            self.states = self._states(self.run.task.encode_rows(self.training, "training rows", labelled=False))
         if self.generates:
             model.runner.decodes_in_batches()
         give_back_memory()  # trials in full precision copy the weights
@@ -161,7 +185,7 @@ class Engine:
         return float(tokens / max(self.options.batch_tokens - self.prefix, 1))
 
     def work(self, key: Hashable, jobs: Sequence[Job]) -> None:
-        """Run weighed jobs of one key: PREDICT, or how their prompts are decoded."""
+        """Run weighed jobs of one key: PREDICT, Nearest, or how their prompts are decoded."""
         self.observe(len(jobs))
         if isinstance(key, GenerateConfig):
             self._generate(key, jobs)
@@ -177,12 +201,36 @@ class Engine:
             examples = [example for _, encoded in group for example in encoded.examples]
             whole = replace(group[0][1], examples=examples)
             predictive = self.average.predict(self.run.model, whole).to("cpu")
-            start = 0
+            key, start = jobs[0].key, 0
+            nearest = self._nearest(whole, key.most) if isinstance(key, Nearest) else None
             for job, encoded in group:
                 own = predictive.index(torch.arange(start, start + len(encoded)))
                 start += len(encoded)
                 records = list(prediction_records(job.work, encoded, own, self.calibration, self.average))
+                if nearest is not None:
+                    for record, found in zip(records, nearest[start - len(encoded) : start], strict=True):
+                        record["nearest"] = found
                 job.succeed({"predictions": records, "truncated": encoded.truncated})
+
+    def _nearest(self, encoded: Encoded, count: int) -> list[list[dict[str, Any]]]:
+        """The training rows nearest to each example."""
+        cosine, place = (self._states(encoded) @ self.states.mT).topk(min(count, len(self.training)), dim=1)
+        return [
+            [self._neighbour(self.training[i], c) for i, c in zip(of, by, strict=True)]
+            for of, by in zip(place.tolist(), cosine.tolist(), strict=True)
+        ]
+
+    def _neighbour(self, row: Row, cosine: float) -> dict[str, Any]:
+        names = row.choices or self.run.task.classes
+        label = None if row.label is None else names[row.label]
+        return {"text": as_text(row), "label": label, "cosine": round(cosine, 6)}
+
+    def _states(self, encoded: Encoded) -> Tensor:
+        """[E, d] last hidden states at the middle point of the average, of length 1."""
+        where = self.average.where
+        middle = where[len(where) // 2 :][:1]
+        states = states_of(self.run.model, encoded, middle).states.read[0].float()
+        return torch.nn.functional.normalize(states, dim=-1)
 
     def _generate(self, config: GenerateConfig, jobs: Sequence[Job]) -> None:
         def check(tokens: int) -> None:

@@ -16,6 +16,8 @@ __all__ = ["Description", "Failure", "GenerateAnswer", "GenerateRequest", "Healt
 
 _STRICT = ConfigDict(extra="forbid")
 
+MOST_NEAREST = 10
+
 
 class PredictRequest(BaseModel):
     """Rows to predict."""
@@ -25,6 +27,20 @@ class PredictRequest(BaseModel):
         description="Rows as in the training data; labels are not needed. One without an id gets its place as id. "
         "GET /run has an example."
     )
+    nearest: int = Field(
+        0,
+        ge=0,
+        le=MOST_NEAREST,
+        description="How many of the nearest training texts to name for each row, where the server keeps any.",
+    )
+
+
+class Neighbour(BaseModel):
+    """A training row near to one that was asked about."""
+
+    text: str
+    label: str | None = Field(description="Its class; null where it has none.")
+    cosine: float = Field(description="Of the hidden states of both, at the curve's middle point; 1 is the same.")
 
 
 class Prediction(BaseModel):
@@ -50,6 +66,7 @@ class Prediction(BaseModel):
         description="Why to abstain: uncertain (the classes are close), foreign (far from the training data), or both.",
     )
     set: list[str] | None = Field(None, description="Only with a calibration: classes that hold the label.")
+    nearest: list[Neighbour] | None = Field(None, description="Only where asked for: training rows, nearest first.")
 
 
 class PredictAnswer(BaseModel):
@@ -104,6 +121,7 @@ class Description(BaseModel):
     calibrated: bool
     parts: list[str] = Field(description="Fields of a prediction that add up to its entropy: two, or three.")
     familiarity: bool = Field(description="Whether predictions say how familiar a row is.")
+    nearest: bool = Field(description="Whether predictions can name the nearest training texts.")
     example_row: dict[str, Any]
     limits: dict[str, float]
 
