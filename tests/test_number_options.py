@@ -179,7 +179,7 @@ def test_help_shows_every_range(name: str) -> None:
     shown = parser_of(name).format_help()
     options = [*options_of(command.options)] if command.options else []
     options += [(number.name, number) for number in numbers_of(command.run)]
-    assert options or name in ("predict", "report", "share", "scan")
+    assert options or name in ("init", "predict", "report", "share", "scan")
     for option, number in options:
         found = re.search(rf"^  --{re.escape(option)}\b(.*?)(?=^  -|\Z)", shown, flags=re.MULTILINE | re.DOTALL)
         assert found, option

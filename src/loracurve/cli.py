@@ -71,11 +71,12 @@ def _suite_words(words: list[str]) -> list[str]:
 
 
 # Arguments of commands that are paths, or names in their place.
-_PATHS = ("run", "runs", "out", "input", "html", "task", "adapters", "base")
+_PATHS = ("run", "runs", "out", "input", "html", "task", "data", "adapters", "base")
 
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(commands.quickstart_command, models=False),
+    "init": Command(commands.init_command, models=False),
     "fit": Command(
         commands.fit_command, RunConfig, file=True, leading="--config", shared=True, prepare=without_retired_words
     ),

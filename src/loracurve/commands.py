@@ -7,6 +7,7 @@ function has a name of the package's public face: jsonargparse would look for it
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "export_command",
     "fit_command",
     "generate_command",
+    "init_command",
     "predict_command",
     "quickstart_command",
     "report_command",
@@ -98,6 +100,23 @@ def quickstart_command(out: str = "runs/quickstart", resume: bool = False, seed:
     run_quickstart(Path(out), resume, seed)
 
 
+def init_command(data: str, out: str = "config.yaml") -> None:
+    """Look at a file of your own and write a commented YAML for fit, with a guess of columns, labels and scoring: DATA.
+
+    Args:
+        data: CSV, Parquet or JSON lines file, or a folder with train and perhaps validation and test in such files.
+        out: new YAML file.
+    """
+    from loracurve.runs.init import config_for
+
+    with results_file(Path(out)):
+        text, assumed, run = config_for(data)
+        atomic_write(Path(out), lambda p: p.write_text(text, encoding="utf-8"))
+    for line in assumed:
+        print(line)
+    print(f"Written to {out}; look at it, then: loracurve fit {shlex.quote(out)} --out {shlex.quote(run)}")
+
+
 def fit_command(config: RunConfig, out: str, resume: bool = False) -> None:
     """Train anchors (if anchored) and a curve, and evaluate them: CONFIG.yaml [--key value ...] --out FOLDER.
 
@@ -127,7 +146,8 @@ def evaluate_command(
 
     Args:
         run: run directory.
-        task: another data set with classes of the run, in any order, put into the same prompt. Default: the run's own.
+        task: another data set with classes of the run, in any order, put into the same prompt; a single table is all of
+            its split test. Default: the run's own.
         points: points of the curve. Default: the run's own.
         weights: weights of the points. Default: the run's own.
         inference: average points of the curve, or posterior samples off it. Default: the run's own.
@@ -147,23 +167,24 @@ def evaluate_command(
 def predict_command(
     run: str, input: str, out: str | None = None, points: Points | None = None, base: str | None = None
 ) -> None:
-    """Predict rows of a JSONL file: one JSON line each with probabilities and uncertainty.
+    """Predict rows of a file (CSV, Parquet, JSON lines) with probabilities and uncertainty.
 
     Args:
         run: run directory.
-        input: JSONL file with rows as in training; labels are not needed.
-        out: new JSONL file. Default: standard output.
+        input: file with rows as in training, a table with the same columns; labels and ids are not needed.
+        out: new file, a table where it ends in .csv, .tsv or .parquet, else JSON lines. Default: these on standard
+            output.
         points: points of the curve. Default: the run's own.
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.runs.predict import predict_file
 
     with main_holds(lambda: _in_place_of(out)):
-        text = predict_file(run, Path(input), points, base)
+        content = predict_file(run, Path(input), points, base, "" if out is None else Path(out).suffix)
         if out is None:
-            sys.stdout.write(text)
+            sys.stdout.write(content.decode())
         else:
-            on_main(lambda: atomic_write(Path(out), lambda p: p.write_text(text)))
+            on_main(lambda: atomic_write(Path(out), lambda p: p.write_bytes(content)))
             print(f"Written to {out}", file=sys.stderr)
 
 
@@ -219,8 +240,8 @@ def calibrate_command(
         measure: uncertainty that decides on abstaining.
         foreign: known rows are taken for foreign, by their distance from the training data, with at most this
             probability.
-        input: labelled JSONL rows that were not used in training. Default: the validation split, which also chose the
-            trained state, so that the guarantee then holds only approximately.
+        input: labelled rows that were not used in training, in a file as for predict. Default: the validation split,
+            which also chose the trained state, so that the guarantee then holds only approximately.
         base: where the base model is now, a folder or a name on the hub. Default: where it was.
     """
     from loracurve.runs.calibrate import calibrate_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import io
 import json
@@ -15,7 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-__all__ = ["Mutation", "json_bytes", "json_lines", "json_text", "mutated", "parquet", "spoiled", "tensors", "yaml_text"]
+__all__ = [
+    "Mutation",
+    "csv_text",
+    "json_bytes",
+    "json_lines",
+    "json_text",
+    "mutated",
+    "parquet",
+    "spoiled",
+    "tensors",
+    "yaml_text",
+]
 
 Mutation = Callable[[bytes, Random], bytes]
 
@@ -96,7 +108,7 @@ def _or_spoiled(change: Mutation) -> Mutation:
             return change(content, draw)
         except (ArithmeticError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError, struct.error):
             return spoiled(content, draw)
-        except (AttributeError, yaml.YAMLError, pa.ArrowException):
+        except (AttributeError, csv.Error, yaml.YAMLError, pa.ArrowException):
             return spoiled(content, draw)
 
     return changed
@@ -140,6 +152,24 @@ def yaml_text(content: bytes, draw: Random) -> bytes:
     if draw.randrange(2):
         return json_bytes(value)
     return yaml.safe_dump(value, allow_unicode=True).encode(errors="surrogatepass")
+
+
+@_or_spoiled
+def csv_text(content: bytes, draw: Random) -> bytes:
+    """A CSV file with other values, lengths of rows, delimiters or encoding, or with other bytes."""
+    kind = draw.randrange(8)
+    if kind == 0:
+        return spoiled(content, draw)
+    rows = list(csv.reader(io.StringIO(content.decode())))
+    if kind == 1:
+        return content.decode().encode(draw.choice(["utf-16", "utf-16-le", "utf-8-sig", "utf-32"]))
+    if kind == 2:
+        at = draw.randrange(len(content))
+        return content[:at] + draw.choice([b'"', b'""', b"\n", b"\r", b",", b";", b"\t", b"\0", b"\xff"]) + content[at:]
+    text = io.StringIO(newline="")
+    dialect = {"delimiter": draw.choice(",;\t"), "lineterminator": draw.choice(["\n", "\r\n", "\r"])}
+    csv.writer(text, **dialect).writerows(v if isinstance(v, list) else [v] for v in mutated(rows, draw))
+    return text.getvalue().encode(errors="surrogatepass")
 
 
 @_or_spoiled

@@ -17,12 +17,14 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+import pandas as pd
 import torch
 from helpers.made_runs import QUICK, SCAN, base_folder, command, config_file, data_folder
 from helpers.served import LIMITS
 from helpers.suites import little
 from helpers.tiny import tiny
 from helpers.tokenizers_made import qwen_style
+from PIL import Image
 
 from fuzz import mutations
 from fuzz.mutations import Mutation
@@ -43,6 +45,7 @@ from loracurve.runs.calibration import read_calibration
 from loracurve.runs.carried import open_average
 from loracurve.runs.config import load_config
 from loracurve.runs.identity import read_identity
+from loracurve.runs.init import config_for
 from loracurve.runs.run import open_run
 from loracurve.runs.share import share_run
 from loracurve.serving.multi_lora_client import ServedCurve
@@ -50,7 +53,9 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import read_json
 from loracurve.system.tensors import read_tensors
 from loracurve.tasks.classes import RecordedTask
+from loracurve.tasks.config import Columns
 from loracurve.tasks.dataset import read_dataset, read_rows
+from loracurve.tasks.own_data import rows_from_table
 from loracurve.tasks.task import settled_dataset
 from loracurve.training.checkpoint import LoopState, checksum, load_checkpoint
 from loracurve.training.corruption import unlabelled
@@ -138,6 +143,25 @@ def unlabelled_text(world: Path) -> Target:
     opened = open_run(world / "run")
     file = world / "data" / "validation.jsonl"
     return Target(file, mutations.json_lines, lambda: unlabelled(opened.task, file))
+
+
+def table(world: Path, ending: str, mutation: Mutation) -> Target:
+    """A table of people's own rows, and what init makes of it."""
+    file = world / f"table.{ending}"
+    texts = [f"this is the text number {i}, and it is what it is" for i in range(24)]
+    frame = pd.DataFrame({"text": texts, "label": [("yes", "no")[i % 2] for i in range(24)], "n": range(24)})
+    if ending == "csv":
+        frame.to_csv(file, index=False)
+    elif ending == "parquet":
+        frame.to_parquet(file)
+    else:
+        frame.to_json(file, orient="records", lines=True)
+
+    def read() -> None:
+        config_for(str(file))
+        rows_from_table(file, Columns(text="text", label="label"), labelled=False)
+
+    return Target(file, mutation, read)
 
 
 def config(world: Path) -> Target:
@@ -264,7 +288,7 @@ def report(world: Path, name: str, mutation: Mutation = mutations.json_text) -> 
     def read() -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        with patch("matplotlib.figure.Figure.savefig", lambda self, to, **_: Path(to).write_bytes(b"")):
+        with patch("matplotlib.figure.Figure.savefig", lambda self, to, **_: Image.new("RGB", (1, 1)).save(to, "png")):
             write_page([world / "run"], out / "page.html")
 
     return Target(world / "run" / name, mutation, read, (out,), 20)
@@ -306,6 +330,9 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "rows": rows,
     "meta": meta,
     "unlabelled": unlabelled_text,
+    "table_csv": partial(table, ending="csv", mutation=mutations.csv_text),
+    "table_json": partial(table, ending="jsonl", mutation=mutations.json_lines),
+    "table_parquet": partial(table, ending="parquet", mutation=mutations.parquet),
     "config": config,
     "suite": suite,
     "identity": identity,

@@ -93,7 +93,7 @@ def refused(world: World, capsys: pytest.CaptureFixture[str]) -> Refused:
     [
         (
             ["fti"],
-            "unknown command 'fti'; did you mean 'fit'.*quickstart, fit, evaluate, predict, generate, serve, export, ",
+            "unknown command 'fti'; did you mean 'fit'.*quickstart, init, fit, evaluate, predict, generate, serve, ",
         ),
         (["--points=3"], "unknown command '--points=3'"),
         (["fit"], "config|out"),
@@ -231,6 +231,7 @@ def test_data_folders_that_are_incomplete(world: World, refused: Refused) -> Non
     (world.data / "meta.json").write_text("{")
     assert "broken JSON" in refused(*fit)
     (world.data / "meta.json").unlink()
+    (world.data / "train.jsonl").unlink()
     assert "meta.json, found none" in refused(*fit)
 
 

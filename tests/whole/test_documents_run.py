@@ -98,6 +98,8 @@ RUN_BY = {
     "docs/generate.md": "whole/test_documents_run.py::test_the_text_of_the_generation_page_runs",
     "docs/how-to/export.md": "whole/test_documents_run.py::test_the_average_of_the_export_page_is_the_library_s",
     "docs/how-to/gpus.md": "whole/test_documents_run.py::test_the_script_of_the_page_on_several_gpus_runs",
+    "docs/how-to/own-data.md": "tasks/test_own_data.py::test_the_example_of_the_page_runs",
+    "docs/how-to/scikit-learn.md": "runs/test_classifier.py::test_the_examples_of_the_page_run",
     "docs/landscape.md": "runs/test_scan.py::test_the_notebook_example_runs",
     "docs/serving.md": "serving/test_multi_lora_client.py::test_the_example_of_the_page_runs",
     "docs/sharing.md": "runs/test_share.py::test_the_example_of_the_page_runs",

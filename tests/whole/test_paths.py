@@ -22,6 +22,7 @@ from loracurve.system.tables import read_table
 
 WORDS = {
     "quickstart": ["quickstart", "--out", "OUT"],
+    "init": ["init", "DATA", "--out", "FILE"],
     "fit": ["fit", "CONFIG", "--out", "OUT"],
     "fit on data": ["fit", "config.yaml", "--out", "new", "--task.data", "DATA"],
     "fit on a model": ["fit", "config.yaml", "--out", "new", "--model.name", "DATA"],

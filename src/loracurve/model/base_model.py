@@ -31,7 +31,7 @@ from loracurve.system.errors import UserError, one_line
 from loracurve.system.folders import is_running
 from loracurve.system.paths import entries, exists, flush, is_folder
 from loracurve.tasks.config import TaskConfig
-from loracurve.tasks.task import open_dataset
+from loracurve.tasks.task import sized_dataset
 
 __all__ = ["DRAWN_ANEW", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window", "open_base"]
 
@@ -129,7 +129,7 @@ def open_base(
         UserError: as `load_base`, no such data, or a config that asks to run code without consent.
     """
     classifier = task.scoring == "head"
-    names = open_dataset(task.data, task.seed).labels if classifier else ()
+    names = sized_dataset(task).labels if classifier else ()
     labels = len(names) if classifier else None
     if seed is not None:
         torch.manual_seed(seed)

@@ -125,7 +125,7 @@ def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
     """The tokenised sets: test, further splits of the data set, and the OOD sets in the same prompt."""
     sets = {name: task.encode(name) for name in task.dataset.splits if name not in ("train", "validation")}
     for data in config.ood:
-        dataset = open_dataset(data)
+        dataset = open_dataset(data, whole=True)
         if f"ood:{dataset.name}" in sets:
             raise UserError(f"evaluation.ood: expected data of different names, found two called {dataset.name!r}")
         sets[f"ood:{dataset.name}"] = task.encode_foreign(dataset.rows("test"), f"ood:{dataset.name}")

@@ -58,6 +58,11 @@ def fit_run(
         UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
     """
     _check_tracker(config.tracker)
+    if not isinstance(config.task.data, str):
+        raise UserError(
+            f"task.data: expected a path or a name for a run, which is opened again later, found "
+            f"{type(config.task.data).__name__}; write the rows to a file, such as by to_parquet, and give its path"
+        )
     if consented(config.model.trust_remote_code, f"model {config.model.name!r}", trust_remote_code):
         config = replace(config, model=replace(config.model, trust_remote_code=True))
     with main_holds(lambda: results_folder(out, resume)):

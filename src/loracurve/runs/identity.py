@@ -27,8 +27,9 @@ from loracurve.runs.config import RunConfig
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import read_json, write_json
-from loracurve.system.paths import exists, is_folder
+from loracurve.system.paths import exists
 from loracurve.tasks.classes import TaskIdentity, rows_hash
+from loracurve.tasks.config import Columns
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task
 
@@ -45,13 +46,20 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Identity:
     """What a run is: `task`; fingerprints of `base` and `tokenizer` (`model.fingerprint`); `data`: name, place, sizes
-    and hashes of the rows that it was trained on; `made_with`: seed and versions of packages."""
+    and hashes of the rows that it was trained on, and the columns of their table; `made_with`: seed and versions of
+    packages."""
 
     task: TaskIdentity
     base: dict[str, Any]
     tokenizer: dict[str, Any]
     data: dict[str, Any]
     made_with: dict[str, Any]
+
+    def columns(self, asked: Columns) -> Columns:
+        """Which column of a table is what, as the fit found it; as asked for where it was no table or before this was
+        recorded."""
+        known = self.data.get("columns")
+        return Columns(**known) if known else asked
 
     def revision(self, name: str) -> str | None:
         """The commit on the hub that a base of this name had at the fit; None for folders and other names."""
@@ -99,7 +107,8 @@ def identity_of(config: RunConfig, base: nn.Module, tokenizer: PreTrainedTokeniz
     place = Path(config.task.data)
     data = {
         "name": task.dataset.name,
-        "place": str(place.resolve()) if is_folder(place) else config.task.data,
+        "place": str(place.resolve()) if exists(place) else config.task.data,
+        "columns": dict(task.dataset.columns),
         "sizes": {split: len(rows) for split, rows in task.dataset.splits.items()},
         "hashes": _hashes(task.dataset, ("train", "validation")),
     }
@@ -142,8 +151,9 @@ def read_identity(folder: Path) -> Identity | None:
             if missing := set(keys) - values[part].keys():
                 raise KeyError(f"{part}.{sorted(missing)[0]}")
         names = identity.data["name"], identity.data["place"], *identity.data["hashes"].values()
-        if not all(isinstance(name, str) for name in names):
+        if not all(isinstance(name, str) for name in (*names, *identity.data.get("columns", {}).values())):
             raise TypeError("data")
+        identity.columns(Columns())
         check_fingerprint(identity.base)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = one_line(repr(error) if isinstance(error, KeyError) else error, 200)

@@ -24,7 +24,7 @@ from loracurve.system.consent import consented
 from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
 from loracurve.system.files import file_hash, read_json
-from loracurve.system.paths import is_file
+from loracurve.system.paths import exists, is_file
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task, load_task, settled_dataset
@@ -93,6 +93,8 @@ def open_run(
     trusted = consented(config.model.trust_remote_code, str(folder), trust_remote_code)
     if base is not None:
         config = replace(config, model=replace(config.model, name=base, revision=None))
+    if identity is not None:
+        config = replace(config, task=replace(config.task, columns=identity.columns(config.task.columns)))
     if identity is None:
         logger.warning(
             "%s: made before runs kept an %s: that base, tokenizer and classes are those of the fit cannot be checked",
@@ -228,7 +230,9 @@ def _task_on(
 ) -> Task:
     """The task on other data, which are read at once."""
     options = replace(config.task, data=data)
-    dataset, _ = settled_dataset(options)
+    # The file that it was fitted to has its test rows; another one is test rows.
+    same = exists(data) and exists(config.task.data) and Path(data).resolve() == Path(config.task.data).resolve()
+    dataset, _ = settled_dataset(options, whole=not same)
     task = RecordedTask(known, options, tokenizer, window, dataset.name, lambda: dataset)
     list(task.dataset.splits)
     return task

@@ -9,10 +9,26 @@ from loracurve.system.errors import UserError, nearest
 from loracurve.system.ranges import Count, OpenShare, Seed, check_ranges
 from loracurve.tasks.dataset import check_text
 
-__all__ = ["Scoring", "TaskConfig"]
+__all__ = ["Columns", "Scoring", "TaskConfig"]
 
 
 Scoring = Literal["letter", "label", "text", "head", "lm"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table is what; those that are left out are guessed."""
+
+    text: str | None = None
+    """Column of the texts."""
+    text2: str | None = None
+    """Column of second texts, for pairs."""
+    label: str | None = None
+    """Column of the classes, text or numbers."""
+    group: str | None = None
+    """Rows of one group (a person, a document) go to the same split. Never guessed."""
+    id: str | None = None
+    """Column of ids. Default: id where its values differ, else row numbers from 1."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +36,9 @@ class TaskConfig:
     """What to learn and how its answers are scored."""
 
     data: str
-    """A data folder (train/validation/test.jsonl and meta.json), the name of a hub data set, or word_sentiment."""
+    """A CSV, Parquet or JSON lines file, a folder with train and perhaps validation and test in such files (or
+    train/validation/test.jsonl with meta.json), the name of a hub data set, or word_sentiment. In Python also a
+    pandas.DataFrame, a datasets.Dataset or DatasetDict, for `load_task`."""
     scoring: Scoring
     """letter: options are listed and their letters scored; label: the class's word, one token; text: log-likelihood of
     each choice's text; head: a sequence classification head; lm: language modelling."""
@@ -41,7 +59,11 @@ class TaskConfig:
     limit_test: Count | None = None
     """Use this many test rows."""
     validation_fraction: OpenShare = 0.1
-    """Part of train that becomes validation where the data set has no validation split."""
+    """Part of train (of a single table: of all its rows) that becomes validation where there is no such split."""
+    test_fraction: OpenShare = 0.1
+    """Part of a table that becomes test where there is no such file."""
+    columns: Columns = field(default_factory=Columns)
+    """Which column of a table is what. Default: a guess by names and content, which a line in the log says."""
     held_out: list[str] = field(default_factory=list)
     """Classes (of a classification) that are left out of all splits; their test rows become the split `held_out`, near
     to the data and foreign to the model."""
@@ -58,6 +80,9 @@ class TaskConfig:
                 raise UserError(
                     f"{name}: expected one of {', '.join(valid)}, found {value!r}{nearest(str(value), valid)}"
                 )
+        taken = [name for name in (self.columns.text, self.columns.text2, self.columns.label) if name is not None]
+        if len(set(taken)) < len(taken):
+            raise UserError(f"columns: expected different columns for text, text2 and label, found {taken}")
         if isinstance(self.answers, str):
             raise UserError(f"answers: expected a list with one text for each class, found {self.answers!r}")
         for name, text in (("prompt", self.prompt), *(("answers", answer) for answer in self.answers or ())):

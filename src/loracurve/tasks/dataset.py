@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from loracurve.system.files import once
 from loracurve.system.paths import exists, file_size, is_file, is_folder, opened, read_text
 
 __all__ = [
+    "MOST_CHARACTERS",
     "Dataset",
     "Kind",
     "Row",
@@ -73,7 +74,8 @@ class Dataset:
 
     `labels` are the class names; for multiple choice they may name the options, or be empty. `splits` has at least
     ``train`` and ``test`` when read from a folder or the hub, and possibly further ones (out-of-distribution rows).
-    `notes` says how the splits differ from the published ones, `source` where the rows come from.
+    `notes` says how the splits differ from the published ones, `source` where the rows come from. `columns` says which
+    column of a table is what, for rows that were read from one.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Dataset:
     splits: Mapping[str, list[Row]]
     notes: str = ""
     source: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, split: str) -> list[Row]:
         """The rows of `split`. Raises UserError naming the splits there are."""
@@ -116,9 +119,9 @@ def check_text(value: object, where: str) -> None:
 def check_rows(rows: Sequence[Row]) -> None:
     """`check_text` of all that is written in rows, for those that were not read from a file (`parse_row`)."""
     for row in rows:
-        for field in ("id", "text", "text2", "question", "context", "prompt", "completion"):
-            if getattr(row, field) is not None:
-                check_text(getattr(row, field), f"row {row.id!r}, {field!r}")
+        for name in ("id", "text", "text2", "question", "context", "prompt", "completion"):
+            if getattr(row, name) is not None:
+                check_text(getattr(row, name), f"row {row.id!r}, {name!r}")
         for number, choice in enumerate(row.choices, start=1):
             check_text(choice, f"row {row.id!r}, 'choices', {number}")
 
@@ -289,8 +292,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object such as {example}, found broken JSON ({error})") from None
     if not isinstance(meta, dict):
         raise UserError(f"{path}: expected a JSON object such as {example}, found {type(meta).__name__}")
-    for field, value in meta.items():
-        check_text(json.dumps(value, ensure_ascii=False), f"{path}, {field!r}")
+    for name, value in meta.items():
+        check_text(json.dumps(value, ensure_ascii=False), f"{path}, {name!r}")
     return meta
 
 

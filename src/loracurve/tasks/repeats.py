@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from loracurve.tasks.dataset import Dataset, Row, as_text
 
-__all__ = ["in_training", "shared_rows"]
+__all__ = ["bare", "in_training", "shared_rows"]
 
 
 def shared_rows(rows: Iterable[Row], others: Iterable[Row], choices: bool = False) -> int:
     """How many of the rows have the text of one of the others, and if so asked the same choices in any order."""
-    known = {_bare(row, choices) for row in others}
-    return sum(_bare(row, choices) in known for row in rows)
+    known = {bare(row, choices) for row in others}
+    return sum(bare(row, choices) in known for row in rows)
 
 
 def in_training(dataset: Dataset, splits: Sequence[str] = ("validation", "test")) -> list[str]:
@@ -27,8 +27,9 @@ def in_training(dataset: Dataset, splits: Sequence[str] = ("validation", "test")
     ]
 
 
-def _bare(row: Row, choices: bool) -> tuple[str, ...]:
-    text, *others = (
-        "".join(c for c in part.lower() if c.isalnum()) for part in (as_text(row), *(row.choices if choices else ()))
-    )
+def bare(row: Row, choices: bool = False) -> tuple[str, ...]:
+    """A row's text, and if so asked its choices in alphabetical order, without case, punctuation and spacing; a text
+    that has nothing else stays as it is."""
+    parts = (as_text(row), *(row.choices if choices else ()))
+    text, *others = ("".join(c for c in part.lower() if c.isalnum()) or part for part in parts)
     return text, *sorted(others)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loracurve.system.errors import UserError, nearest
-from loracurve.system.paths import is_folder
+from loracurve.system.paths import exists, is_folder
 from loracurve.tasks.cloze import has_gap
-from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.config import Columns, TaskConfig
 from loracurve.tasks.dataset import Dataset, Row, read_dataset, split_validation, subset
 from loracurve.tasks.encoding import Encoded, Encoder
 from loracurve.tasks.hub_datasets import HUB, load_from_hub
 from loracurve.tasks.ood import adopted, check_foreign, without_classes
+from loracurve.tasks.own_data import dataset_from_tables, holds_tables
+from loracurve.tasks.tables import ENDINGS, in_memory
 from loracurve.tasks.templates import TEMPLATES, Template, custom_template, default_template
 from loracurve.tasks.word_sentiment import word_sentiment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Task", "load_task", "open_dataset", "settled_dataset"]
+__all__ = ["Task", "load_task", "open_dataset", "settled_dataset", "sized_dataset"]
 
 
 logger = logging.getLogger("loracurve")
@@ -146,19 +149,50 @@ class Task:
             "validation": self.validation,
             "notes": self.dataset.notes,
             "source": self.dataset.source,
+            "columns": dict(self.dataset.columns),
         }
 
 
-def open_dataset(data: str, seed: int = 0) -> Dataset:
-    """A data set by folder path, by hub name or ``word_sentiment`` (in this order). Raises UserError if it is none."""
+def open_dataset(
+    data: Any,
+    seed: int = 0,
+    columns: Columns | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    whole: bool = False,
+) -> Dataset:
+    """A data set by the path of a folder or a file, by hub name or ``word_sentiment`` (in this order), or of a frame or
+    a data set in memory (`own_data.dataset_from_tables`, which has the other arguments).
+
+    Raises:
+        UserError: it is none of these, or as the readers.
+    """
+    options: dict[str, Any] = {
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+        "seed": seed,
+        "whole": whole,
+    }
+    if isinstance(data, Dataset):
+        return data
+    if not isinstance(data, str | Path):
+        if in_memory(data):
+            return dataset_from_tables(data, columns, **options)
+        raise UserError(
+            "data: expected a path or a name, a pandas.DataFrame, a datasets.Dataset or a DatasetDict, found "
+            f"{type(data).__name__}"
+        )
+    data = str(data)
     if is_folder(data):
-        return read_dataset(data)
+        return dataset_from_tables(data, columns, **options) if holds_tables(data) else read_dataset(data)
+    if data.lower().endswith(ENDINGS) or (exists(data) and data != "word_sentiment" and data not in HUB):
+        return dataset_from_tables(data, columns, **options)
     if data == "word_sentiment":
         return word_sentiment(seed=seed)
     if data in HUB:
         return load_from_hub(data)
     close = nearest(data, [*HUB, "word_sentiment"])
-    raise UserError(f"data: expected a folder, a hub data set or word_sentiment, found {data!r}{close}")
+    raise UserError(f"data: expected a file, a folder, a hub data set or word_sentiment, found {data!r}{close}")
 
 
 def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_window: int | None = None) -> Task:
@@ -176,6 +210,8 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_wind
     """
     window = _window(config, model_window)
     dataset, validation = settled_dataset(config)
+    if dataset.columns:
+        logger.warning("%s: %s", dataset.name, dataset.notes)
     template = _template(config, dataset)
     return Task(config, dataset, tokenizer, template, window, validation)
 
@@ -187,15 +223,19 @@ def _window(config: TaskConfig, model_window: int | None) -> int | None:
     return config.max_length or model_window
 
 
-def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:
+def settled_dataset(config: TaskConfig, whole: bool = False) -> tuple[Dataset, str]:
     """The data of a task with validation rows and within its limits, and how the validation split came about.
 
+    Args:
+        config: of the task.
+        whole: the data are judged only, so that one table is all of the split test.
+
     Raises:
-        UserError: no such data, rows that break the rules of docs/how-to/data.md.
+        UserError: no such data, rows that break the rules of docs/how-to/data.md or own-data.md.
     """
-    dataset = without_classes(_sized_dataset(config), config.held_out)
-    splits, validation = dict(dataset.splits), "the data set's own"
-    if "validation" not in splits:
+    dataset = without_classes(sized_dataset(config, whole), config.held_out)
+    splits, validation = dict(dataset.splits), dataset.notes if dataset.columns else "the data set's own"
+    if "validation" not in splits and "train" in splits:
         splits["train"], splits["validation"] = split_validation(
             dataset.rows("train"), config.validation_fraction, config.seed
         )
@@ -209,9 +249,12 @@ def settled_dataset(config: TaskConfig) -> tuple[Dataset, str]:
     return replace(dataset, splits=splits), validation
 
 
-def _sized_dataset(config: TaskConfig) -> Dataset:
-    if config.data != "word_sentiment" or is_folder(config.data):
-        return open_dataset(config.data, config.seed)
+def sized_dataset(config: TaskConfig, whole: bool = False) -> Dataset:
+    """The data of a task before limits, and `whole` as in `settled_dataset`."""
+    named = isinstance(config.data, str) and config.data == "word_sentiment"
+    if not named or is_folder(config.data):
+        parts = config.validation_fraction, config.test_fraction
+        return open_dataset(config.data, config.seed, config.columns, *parts, whole)
     # Made to measure: there are more words than the default sizes use.
     asked = {split: getattr(config, f"limit_{split}") for split in _MAIN_SPLITS}
     return word_sentiment(**{split: size for split, size in asked.items() if size is not None}, seed=config.seed)
