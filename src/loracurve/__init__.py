@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loracurve.model.base_model import load_base
     from loracurve.model.config import ModelConfig
     from loracurve.model.curve_model import CurveModel
+    from loracurve.runs.classifier import CurveClassifier
     from loracurve.runs.config import RunConfig
     from loracurve.runs.fit import fit_run
     from loracurve.runs.run import open_run
@@ -58,6 +59,7 @@ _PLACES = {
     "model.base_model": ("load_base",),
     "model.config": ("ModelConfig",),
     "model.curve_model": ("CurveModel",),
+    "runs.classifier": ("CurveClassifier",),
     "runs.config": ("RunConfig",),
     "runs.fit": ("fit_run",),
     "runs.run": ("open_run",),
@@ -71,6 +73,7 @@ _PLACES = {
 _PLACE = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
+    "CurveClassifier",
     "CurveConfig",
     "CurveModel",
     "CurveSpec",
