@@ -225,7 +225,7 @@ def test_a_run_that_may_only_be_read_is_reported_on_elsewhere(odd: Path) -> None
     command("report", "-run", "other", "--out", "-page.html")
     assert (odd / "-page.html").is_file() and not left.exists()
     for name in ("-run", "other"):
-        assert {"reliability.png", "report.json"} <= {*os.listdir(odd / "-page-figures" / name)}
+        assert {"differences.png", "report.json"} <= {*os.listdir(odd / "-page-figures" / name)}
     assert (tree_hash(run), times(run)) == before
 
 

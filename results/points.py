@@ -1,0 +1,81 @@
+"""Quality against passes: NLL after a temperature of averages of 3, 5 and 10 stored points of a curve, and of adapters.
+
+    python results/points.py tuned curve "ensemble 10" ["another method of ten points" ...]
+
+A prediction takes a pass for each point. Of ten evenly spaced points those are taken that lie nearest to the middles of
+3 or 5 equal parts of the curve; where two are as near, both sides are tried and the mean is shown (of adapters: the
+same places, any would do). Mean of the sets that count, each the mean of the seeds that all the methods have.
+Differences to as many and to ten of the last method have 95 % intervals over rows and seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loracurve.bench.results import CellResult, read_results, seed_of
+from loracurve.bench.suite import load_suite
+from loracurve.bench.tables.resampled import over_seeds
+from loracurve.bench.tables.table import shown
+from loracurve.inference.calibration import apply_temperature, fit_temperature
+from loracurve.inference.information import mixture_log_probs, negative_log_likelihood
+from loracurve.inference.intervals import interval_of, resample_counts
+
+TAKEN = {3: ((1, 4, 7), (2, 5, 8)), 5: ((1, 3, 4, 6, 8), (1, 3, 5, 6, 8)), 10: (tuple(range(10)),)}
+
+
+def tempered_nll(cell: CellResult, count: int) -> Tensor:
+    """[E] NLL of the test rows, the mean of both ways to take the points."""
+    labels = cell.predictions.labels
+    weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    found = []
+    for taken in TAKEN[count]:
+        known, test = (
+            mixture_log_probs(cell.points(name)[list(taken)].double(), weights) for name in ("validation", "test")
+        )
+        temperature = fit_temperature(known, labels["validation"])
+        found.append(negative_log_likelihood(apply_temperature(test, temperature), labels["test"]))
+    return torch.stack(found).mean(0)
+
+
+def main(name: str, methods: list[str]) -> None:
+    here = Path(__file__).parent
+    results = read_results(load_suite(here / "suites" / f"{name}.yaml"), here / name)
+    scores: dict[tuple[str, int], list[Tensor]] = {}  # a tensor [seeds, rows] for each set
+    tasks = []
+    for task in results.counting:
+        by_seed = [{r.cell.seed: r for r in results.seeds(task, method)} for method in methods]
+        seeds = sorted(set.intersection(*(set(found) for found in by_seed)))
+        if not seeds:
+            continue
+        tasks.append(task)
+        for method, found in zip(methods, by_seed, strict=True):
+            for count in TAKEN:
+                scores.setdefault((method, count), []).append(
+                    torch.stack([tempered_nll(found[s], count) for s in seeds])
+                )
+    rival = methods[-1]
+    print(f"{len(tasks)} sets, seeds {' '.join(str(len(x)) for x in scores[rival, 10])}")
+    print("method", "passes", "NLL ts", f"minus as many of {rival}", f"minus ten of {rival}", sep=" | ")
+    for (method, count), mine in scores.items():
+        mean = sum(float(x.mean()) for x in mine) / len(mine)
+        differences = []
+        for other in (count, 10):
+            if (method, count) == (rival, other):
+                differences.append("-")
+                continue
+            each = [a - b for a, b in zip(mine, scores[rival, other], strict=True)]
+            drawn = [
+                over_seeds(d @ resample_counts(d.shape[1], seed_of(t, "averages")).mT / d.shape[1])
+                for t, d in zip(tasks, each, strict=True)
+            ]
+            estimate = sum(float(d.mean()) for d in each) / len(each)
+            differences.append(shown(interval_of(estimate, torch.stack(drawn).mean(0))))
+        print(method, count, f"{mean:.4f}", *differences, sep=" | ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
