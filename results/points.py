@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracurve.bench.results import CellResult, read_results, seed_of
+from loracurve.bench.results import CellResult, read_results
+from loracurve.bench.statistics import tempered_average
 from loracurve.bench.suite import load_suite
-from loracurve.bench.tables.resampled import over_seeds
+from loracurve.bench.tables.resampled import means_over_rows, over_seeds
 from loracurve.bench.tables.table import shown
-from loracurve.inference.calibration import apply_temperature, fit_temperature
-from loracurve.inference.information import mixture_log_probs, negative_log_likelihood
-from loracurve.inference.intervals import interval_of, resample_counts
+from loracurve.inference.information import negative_log_likelihood
+from loracurve.inference.intervals import interval_of
 
 TAKEN = {3: ((1, 4, 7), (2, 5, 8)), 5: ((1, 3, 4, 6, 8), (1, 3, 5, 6, 8)), 10: (tuple(range(10)),)}
 
@@ -30,14 +30,11 @@ TAKEN = {3: ((1, 4, 7), (2, 5, 8)), 5: ((1, 3, 4, 6, 8), (1, 3, 5, 6, 8)), 10: (
 def tempered_nll(cell: CellResult, count: int) -> Tensor:
     """[E] NLL of the test rows, the mean of both ways to take the points."""
     labels = cell.predictions.labels
-    weights = torch.full((count,), 1 / count, dtype=torch.float64)
     found = []
-    for taken in TAKEN[count]:
-        known, test = (
-            mixture_log_probs(cell.points(name)[list(taken)].double(), weights) for name in ("validation", "test")
-        )
-        temperature = fit_temperature(known, labels["validation"])
-        found.append(negative_log_likelihood(apply_temperature(test, temperature), labels["test"]))
+    for taken in map(list, TAKEN[count]):
+        validation, test = (cell.points(name)[taken] for name in ("validation", "test"))
+        average = tempered_average(validation, labels["validation"], test)
+        found.append(negative_log_likelihood(average, labels["test"]))
     return torch.stack(found).mean(0)
 
 
@@ -68,10 +65,7 @@ def main(name: str, methods: list[str]) -> None:
                 differences.append("-")
                 continue
             each = [a - b for a, b in zip(mine, scores[rival, other], strict=True)]
-            drawn = [
-                over_seeds(d @ resample_counts(d.shape[1], seed_of(t, "averages")).mT / d.shape[1])
-                for t, d in zip(tasks, each, strict=True)
-            ]
+            drawn = [over_seeds(means_over_rows(d, t)) for t, d in zip(tasks, each, strict=True)]
             estimate = sum(float(d.mean()) for d in each) / len(each)
             differences.append(shown(interval_of(estimate, torch.stack(drawn).mean(0))))
         print(method, count, f"{mean:.4f}", *differences, sep=" | ")

@@ -33,9 +33,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import loracurve as lc
-from loracurve.runs.classifier import CurveClassifier, steps_for
+from loracurve.runs.classifier import CurveClassifier
 from loracurve.system.errors import UserError
 from loracurve.tasks.dataset import read_dataset
+from loracurve.training.config import steps_for
 
 QUICK: dict[str, Any] = {"steps": 2, "segments": 1, "points": 2, "rank": 2, "learning_rate": 1e-2}
 

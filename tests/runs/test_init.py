@@ -13,12 +13,12 @@ from helpers.made_runs import QUICK, Maker, command, data_folder
 
 from loracurve.cli import main
 from loracurve.model.config import ModelConfig
-from loracurve.runs.classifier import steps_for
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.fit import fit_run
 from loracurve.runs.identity import read_identity
 from loracurve.system.errors import UserError
 from loracurve.tasks.config import Columns, TaskConfig
+from loracurve.training.config import steps_for
 
 
 def reviews(path: Path, classes: list[str], rows: int = 60) -> Path:

@@ -51,6 +51,14 @@ def subsets_of(members: int, size: int, most: int, seed: int) -> list[tuple[int,
     return list(found)
 
 
+def tempered_average(validation: Tensor, validation_labels: Tensor, test: Tensor) -> Tensor:
+    """``[E, C]`` log-probabilities of the equal average of members on test rows, at the temperature of the validation
+    rows. validation, test: ``[M, E, C]`` log-probabilities of the members."""
+    weights = torch.full((len(test),), 1 / len(test), dtype=torch.float64)
+    known, found = (mixture_log_probs(part.double(), weights) for part in (validation, test))
+    return apply_temperature(found, fit_temperature(known, validation_labels))
+
+
 def ensemble_scores(
     validation: Tensor,
     validation_labels: Tensor,
@@ -72,11 +80,9 @@ def ensemble_scores(
     for size in range(1, len(test) + 1):
         nll, brier = 0.0, 0.0
         subsets = subsets_of(len(test), size, most, seed)
-        weights = torch.full((size,), 1 / size, dtype=torch.float64)
         for subset in subsets:
             rows = list(subset)
-            known, found = (mixture_log_probs(part[rows].double(), weights) for part in (validation, test))
-            tempered = apply_temperature(found, fit_temperature(known, validation_labels))
+            tempered = tempered_average(validation[rows], validation_labels, test[rows])
             nll += negative_log_likelihood(tempered, test_labels).mean().item() / len(subsets)
             brier += brier_per_example(tempered.exp(), test_labels).mean().item() / len(subsets)
         scores["nll"].append(nll)

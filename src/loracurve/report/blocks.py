@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from loracurve.report.numbers import number, rounded
+from loracurve.report.numbers import digits_of, number
 from loracurve.report.run_data import RunData
 
 __all__ = ["Block", "Section", "Sheet", "Tile"]
@@ -41,10 +41,8 @@ class Tile:
         if self.percent:
             estimate, low, high = (f"{100 * self.found[k]:.1f}" for k in ("estimate", "low", "high"))
             return f"{estimate} %", f"95 % interval {low} to {high} %"
-        value, *ends = rounded(self.found, sign=False).split(" [")
-        if self.found["low"] is None:
-            return number(self.found["estimate"], 3), ""
-        return value, "95 % interval " + ends[0].rstrip("]").replace(", ", " to ")
+        estimate, low, high = (number(self.found[k], digits_of(self.found)) for k in ("estimate", "low", "high"))
+        return estimate, "" if self.found["low"] is None else f"95 % interval {low} to {high}"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["interval", "number", "rounded", "star"]
+__all__ = ["digits_of", "interval", "number", "rounded", "star"]
 
 
 FINE = 0.005
@@ -35,11 +35,15 @@ def interval(found: Mapping[str, Any], digits: int | None = 4, sign: bool = True
     return f"{estimate} [{low}, {high}]"
 
 
-def rounded(found: Mapping[str, Any], sign: bool = True) -> str:
-    """`interval` with the digits that it bears: three, or four where it is narrower than `FINE`."""
+def digits_of(found: Mapping[str, Any]) -> int:
+    """Digits that an interval bears: three, or four where it is narrower than `FINE`."""
     low, high = found["low"], found["high"]
-    narrow = low is not None and high is not None and high - low < FINE
-    return interval(found, 4 if narrow else 3, sign)
+    return 4 if low is not None and high is not None and high - low < FINE else 3
+
+
+def rounded(found: Mapping[str, Any], sign: bool = True) -> str:
+    """`interval` with the digits that it bears."""
+    return interval(found, digits_of(found), sign)
 
 
 def star(found: Mapping[str, Any], without: str = "") -> str:

@@ -29,7 +29,10 @@ from loracurve.system.files import write_json
 from loracurve.system.folders import locked
 from loracurve.system.randomness import generator
 
-__all__ = ["calibrate_run"]
+__all__ = ["FEWEST_ROWS", "calibrate_run"]
+
+FEWEST_ROWS = 20
+"""labelled rows without which nothing is calibrated"""
 
 
 def calibrate_run(
@@ -75,8 +78,8 @@ def _calibrate(
     encoded = run.task.encode_rows(rows, "calibration", True)
     together = average.predict(run.model, encoded)
     labels = encoded.labels
-    if bool((labels < 0).any()) or len(labels) < 20:
-        raise UserError(f"calibration: expected at least 20 labelled rows, found {int((labels >= 0).sum())}")
+    if bool((labels < 0).any()) or len(labels) < FEWEST_ROWS:
+        raise UserError(f"calibration: expected at least {FEWEST_ROWS} labelled rows, found {int((labels >= 0).sum())}")
     again = predict_again(run.model, encoded, together, average, seed)
     average = _known_by(run, average, together.distance)
     predictive = together.index(first_of_each(encoded))  # equal rows are tied to the last bit

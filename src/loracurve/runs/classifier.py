@@ -34,7 +34,7 @@ from loracurve.inference.model_average import Average
 from loracurve.inference.predictive import Predictive
 from loracurve.model.base_model import load_tokenizer
 from loracurve.model.config import ModelConfig
-from loracurve.runs.calibrate import calibrate_run
+from loracurve.runs.calibrate import FEWEST_ROWS, calibrate_run
 from loracurve.runs.calibration import Calibration, calibration_for
 from loracurve.runs.config import RunConfig, load_config
 from loracurve.runs.fit import fit_run
@@ -51,14 +51,9 @@ from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.repeats import bare
 from loracurve.tasks.splitting import divide
 from loracurve.tasks.task import load_task
-from loracurve.training.config import FitConfig, LoopConfig
+from loracurve.training.config import FitConfig, LoopConfig, steps_for
 
-__all__ = ["CurveClassifier", "steps_for"]
-
-_PASSES = 15
-_FEWEST_STEPS, _MOST_STEPS = 100, FitConfig.steps
-_FEWEST_TO_CALIBRATE = 20
-"""rows, what `calibrate_run` asks for"""
+__all__ = ["CurveClassifier"]
 
 
 class CurveClassifier(ClassifierMixin, BaseEstimator):
@@ -158,9 +153,10 @@ class CurveClassifier(ClassifierMixin, BaseEstimator):
         seed = _seed(self.random_state)
         if self.risk is not None:
             in_range("risk", self.risk, OpenShare)  # before hours of training
-        parts = _parts(texts, labels, self.validation_fraction, self.calibration_fraction, seed)
+        rows = _rows(texts, labels)
+        parts = _parts(rows, self.validation_fraction, self.calibration_fraction, seed)
         with _Kept.new(self.folder) as kept, _progress(bool(self.verbose)):
-            _write(kept.data, texts, labels, names, parts)
+            _write(kept.data, rows, names, parts)
             fit_run(self._config(kept.data, len(parts["train"]), seed), kept.folder, progress=bool(self.verbose))
             calibration = self._calibrate(kept, len(parts["test"]))
         self.classes_, self.calibration_, self._names, self._columns = classes, calibration, names, len(texts[0])
@@ -218,7 +214,7 @@ class CurveClassifier(ClassifierMixin, BaseEstimator):
         if calibration is None:
             raise UserError(
                 "abstain: expected a classifier that was calibrated, found one that was not; fit with risk, and with "
-                f"{_FEWEST_TO_CALIBRATE} rows or more in calibration_fraction (now {self.calibration_fraction:g})"
+                f"{FEWEST_ROWS} rows or more in calibration_fraction (now {self.calibration_fraction:g})"
             )
         rows, encoded, predictive, calibration, average = self._predicted(X)
         assert calibration is not None
@@ -244,7 +240,7 @@ class CurveClassifier(ClassifierMixin, BaseEstimator):
         run, average, calibration = self._kept.opened(self.model)
         # Each of the four questions about the same texts would predict them again.
         if self._kept.last is None or self._kept.last[0] != texts:
-            rows = _rows(texts, range(len(texts)))
+            rows = _rows(texts)
             encoded = run.task.encode_rows(rows, "X", labelled=False)
             self._kept.last = texts, rows, encoded, average.predict(run.model, encoded)
         return *self._kept.last[1:], calibration, average
@@ -273,7 +269,7 @@ class CurveClassifier(ClassifierMixin, BaseEstimator):
 
     def _calibrate(self, kept: _Kept, rows: int) -> list[str]:
         """What `loracurve calibrate RUN --input data/test.jsonl` says, where it can be done."""
-        if self.risk is None or rows < _FEWEST_TO_CALIBRATE:
+        if self.risk is None or rows < FEWEST_ROWS:
             return []
         run = open_run(kept.folder)
         lines = calibrate_run(run, self.risk, delta=0.1, alpha=0.1, measure="entropy", path=kept.data / "test.jsonl")
@@ -288,12 +284,6 @@ class CurveClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False  # of numbers, as scikit-learn means it; pairs of texts may be one
         return tags
-
-
-def steps_for(rows: int) -> int:
-    """Steps for so many training rows: 15 passes in batches of 16, at least 100 and at most 1500."""
-    passes = math.ceil(_PASSES * rows / FitConfig.batch_size)
-    return min(max(passes, _FEWEST_STEPS), _MOST_STEPS)
 
 
 class _Kept:
@@ -449,9 +439,7 @@ def _seed(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-def _parts(
-    texts: Sequence[tuple[str, ...]], labels: np.ndarray, validation: float, test: float, seed: int
-) -> dict[str, list[int]]:
+def _parts(rows: Sequence[Row], validation: float, test: float, seed: int) -> dict[str, list[int]]:
     """Numbers of the rows for training, validation and calibration (`test`), by class and by the hash of their text.
 
     Rows of the same text, whatever its case, punctuation and spacing, stay together; a class of fewer than three texts
@@ -460,39 +448,33 @@ def _parts(
     for name, part in (("validation_fraction", validation), ("calibration_fraction", test)):
         if not 0 < part < 1 or validation + test >= 1:
             raise UserError(f"{name}: expected a part between 0 and 1, the two together below 1, found {part}")
-    keys = ["\n".join(bare(row)) for row in _rows(texts, range(len(texts)))]
-    parts = divide(keys, labels.tolist(), parts={"validation": validation, "test": test}, seed=seed)
+    keys, labels = [bare(row)[0] for row in rows], [row.label for row in rows]
+    parts = divide(keys, labels, parts={"validation": validation, "test": test}, seed=seed)
     for found in parts.values():
         if not found:
             raise UserError(
                 "X: expected at least 3 different texts of some class, for training, validation and calibration, "
-                f"found fewer in {len(texts)} sample(s); give more rows"
+                f"found fewer in {len(rows)} sample(s); give more rows"
             )
     return parts
 
 
-def _rows(texts: Sequence[tuple[str, ...]], chosen: Sequence[int], labels: np.ndarray | None = None) -> list[Row]:
+def _rows(texts: Sequence[tuple[str, ...]], labels: np.ndarray | None = None) -> list[Row]:
     """Rows with their numbers in X as ids."""
     rows = []
-    for i in chosen:
+    for i, (text, *second) in enumerate(texts):
         label = None if labels is None else int(labels[i])
-        rows.append(Row(str(i), label, text=texts[i][0], text2=texts[i][1] if len(texts[i]) == 2 else None))
+        rows.append(Row(str(i), label, text=text, text2=second[0] if second else None))
     check_rows(rows)
     return rows
 
 
-def _write(
-    folder: Path,
-    texts: Sequence[tuple[str, ...]],
-    labels: np.ndarray,
-    names: list[str],
-    parts: Mapping[str, Sequence[int]],
-) -> None:
+def _write(folder: Path, rows: Sequence[Row], names: list[str], parts: Mapping[str, Sequence[int]]) -> None:
     """Write a data set that `read_dataset` reads."""
     for split, chosen in parts.items():
         lines = [
-            {k: v for k, v in asdict(row).items() if k in ("id", "text", "text2", "label") and v is not None}
-            for row in _rows(texts, chosen, labels)
+            {k: v for k, v in asdict(rows[i]).items() if k in ("id", "text", "text2", "label") and v is not None}
+            for i in chosen
         ]
         atomic_write(
             folder / f"{split}.jsonl",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from loracurve.runs.classifier import steps_for
 from loracurve.system.errors import one_line
 from loracurve.tasks.config import Scoring
 from loracurve.tasks.dataset import Dataset, as_text
 from loracurve.tasks.task import open_dataset
 from loracurve.tasks.templates import LETTERS, default_template, label_word
+from loracurve.training.config import steps_for
 
 __all__ = ["config_for"]
 

@@ -21,7 +21,7 @@ from loracurve.tasks.repeats import bare
 from loracurve.tasks.splitting import divide
 from loracurve.tasks.tables import ENDINGS, Table, is_number, table_of, table_of_file
 
-__all__ = ["dataset_from_rows", "dataset_from_tables", "holds_tables", "is_table_file", "rows_from_table"]
+__all__ = ["dataset_from_rows", "dataset_from_tables", "holds_tables", "rows_from_table"]
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
@@ -48,11 +48,6 @@ _MOST_SCALE = 20
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.0+)?")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
-
-
-def is_table_file(path: str | Path) -> bool:
-    """Whether a file's name ends as that of a table. Raises UserError where the system won't look."""
-    return Path(path).suffix.lower() in ENDINGS and is_file(path)
 
 
 def holds_tables(folder: str | Path) -> bool:
@@ -108,13 +103,11 @@ def dataset_from_tables(
         split: _rows(table, found, values[split] if not lm else None, classes, split) for split, table in tables.items()
     }
     notes = [f"columns: {', '.join(how)}", *left_out]
-    if whole and len(tables) == 1:
-        rows = {"test": next(iter(rows.values()))}
-    elif whole:
-        pass
-    else:
+    if not whole:
         rows, drawn = _divided(rows, train, found, (validation_fraction, test_fraction), seed, classes)
         notes += drawn
+    elif len(tables) == 1:
+        rows = {"test": next(iter(rows.values()))}
     kind = "language_modelling" if lm else "classification"
     mapping = {k: v for k, v in vars(found).items() if v is not None}
     return Dataset(name, kind, classes, rows, "; ".join(notes), "", mapping)  # type: ignore[arg-type]
@@ -431,7 +424,7 @@ def _divided(
     if sum(shares) >= 1:
         raise UserError(f"expected validation_fraction and test_fraction that leave rows for train, found {shares}")
     all_rows = rows["train"]
-    keys = ["\0".join(bare(row)) for row in all_rows]
+    keys = [bare(row)[0] for row in all_rows]
     groups = [] if columns.group is None else [_group(v) for v in table.column(columns.group, "group")]
     found = divide(keys, [row.label for row in all_rows], groups, missing, seed)
     for name in missing:

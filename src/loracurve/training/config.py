@@ -33,6 +33,7 @@ __all__ = [
     "needs_shared_points",
     "needs_single_point",
     "resolve_tau",
+    "steps_for",
     "strength",
 ]
 
@@ -369,3 +370,12 @@ def check_validation_points(points: int, spec: CurveSpec) -> None:
             f"evaluation_points: expected some between the anchors, which training does not move, found {points}, all "
             f"of them anchors; ask for {FitConfig.evaluation_points}"
         )
+
+
+def steps_for(rows: int) -> int:
+    """Steps of a free curve for so many training rows: 15 passes in batches of 16, at least 100 and at most 1500."""
+    passes = math.ceil(_PASSES * rows / FitConfig.batch_size)
+    return min(max(passes, _FEWEST_STEPS), FitConfig.steps)
+
+
+_PASSES, _FEWEST_STEPS = 15, 100

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracurve.bench.results import CellResult, Results, mean_of, references_of, seed_of, shared_seeds
+from loracurve.bench.results import CellResult, Results, mean_of, references_of, shared_seeds
 from loracurve.bench.statistics import holm, mean_or_none, two_sided
 from loracurve.bench.suite import full_ensemble
-from loracurve.bench.tables.resampled import over_groups, over_seeds
+from loracurve.bench.tables.resampled import means_over_rows, over_groups, over_seeds
 from loracurve.bench.tables.table import Table, Value
-from loracurve.inference.intervals import Interval, interval_of, resample_counts
+from loracurve.inference.intervals import Interval, interval_of
 
 __all__ = ["averages", "differences", "mean_difference"]
 
@@ -103,8 +103,7 @@ def _resampled(pairs: Sequence[Pair], measure: str) -> tuple[Tensor, Tensor, Ten
         values = torch.stack(
             [a.per_example[measure] - b.per_example[measure] for a, b in zip(mine, other, strict=True)]
         ).double()
-        counts = resample_counts(values.shape[1], seed_of(task, "averages"))
-        each = values @ counts.mT / values.shape[1]  # [S, R]
+        each = means_over_rows(values, task)
         estimates.append(values.mean())
         of_rows.append(each.mean(0))
         of_seeds.append(over_seeds(each))

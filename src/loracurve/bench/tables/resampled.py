@@ -19,6 +19,7 @@ __all__ = [
     "Resampled",
     "counts_of",
     "mean_over_seeds",
+    "means_over_rows",
     "over_groups",
     "over_seeds",
     "resampled",
@@ -86,6 +87,12 @@ def mean_over_seeds(found: Sequence[Resampled], minus: Sequence[Resampled] | Non
         values = values - torch.stack([v for _, v in minus]).mean(0)
     known = [e for e in estimates if e is not None]
     return interval_of(sum(known) / len(known), values) if len(known) == len(estimates) else None
+
+
+def means_over_rows(values: Tensor, task: str) -> Tensor:
+    """``[S, R]``: means of values ``[S, E]`` of a task's test rows over resamples of these rows."""
+    counts = resample_counts(values.shape[1], seed_of(task, "averages"))
+    return values @ counts.mT / values.shape[1]
 
 
 def over_seeds(values: Tensor) -> Tensor:
