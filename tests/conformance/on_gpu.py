@@ -25,6 +25,7 @@ from conformance.families import FAMILIES
 from conformance.made_rows import VOCABULARY, made_tokenizer, write_task
 from conformance.ways import POINTS, predictions
 from loracurve.curve.spec import CurveSpec
+from loracurve.inference.prediction import predict_split
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.files import write_json
 from loracurve.tasks.config import TaskConfig
@@ -68,6 +69,15 @@ def captured(model: CurveModel, encoded: Encoded) -> Tensor:
     return found
 
 
+def merged(model: CurveModel, encoded: Encoded) -> Tensor:
+    """Each point often enough that its predictions come from graphs that were captured at another."""
+    if encoded.scoring == "lm":
+        return predictions(model, encoded, "merged")
+    found = predict_split(model, encoded, POINTS.repeat(3), way="merged").point_log_probs
+    assert found is not None
+    return found[-len(POINTS) :].double()
+
+
 def compiled(model: CurveModel, encoded: Encoded) -> Tensor:
     model.runner.compile_layers()
     return captured(model, encoded)
@@ -77,7 +87,7 @@ WAYS: dict[str, Callable[[CurveModel, Encoded], Tensor]] = {
     "captured": captured,
     "rows": lambda model, encoded: predictions(model, encoded, "rows"),
     "tokens": lambda model, encoded: predictions(model, encoded, "tokens"),
-    "merged": lambda model, encoded: predictions(model, encoded, "merged"),
+    "merged": merged,
     "compiled": compiled,
 }
 

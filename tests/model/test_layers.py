@@ -167,3 +167,29 @@ def test_chosen_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(
     (gradient,) = torch.autograd.grad(found.square().sum(), hidden)
     expected = 2 * (chosen @ weight.mT) @ weight
     assert relative_error(gradient.flatten(0, 1)[head.route.positions], expected) < RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("architecture", "kept"), [("qwen2", ["lm_head"]), ("encoder", None), ("encoder", ["pooler"])])
+def test_folding_another_point_leaves_all_weights_where_a_captured_graph_reads_them(
+    architecture: str, kept: list[str] | None
+) -> None:
+    model, _ = curve_model(architecture, 1, torch.float32, modules_to_save=kept)
+
+    def read() -> dict[str, tuple[int, float]]:
+        found = {}
+        for name, layer in model.layers.items():
+            folded = layer._merged if isinstance(layer._merged, tuple) else (layer._merged,)  # type: ignore[attr-defined]
+            of_layer = [tensor for tensor in folded if tensor is not None]
+            assert of_layer
+            found |= {f"{name}.{i}": (x.data_ptr(), float(x.double().sum())) for i, x in enumerate(of_layer)}
+        return found
+
+    with torch.inference_mode(), model.merger.points() as fold:
+        states = []
+        for t in T:
+            fold(t)
+            states.append(read())
+    assert any(type(layer).__name__ == "CurveDense" for layer in model.layers.values())
+    for name in states[0]:
+        assert len({state[name][0] for state in states}) == 1, name
+        assert len({state[name][1] for state in states}) == len(T), name

@@ -38,9 +38,12 @@ class CurveDense(CurveLayer):
         self.bias = nn.Parameter(factors["bias"]) if "bias" in factors else None
 
     def merge(self, coefficients: Tensor) -> None:
-        weight = torch.tensordot(coefficients.to(self.weight), self.weight.detach(), dims=1)
-        bias = None if self.bias is None else torch.tensordot(coefficients.to(self.bias), self.bias.detach(), dims=1)
-        self._merged = weight, bias
+        def combined(points: Tensor, place: Tensor | None) -> Tensor:
+            found = torch.tensordot(coefficients.to(points), points.detach(), dims=1)
+            return found if place is None else place.copy_(found)
+
+        weight, bias = self._merged or (None, None)
+        self._merged = combined(self.weight, weight), None if self.bias is None else combined(self.bias, bias)
 
     def fold(self, factors: Mapping[str, Tensor]) -> None:
         device = self.base_layer.weight.device

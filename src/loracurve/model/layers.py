@@ -56,7 +56,8 @@ class CurveLayer(nn.Module):
         raise NotImplementedError
 
     def merge(self, coefficients: Tensor) -> None:
-        """Fold the point with these coefficients [K] into a copy of the weight, used by the route kind `merged`."""
+        """Fold the point with these coefficients [K] into a copy of the weight, used by the route kind `merged`. Until
+        `unmerge` the copy keeps its place in memory: CUDA graphs read it there."""
         raise NotImplementedError
 
     def fold(self, factors: Mapping[str, Tensor]) -> None:
