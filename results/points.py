@@ -11,6 +11,7 @@ Differences to as many and to ten of the last method have 95 % intervals over ro
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from loracurve.bench.suite import load_suite
 from loracurve.bench.tables.resampled import means_over_rows, over_seeds
 from loracurve.bench.tables.table import shown
 from loracurve.inference.information import negative_log_likelihood
-from loracurve.inference.intervals import interval_of
+from loracurve.inference.intervals import Interval, interval_of
 
 TAKEN = {3: ((1, 4, 7), (2, 5, 8)), 5: ((1, 3, 4, 6, 8), (1, 3, 5, 6, 8)), 10: (tuple(range(10)),)}
 
@@ -38,7 +39,20 @@ def tempered_nll(cell: CellResult, count: int) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def main(name: str, methods: list[str]) -> None:
+@dataclass(frozen=True)
+class Quality:
+    """A method with so many of its points."""
+
+    method: str
+    count: int
+    nll: float
+    """after a temperature, mean of the sets"""
+    against: dict[int, Interval]
+    """minus so many of the last method"""
+
+
+def quality(name: str, methods: list[str]) -> tuple[list[Quality], list[int]]:
+    """All methods with 3, 5 and 10 points, and how many seeds each set has."""
     here = Path(__file__).parent
     results = read_results(load_suite(here / "suites" / f"{name}.yaml"), here / name)
     scores: dict[tuple[str, int], list[Tensor]] = {}  # a tensor [seeds, rows] for each set
@@ -54,21 +68,25 @@ def main(name: str, methods: list[str]) -> None:
                 scores.setdefault((method, count), []).append(
                     torch.stack([tempered_nll(found[s], count) for s in seeds])
                 )
-    rival = methods[-1]
-    print(f"{len(tasks)} sets, seeds {' '.join(str(len(x)) for x in scores[rival, 10])}")
-    print("method", "passes", "NLL ts", f"minus as many of {rival}", f"minus ten of {rival}", sep=" | ")
+    rival, out = methods[-1], []
     for (method, count), mine in scores.items():
-        mean = sum(float(x.mean()) for x in mine) / len(mine)
-        differences = []
-        for other in (count, 10):
-            if (method, count) == (rival, other):
-                differences.append("-")
-                continue
+        against = {}
+        for other in {count, 10} - ({count} if method == rival else set()):
             each = [a - b for a, b in zip(mine, scores[rival, other], strict=True)]
             drawn = [over_seeds(means_over_rows(d, t)) for t, d in zip(tasks, each, strict=True)]
             estimate = sum(float(d.mean()) for d in each) / len(each)
-            differences.append(shown(interval_of(estimate, torch.stack(drawn).mean(0))))
-        print(method, count, f"{mean:.4f}", *differences, sep=" | ")
+            against[other] = interval_of(estimate, torch.stack(drawn).mean(0))
+        out.append(Quality(method, count, sum(float(x.mean()) for x in mine) / len(mine), against))
+    return out, [len(x) for x in scores[rival, 10]]
+
+
+def main(name: str, methods: list[str]) -> None:
+    found, seeds = quality(name, methods)
+    print(f"{len(seeds)} sets, seeds {' '.join(map(str, seeds))}")
+    print("method", "passes", "NLL ts", f"minus as many of {methods[-1]}", f"minus ten of {methods[-1]}", sep=" | ")
+    for q in found:
+        differences = [shown(q.against[other]) if other in q.against else "-" for other in (q.count, 10)]
+        print(q.method, q.count, f"{q.nll:.4f}", *differences, sep=" | ")
 
 
 if __name__ == "__main__":

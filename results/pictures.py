@@ -1,0 +1,143 @@
+"""Draws the pictures of the README and of docs/evidence from the stored results.
+
+    python results/pictures.py
+
+`docs/pictures/valley.svg` (two sets) and `valley-all.svg` (all eight): suite `final`, three seeds. NLL on test rows along the
+straight line between neighbouring fine-tunes, and along the anchored curve through the same ones, above that of the
+fine-tunes; mean of both pairs and of the seeds. The line was scanned on 200 of the rows, the curve on all.
+`docs/pictures/rivals.svg`: suite `tuned`. NLL after a temperature minus that of ten tuned fine-tunes, mean of eight sets,
+against the passes of a prediction and the seconds of training on a GPU; bars: 95 % intervals over rows and seeds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from points import quality
+
+from loracurve.bench.results import CellResult, Results, read_results
+from loracurve.bench.suite import load_suite
+from loracurve.inference.prediction import point_nll
+from loracurve.report.figures import GREY, drawing, panels
+
+HERE = Path(__file__).parent
+PICTURES = HERE.parent / "docs" / "pictures"
+TITLES = {"sst2": "SST-2", "ag_news": "AG News", "subj": "SUBJ", "cr": "CR", "mrpc": "MRPC", "rte": "RTE"}
+TITLES |= {"cola": "CoLA", "wic": "WiC"}
+LINE, CURVE = "#D55E00", "#0072B2"
+
+
+def along_line(task: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """x in [0, 1] between two fine-tunes, and NLL above the straight line between theirs, mean of the pairs."""
+    folder = HERE / "final" / "cells" / task / str(seed) / "landscape"
+    frame = pd.read_parquet(folder / "paths.parquet")
+    frame = frame[(frame.path == "straight") & (frame.split == "test")].sort_values("t")
+    pairs = []
+    for nll in (frame.nll[frame.t < 0.501].to_numpy(), frame.nll[frame.t > 0.499].to_numpy()):
+        pairs.append(nll - np.linspace(nll[0], nll[-1], len(nll)))
+    return np.linspace(0, 1, len(pairs[0])), np.mean(pairs, axis=0)
+
+
+def along_curve(curve: CellResult, anchors: CellResult) -> tuple[np.ndarray, np.ndarray, float]:
+    """The same at the curve's stored points, and for their average."""
+    labels = curve.predictions.labels["test"]
+    points = point_nll(curve.predictions.sets["test"], labels).mean(1).numpy()
+    ends = point_nll(anchors.predictions.sets["test"], labels).mean(1).numpy()[:3]
+    t = np.array(curve.record["notes"]["average"]["t"])
+    above = points - np.interp(t, [0, 0.5, 1], ends)
+    x = np.where(t <= 0.5, 2 * t, 2 * t - 1)
+    order = np.argsort(x)
+    return x[order], above[order], float(curve.figures["test"]["nll"] - ends.mean())
+
+
+def valley(task: str, results: Results, ax: Axes) -> Axes:
+    lines = [along_line(task, seed) for seed in results.suite.seeds]
+    anchors = {r.cell.seed: r for r in results.seeds(task, "ensemble 10")}
+    curves = [along_curve(r, anchors[r.cell.seed]) for r in results.seeds(task, "own points")]
+    ax.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=LINE, label="straight line")
+    ax.plot(curves[0][0], np.mean([y for _, y, _ in curves], axis=0), "o-", color=CURVE, label="curve")
+    average = float(np.mean([a for _, _, a in curves]))
+    ax.axhline(average, color=CURVE, linestyle=(0, (5, 2)), label="average along the curve")
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set(title=TITLES[task], xticks=[0, 1], xticklabels=["a fine-tune", "the next"])
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, average) - 0.06 * (high - low), high)
+    return ax
+
+
+def passes(ax: Axes) -> Axes:
+    found, _ = quality("tuned", ["curve", "ensemble 10"])
+    for method, name, colour, shift in (("ensemble 10", "fine-tunes", LINE, -0.08), ("curve", "curve", CURVE, 0.08)):
+        mine = [q for q in found if q.method == method and 10 in q.against]
+        values = [(q.count, q.against[10]) for q in mine]
+        x = np.array([count for count, _ in values]) + shift
+        y = np.array([i.estimate for _, i in values])
+        bars = np.array([[i.estimate - i.low, i.high - i.estimate] for _, i in values]).T
+        ax.errorbar(x, y, bars, fmt="o", color=colour, label=name, capsize=3)
+    ax.axhline(0, color=GREY, linewidth=0.8, label="ten fine-tunes")
+    ax.set(xlabel="passes of a prediction", xticks=[3, 5, 10], ylabel="NLL minus ten fine-tunes'")
+    return ax
+
+
+SHOWN = {
+    "ensemble 3": "3 fine-tunes",
+    "ensemble 5": "5",
+    "ensemble 10": "10",
+    "ensemble 3, five units": "3, trained longer",
+    "MultiSWAG 3": "MultiSWAG",
+    "curve": "curve",
+    "curve, Gaussians": "with Gaussians",
+}
+
+
+def seconds(ax: Axes) -> Axes:
+    """Adapters of one pass share its seconds; the table `costs` has them set by set."""
+    tables = HERE / "tuned" / "tables"
+    costs: dict[str, list[float]] = {}
+    whole: list[float] = []
+    for line in (tables / "costs.md").read_text().splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if len(cells) > 5 and re.fullmatch(r"[\d.]+", cells[4]):
+            (whole if "anchors" in cells[1] else costs.setdefault(cells[1], [])).append(float(cells[4]))
+    pattern = r"\| ensemble 10 \| nll_ts \| (.+?) \| \d+ \| .+? \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
+    rows = re.findall(pattern, (tables / "differences.md").read_text())
+    differences = {name: tuple(map(float, values)) for name, *values in rows} | {"ensemble 10": (0.0, 0.0, 0.0)}
+    for method, name in SHOWN.items():
+        adapters = re.fullmatch(r"ensemble (\d+)", method)
+        own = float(np.mean(costs[method]))
+        x = float(np.mean(whole)) * int(adapters[1]) / 10 if adapters else own
+        y, low, high = differences[method]
+        colour = CURVE if "curve" in method else LINE
+        ax.errorbar([x], [y], [[y - low], [high - y]], fmt="o", color=colour, capsize=3)
+        above = "Gaussians" not in name
+        ax.annotate(name, (x, y), xytext=(6, 4 if above else -10), textcoords="offset points", fontsize=8)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set(xlabel="training, GPU seconds a set", xlim=(0, 185))
+    return ax
+
+
+def write(name: str, draws: list, size: tuple[float, float], columns: int) -> None:  # type: ignore[type-arg]
+    figure = panels(draws, size, columns=columns)
+    with drawing():
+        figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def main() -> None:
+    results = read_results(load_suite(HERE / "suites" / "final.yaml"), HERE / "final")
+    draw = {task: (lambda ax, task=task: valley(task, results, ax)) for task in TITLES}
+
+    def first(ax: Axes) -> Axes:
+        draw["cr"](ax).set_ylabel("NLL above the fine-tunes'")
+        return ax
+
+    write("valley", [first, draw["sst2"]], (8.4, 3.2), 2)
+    write("valley-all", list(draw.values()), (10.4, 5.2), 4)
+    write("rivals", [passes, seconds], (8.4, 3.4), 2)
+
+
+if __name__ == "__main__":
+    main()
