@@ -1,12 +1,13 @@
-"""Runs a notebook in percent format and writes it as a page of the site, with what it printed and drew.
+"""Runs a notebook in percent format and writes it as a page of the site and for Jupyter, with what it printed and drew.
 
-python docs/notebook.py examples/session.py docs/session.md
+python docs/notebook.py examples/session.py docs/session.md examples/session.ipynb
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -70,8 +71,28 @@ def page(cells: list[Cell], pictures: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(source: str, target: str) -> None:
-    """Run `source` and write `target` and, in pictures/ beside it, its figures."""
+def jupyter(cells: list[Cell], pictures: list[str]) -> str:
+    """The notebook in Jupyter's format 4.5, its figures as SVG."""
+    drawn, out = iter(pictures), []
+    for number, cell in enumerate(cells):
+        made: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}, "source": cell.source.splitlines(keepends=True)}
+        if cell.is_text:
+            out.append(made | {"cell_type": "markdown"})
+            continue
+        shown: list[dict[str, Any]] = []
+        if cell.printed:
+            shown.append({"output_type": "stream", "name": "stdout", "text": cell.printed.splitlines(keepends=True)})
+        for _ in cell.figures:
+            data = {"image/svg+xml": next(drawn).splitlines(keepends=True)}
+            shown.append({"output_type": "display_data", "metadata": {}, "data": data})
+        out.append(made | {"cell_type": "code", "execution_count": None, "outputs": shown})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}, "cells": out}
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def main(source: str, target: str, notebook: str) -> None:
+    """Run `source`; write `target` with its figures in pictures/ beside it, and `notebook` with everything in it."""
     import torch
     from matplotlib import rc_context
 
@@ -81,13 +102,16 @@ def main(source: str, target: str) -> None:
     run(cells)
     out = Path(target)
     pictures = f"pictures/{out.stem}"
-    made = f"Made by `python docs/notebook.py {source} {target}` with loracurve {loracurve.__version__}, PyTorch "
-    made += f"{torch.__version__.partition('+')[0]} on the CPU, {torch.get_num_threads()} thread."
+    made = f"Made by `python docs/notebook.py {source} {target} {notebook}` with loracurve {loracurve.__version__}, "
+    made += f"PyTorch {torch.__version__.partition('+')[0]} on the CPU, {torch.get_num_threads()} thread."
     out.write_text(page(cells, pictures) + f"\n{made}\n")
+    drawn = []
     with rc_context({"svg.hashsalt": out.stem, "svg.fonttype": "none"}):
         for number, figure in enumerate((f for cell in cells for f in cell.figures), 1):
             name = out.parent / f"{pictures}-{number}.svg"
             figure.savefig(name, bbox_inches="tight", metadata={"Date": None})
+            drawn.append(name.read_text())
+    Path(notebook).write_text(jupyter(cells, drawn))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _suite_words(words: list[str]) -> list[str]:
         return words
     if not words or words[0].startswith("-"):
         raise UserError("bench: expected a suite first, a YAML file or smoke, small or paper, found none")
-    return config_arguments(words[0], [w.replace("--tables-only", "--tables_only") for w in words[1:]])
+    return config_arguments(words[0], words[1:])
 
 
 # Arguments of commands that are paths, or names in their place.
@@ -137,7 +137,7 @@ def _run(arguments: Sequence[str]) -> None:
     command = COMMANDS[name]
     parameters = [p for p in inspect.signature(command.run).parameters.values()]
     flags = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
-    words = with_dashes(words, command.lists, flags)
+    words = with_dashes(_named_flags(words, flags), command.lists, flags)
     if distributed.is_launched() and not command.shared:
         raise UserError(f"{name}: expected one process, found several; start it without torchrun or accelerate launch")
     if command.leading and words and not words[0].startswith("-"):
@@ -264,6 +264,13 @@ def _quieten_upstream() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _named_flags(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Flags written with dashes, `--dry-run`, by the names that they have, `--dry_run`."""
+    names = {flag.replace("_", "-"): flag for flag in flags}
+    parts = [word.partition("=") for word in words]
+    return [names.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def with_dashes(words: Sequence[str], lists: Sequence[str], flags: Sequence[str]) -> list[str]:

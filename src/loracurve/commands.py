@@ -19,7 +19,7 @@ from loracurve.inference.config import GenerateConfig, Measure
 from loracurve.landscape.config import ScanConfig
 from loracurve.runs.config import RunConfig
 from loracurve.serving.config import ServeConfig
-from loracurve.system.distributed import main_holds, on_main
+from loracurve.system.distributed import is_launched, main_holds, on_main
 from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
 from loracurve.system.folders import locked, results_file, results_folder
@@ -117,19 +117,38 @@ def init_command(data: str, out: str = "config.yaml") -> None:
     print(f"Written to {out}; look at it, then: loracurve fit {shlex.quote(out)} --out {shlex.quote(run)}")
 
 
-def fit_command(config: RunConfig, out: str, resume: bool = False) -> None:
+def fit_command(config: RunConfig, out: str, resume: bool = False, dry_run: bool = False) -> None:
     """Train anchors (if anchored) and a curve, and evaluate them: CONFIG.yaml [--key value ...] --out FOLDER.
 
     Args:
         config: all options of a run, from a YAML file and the command line.
         out: new folder for the run.
         resume: go on with a run that was interrupted.
+        dry_run: say what would be done, how long it would take and whether it fits into memory, after a few steps, and
+            write nothing.
     """
+    if dry_run:
+        from loracurve.runs.rehearsal import rehearse
+        from loracurve.runs.rehearsal_tables import print_rehearsal
+
+        if resume:
+            raise UserError("--dry_run: expected a new run, found --resume; leave one of them out")
+        print_rehearsal(rehearse(config, Path(out)))
+        print(f"Nothing was written. To run it: {_command_without('dry_run')}")
+        return
     from loracurve.report.terminal import print_report
     from loracurve.runs.fit import fit_run
 
     print_report(fit_run(config, Path(out), resume))
     print(f"The run is in {out}")
+
+
+def _command_without(flag: str) -> str:
+    """The present command without a flag of its own, as a shell takes it."""
+    words = [w for w in sys.argv[1:] if w.partition("=")[0].lstrip("-").replace("-", "_") != flag]
+    if is_launched() or words == sys.argv[1:]:  # a launcher's words, or none: called from Python
+        return f"the same command without --{flag}"
+    return shlex.join(["loracurve", *words])
 
 
 def evaluate_command(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from helpers.made_runs import SCAN, SCORED, Maker, command
 from safetensors.torch import load_file
 
 from loracurve.cli import main
-from loracurve.report.numbers import rounded
+from loracurve.report.numbers import number, rounded
 from loracurve.report.terminal import print_methods
 
 
@@ -196,7 +197,7 @@ def test_the_three_parts_are_those_of_the_files(reported: Path, capsys: pytest.C
     assert shown["adapter 0"]["MI"] == "–" and shown["ensemble"]["MI"] == shown["ensemble"]["between points"]
     test = curve["test"]
     for name, key in (("MI", "mutual_information"), *zip(THREE[1:], ("within_points", "between_points"), strict=True)):
-        assert shown["curve"][name] == f"{test[key]:.3f}"
+        assert shown["curve"][name] == number(test[key])
     chosen = [rows for caption, rows in tables.items() if caption.startswith(("The points", "The text", "Far from"))]
     assert len(chosen) == 3 and all(heads[3:] == ["entropy", *THREE] for heads, *_ in chosen)
     for _, *rows in chosen:
@@ -209,7 +210,7 @@ def test_the_three_parts_are_those_of_the_files(reported: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.split()[:2] == ["curve:", "test"]]
     parts = [test[k] for k in ("entropy", "expected_entropy", "within_points", "between_points")]
-    assert line.split()[2:] == [f"{value:.4f}" for value in parts]
+    assert line.split()[2:] == [number(value) for value in parts]
     assert "Entropy has three parts" in " ".join(lines)
 
 
@@ -276,3 +277,33 @@ def test_text_of_the_data_cannot_break_the_page(letter_run: Path) -> None:
     command("report", letter_run)
     text = (letter_run / "report.html").read_text()
     assert "<script>" not in text and "&lt;script&gt;" in text
+
+
+def test_a_free_curve_stands_beside_its_best_point_and_the_base_model(fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("free", "letter")
+    command("report", out, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    tables, metrics = Tables(text).found, json.loads((out / "metrics.json").read_text())
+    (caption,) = [c for c in tables if c.startswith("Test split, ")]
+    _, *rows = tables[caption]
+    assert [row[0] for row in rows] == ["base model", "best point", "curve"]
+    for name, *cells in rows:
+        assert cells[2] == number(metrics["methods"][name]["sets"]["test"]["nll"])
+    (caption,) = [c for c in tables if c.startswith("Curve minus other")]
+    assert [row[0] for row in tables[caption][1:]] == ["base model", "best point"]
+    (caption,) = [c for c in tables if c.startswith("Test NLL of single points")]
+    assert [row[0] for row in tables[caption][1:]] == ["curve"], "one point is no path"
+    assert "its best single point, which validation rows chose (1 pass)" in text
+    assert "the base model without fine-tuning" in text
+
+
+def test_metrics_of_before_there_was_anything_to_compare_with_make_a_page(fitted: Maker, tmp_path: Path) -> None:
+    run = shutil.copytree(fitted("free", "letter"), tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["methods"] = {"curve": metrics["methods"]["curve"]}
+    (run / "metrics.json").write_text(json.dumps(metrics | {"comparisons": []}))
+    table = pq.read_table(run / "predictions.parquet")
+    pq.write_table(table.filter(pc.equal(table["method"], "curve")), run / "predictions.parquet")
+    command("report", run)
+    text = (run / "report.html").read_text()
+    assert "so the report compares with none" in text and "base model" not in text

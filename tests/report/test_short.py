@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from loracurve.report import figures, frames, prediction_plots
-from loracurve.report.blocks import Sheet
-from loracurve.report.numbers import rounded
+from loracurve.report.blocks import Sheet, Tile
+from loracurve.report.numbers import number, rounded
 from loracurve.report.run_data import RunData
 from loracurve.report.short import short, verdict
 from loracurve.report.terms import terms_of
@@ -54,6 +55,30 @@ def test_the_verdict_is_that_of_the_interval(ends: tuple[float, float], words: s
     run = made_run(comparisons=[{"first": "curve", "second": "ensemble", "nll": found}])
     assert f"The curve (2 passes) has a test NLL {words}" in verdict(run) and "(1 pass)" in verdict(run)
     assert [name for name, *_ in short(run).figures] == ["differences"]
+
+
+def difference(second: str, estimate: float, told: bool = True) -> dict[str, Any]:
+    half = abs(estimate) * (0.5 if told else 2)
+    found = {"estimate": estimate, "low": estimate - half, "high": estimate + half, "distinguishable": told}
+    return {"first": "curve", "second": second, "nll": found}
+
+
+def test_a_free_curve_is_judged_beside_its_best_point_and_the_base_model() -> None:
+    run = made_run(comparisons=[difference("base model", -0.9), difference("best point", 0.01, told=False)])
+    test = run.metrics["methods"]["curve"]["sets"]["test"]
+    alone = {"passes": 1, "sets": {"test": {**test, "nll": 1.25}}, "t": [], "detection": {}}
+    run.metrics["methods"] |= {"base model": alone, "best point": alone}
+    said = verdict(run)
+    assert "not distinguishable from that of its best single point, which validation rows chose (1 pass)" in said
+    assert f"the curve ({test['nll']:.3f}) is better than the base model without fine-tuning (1.250)" in said
+    assert "none" not in said
+    # The base model would press the others into a dot: the picture is that of the points.
+    assert [name for name, *_ in short(run).figures] == ["points_and_average"]
+    run.metrics["comparisons"].append(difference("ensemble", -0.01))
+    ((name, _, drawn),) = short(run).figures
+    assert name == "differences" and [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["ensemble"]
+    del run.metrics["comparisons"][1:]
+    assert "lower than 1 of its single points" in verdict(run) and "base model without" in verdict(run)
 
 
 def test_a_run_without_predictions_has_its_recorded_number() -> None:
@@ -105,3 +130,21 @@ def test_measures_are_explained_once_and_only_where_they_stand() -> None:
 def test_digits_are_those_that_the_interval_bears() -> None:
     assert rounded({"estimate": 0.12345, "low": 0.1, "high": 0.2}, sign=False) == "0.123 [0.100, 0.200]"
     assert rounded({"estimate": 0.12345, "low": 0.1231, "high": 0.1239}) == "+0.1235 [+0.1231, +0.1239]"
+    assert rounded({"estimate": 1e-5, "low": 0.0, "high": 3e-5}, sign=False) == "0.000010 [0.000000, 0.000030]"
+    assert rounded({"estimate": 0.0, "low": 0.0, "high": 0.0}, sign=False) == "0.000 [0.000, 0.000]"
+    assert rounded({"estimate": 250.123, "low": 249.0, "high": 251.0}, sign=False) == "250.1 [249.0, 251.0]"
+    assert rounded({"estimate": 0.2, "low": None, "high": None}, sign=False) == "0.200 [–, –]"
+
+
+def test_small_numbers_are_not_read_as_none() -> None:
+    shown = {0.28951: "0.290", 0.0006: "0.00060", 0.000123: "0.00012", 1e-9: "0.000", -1e-9: "0.000", 0.0: "0.000"}
+    shown |= {123.456: "123.5", -0.00045: "-0.00045", 0.0012: "0.001", 4e-6: "0.000004"}
+    assert {value: number(value) for value in shown} == shown
+    assert number(0.0004, 2) == "0.00" and number(None) == "–" and number(math.nan, missing="-") == "-"
+
+
+def test_tiles_of_differences_have_a_sign() -> None:
+    found = {"estimate": 0.0052, "low": 0.0001, "high": 0.011}
+    tile = Tile("right answers", found, "", percent=True, difference=True)
+    assert tile.shown == ("+0.52 points", "95 % interval +0.01 to +1.10 points")
+    assert Tile("NLL", found, "", difference=True).shown == ("+0.005", "95 % interval +0.000 to +0.011")

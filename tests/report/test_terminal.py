@@ -21,7 +21,7 @@ def test_a_line_for_each_set_and_method_under_the_names_of_the_scores(capsys: py
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["far:", "curve", "0.600", "0.700", "0.812", "0.900"] in lines
     assert ["foreign:", "curve", "0.600", "0.700", "0.812", "0.900"] in lines
-    assert ["curve:", "test", "0.5000", "0.3000", "0.1500", "0.0500"] in lines
+    assert ["curve:", "test", "0.500", "0.300", "0.150", "0.050"] in lines
     assert not any("minus" in line for line in lines), "there is nothing to compare with"
 
 
@@ -32,3 +32,17 @@ def test_differences_say_which_is_better(capsys: pytest.CaptureFixture[str]) -> 
     print_report({"methods": {"curve": _method(detection={})}, "comparisons": [comparison]})
     printed = capsys.readouterr().out
     assert "curve better" in printed and "not distinguishable" in printed and "AUROC" not in printed
+
+
+def test_one_point_has_no_information_and_the_base_model_stands_in_the_tables(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = _method()["sets"]["test"] | {"within_points": 0.0, "mutual_information": 0.0}
+    base = {"passes": 1, "sets": {"test": figures}, "detection": {"far": {"auroc_entropy": 0.5, "auroc_mi": 0.5}}}
+    lower = {"estimate": -0.2, "low": -0.2004, "high": -0.1996, "distinguishable": True}
+    comparison = {"second": "base model", "nll": lower, "acc": lower}
+    print_report({"methods": {"base model": base, "curve": _method()}, "comparisons": [comparison]})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["base", "model", "1", "0.900", "0.300", "0.020", "-"] in lines
+    assert ["far:", "base", "model", "0.500", "-", "-", "-"] in lines
+    assert ["base", "model", "NLL", "-0.2000", "[-0.2004,", "-0.1996]", "curve", "better"] in lines

@@ -208,6 +208,15 @@ def test_the_examples_of_the_page_run(base: str, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "reviews" / "run" / "metrics.json").is_file()
 
 
+def test_the_example_of_the_readme_runs(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lc, "CurveClassifier", partial(CurveClassifier, **{"model": base, **QUICK}))
+    (example,) = fenced("python")
+    run: dict[str, Any] = {"texts": TEXTS, "labels": LABELS, "new_texts": NEW}
+    with pytest.warns(UserWarning, match="abstaining always"):
+        exec(example.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', ""), run)
+    assert set(run["classifier"].predict(NEW)) <= {"negative", "positive"}
+
+
 def test_it_learns_and_answers_what_it_is_sure_of(tmp_path: Path) -> None:
     base = str(base_folder(tmp_path / "base", "qwen2"))
     classifier = CurveClassifier(base, **QUICK | {"steps": 120}, risk=0.2, calibration_fraction=0.3).fit(TEXTS, LABELS)

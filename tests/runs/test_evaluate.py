@@ -11,9 +11,13 @@ import torch
 from helpers.made_runs import CASES, QUICK, Maker, base_folder, command, config_file, data_folder, tree_hash
 from helpers.read_runs import assert_consistent, labels_by_id, log_point_nll, read, table
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from loracurve.cli import main
 from loracurve.inference.calibration import fit_temperature
+from loracurve.model.injection import base_parameters
+from loracurve.runs.evaluate import evaluate_methods
 from loracurve.runs.run import open_run
 
 
@@ -25,7 +29,7 @@ def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
     command("fit", config, "--out", out, *QUICK, "--evaluation.weights=likelihood", *tunnel)
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["methods"]) == [
-        *("adapter 0", "adapter 1", "ensemble", "tunnel", "straight line", "aligned line", "curve")
+        *("base model", "adapter 0", "adapter 1", "ensemble", "tunnel", "straight line", "aligned line", "curve")
     ]
     assert metrics["average"]["effective"] == pytest.approx(1 / sum(w * w for w in metrics["average"]["w"]))
     assert metrics["average"]["prior"] == pytest.approx([1 / 3] * 3)
@@ -64,7 +68,7 @@ def test_predictions_agree_with_their_points_and_with_the_metrics(kind: str, sco
     assert pq.read_schema(out / "predictions.parquet").names == COLUMNS
     metrics = read(out / "metrics.json")
     labels = labels_by_id(fitted.data(scoring), "test")
-    passes = {"adapter 0": 1, "adapter 1": 1, "ensemble": 2}
+    passes = {"base model": 1, "best point": 1, "adapter 0": 1, "adapter 1": 1, "ensemble": 2}
     for method, entry in metrics["methods"].items():
         rows = table(out, method)
         assert {name: r["label"] for name, r in rows.items()} == labels, "one row for each example"
@@ -82,6 +86,71 @@ def test_predictions_agree_with_their_points_and_with_the_metrics(kind: str, sco
             assert row["probs"] == pytest.approx(expected.tolist(), abs=1e-6)
     if scoring in ("letter", "text"):
         assert {len(r["probs"]) for r in table(out).values()} == {2, 3}, "absent choices are not classes"
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text", "lm"])
+@pytest.mark.parametrize("kind", ["free", "anchored"])
+def test_the_base_model_is_the_one_of_transformers(kind: str, scoring: str, fitted: Maker) -> None:
+    out = fitted(kind, scoring)
+    run = open_run(out)
+    plain = AutoModelForCausalLM.from_pretrained(run.config.model.name).eval()
+    encoded = run.task.encode("test")
+
+    def scores(read: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
+        """Log-probability of each of the tokens that follow what was read."""
+        ids = torch.tensor([[*read, *tokens]])
+        with torch.no_grad():
+            found = plain(input_ids=ids).logits[0].log_softmax(-1)
+        return found[len(read) - 1 : -1].gather(1, ids[0, len(read) :, None])[:, 0]
+
+    expected = {}
+    for e in encoded.examples:
+        if scoring == "letter":
+            assert encoded.answer_ids is not None
+            classes = torch.cat([scores(e.prompt, (token,)) for token in encoded.answer_ids[: e.n_choices]])
+        else:
+            classes = torch.stack([scores(e.prompt, choice).sum() for choice in e.choices])
+        expected[e.id] = classes.softmax(0).tolist()
+    found = read(out / "metrics.json")["methods"]["base model"]["sets"]["test"]
+    if scoring == "lm":
+        nll = -torch.cat([scores(e.prompt, e.choices[0]) for e in encoded.examples])
+        assert found["nll"] == pytest.approx(nll.mean().item(), abs=1e-5)
+        return
+    rows = table(out, "base model")
+    for name, probs in expected.items():
+        assert rows[name]["probs"] == pytest.approx(probs, abs=1e-5)
+    right = [expected[name][row["label"]] for name, row in rows.items()]
+    assert found["nll"] == pytest.approx(-torch.tensor(right).log().mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "head"])
+def test_the_best_point_is_chosen_on_validation_rows(scoring: str, fitted: Maker, tmp_path: Path) -> None:
+    out = fitted("free", scoring)
+    command("evaluate", out, "--split=validation", "--out", tmp_path / "v")
+    nll = log_point_nll(table(tmp_path / "v", split="validation")).mean(1)
+    best = int(nll.argmin())
+    metrics = read(out / "metrics.json")
+    found, curve = metrics["methods"]["best point"], metrics["methods"]["curve"]
+    assert found["t"] == [curve["t"][best]] and found["passes"] == 1
+    rows = table(out)
+    for name, row in table(out, "best point").items():
+        assert row["probs"] == pytest.approx(rows[name]["point_probs"][best], abs=1e-6)
+    (comparison,) = [c for c in metrics["comparisons"] if c["second"] == "best point"]
+    paired = -torch.tensor([r["probs"][r["label"]] for r in rows.values()]).log()
+    paired += torch.tensor([r["point_probs"][best][r["label"]] for r in rows.values()]).log()
+    assert comparison["nll"]["estimate"] == pytest.approx(paired.mean().item(), abs=1e-5)
+
+
+def test_adapters_that_bring_weights_of_the_base_are_not_compared_with_it(fitted: Maker, tmp_path: Path) -> None:
+    run = open_run(fitted("free", "letter"))
+    sets = {"test": run.task.encode("test")}
+    arguments = run.task, run.config.evaluation, sets, None, tmp_path
+    report = evaluate_methods(run.model, *arguments, run.average())
+    assert list(report["methods"]) == ["base model", "best point", "curve"]
+    name = "model.norm.weight"
+    run.model.bring({name: base_parameters(run.model.model)[name] * 1.5}, "adapter")
+    report = evaluate_methods(run.model, *arguments, run.average())
+    assert list(report["methods"]) == ["best point", "curve"]
 
 
 def test_ood_sets_are_judged_by_how_well_uncertainty_tells_them_apart(fitted: Maker, tmp_path: Path) -> None:

@@ -45,9 +45,15 @@ def test_fit_writes_a_whole_run_directory(kind: str, scoring: str, fitted: Maker
     environment = read(out / "environment.json")
     assert environment["packages"].keys() >= {"torch", "transformers", "peft"}
     metrics = read(out / "metrics.json")
-    singles = ["adapter 0", "adapter 1", "ensemble", "straight line", "aligned line"] if kind == "anchored" else []
-    assert list(metrics["methods"]) == [*singles, "curve"]
-    assert [c["second"] for c in metrics["comparisons"]] == singles
+    others = [] if scoring == "head" else ["base model"]
+    if kind == "anchored":
+        others += ["adapter 0", "adapter 1", "ensemble", "straight line", "aligned line"]
+    elif scoring != "lm":
+        others += ["best point"]
+    assert list(metrics["methods"]) == [*others, "curve"]
+    compared = [name for name in others if not name.startswith("adapter ")]
+    single = ["single adapter (mean of 2)"] if kind == "anchored" else []
+    assert [c["second"] for c in metrics["comparisons"]] == single + compared
     assert metrics["average"]["t"] == [0.0, 0.5, 1.0] and sum(metrics["average"]["w"]) == pytest.approx(1)
     assert metrics["task"]["sizes"] == {"train": 40, "validation": 24, "test": 17}
     assert metrics["training"]["steps"] == 4

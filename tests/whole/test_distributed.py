@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loracurve.cli import main
 from loracurve.curve.spec import CurveSpec
-from loracurve.inference.prediction import predict_splits
+from loracurve.inference.prediction import predict_base, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fsdp import asked_to_shard, shard_base
@@ -178,6 +178,25 @@ def test_every_example_is_predicted_once(scoring: str, shard: bool, tmp_path: Pa
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-7)
         if scoring == "letter":
             torch.testing.assert_close(found.point_log_probs, expected.point_log_probs, rtol=1e-5, atol=1e-6)
+
+
+def of_base(task: Task, shard: bool, rank: int = 0) -> Predictive:
+    model = model_of(task, CurveSpec(2, 2))
+    if shard:
+        shard_base(model)
+    return predict_base(model, task.encode("test"))
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("scoring", ["letter", "lm"])
+def test_the_base_is_predicted_by_all_processes(scoring: str, shard: bool, tmp_path: Path) -> None:
+    task = made_task(tmp_path, "qwen2", scoring, {"train": 8, "validation": 1, "test": 3})  # one process has two
+    expected = of_base(task, False)
+    for found in together(partial(of_base, task, shard), tmp_path / "ranks"):
+        torch.testing.assert_close(found.entropy, expected.entropy, rtol=1e-5, atol=1e-7)
+        known = None if scoring == "lm" else task.encode("test").labels
+        nll = [p.negative_log_likelihood(known) for p in (found, expected)]
+        torch.testing.assert_close(*nll, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_examples_than_processes(tmp_path: Path) -> None:

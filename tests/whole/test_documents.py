@@ -87,7 +87,7 @@ def test_site_lists_every_page() -> None:
     assert sorted(f"docs/{name}" for name in listed) == [name for name in DOCUMENTS if name.startswith("docs/")]
 
 
-def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_quickstart_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its names stand for a tiny model, made rows and adapters that PEFT saved."""
     import peft
     import torch
@@ -102,11 +102,11 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         peft.get_peft_model(load_base(base)[0], config).save_pretrained(f"adapters/{name}")
     space: dict[str, Any] = {}
-    for block in fenced("python"):
+    for block in fenced("python", (ROOT / "docs/quickstart.md").read_text()):
         if "base = " not in block and "base" in space:  # a second curve needs a base that is not wrapped yet
             space["base"] = load_base(base)[0]
         code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base).replace("steps=300", "steps=2")
-        exec(compile(code, "README.md", "exec"), space)
+        exec(compile(code, "quickstart.md", "exec"), space)
     assert torch.allclose(space["predictive"].probs.sum(1), torch.ones(17, dtype=torch.float64))
     assert (tmp_path / "adapters" / "middle" / "adapter_model.safetensors").exists()
     assert space["model"].spec.segments == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +94,7 @@ def test_the_script_of_the_page_on_several_gpus_runs(tmp_path: Path, monkeypatch
 
 
 RUN_BY = {
-    "README.md": "whole/test_documents.py::test_readme_python_example_runs",
+    "README.md": "runs/test_classifier.py::test_the_example_of_the_readme_runs",
     "docs/bench.md": "whole/test_documents_run.py::test_the_suite_of_the_bench_page_runs",
     "docs/generate.md": "whole/test_documents_run.py::test_the_text_of_the_generation_page_runs",
     "docs/how-to/export.md": "whole/test_documents_run.py::test_the_average_of_the_export_page_is_the_library_s",
@@ -102,6 +103,7 @@ RUN_BY = {
     "docs/how-to/scikit-learn.md": "runs/test_classifier.py::test_the_examples_of_the_page_run",
     "docs/landscape.md": "runs/test_scan.py::test_the_notebook_example_runs",
     "docs/serving.md": "serving/test_multi_lora_client.py::test_the_example_of_the_page_runs",
+    "docs/quickstart.md": "whole/test_documents.py::test_the_python_of_the_quickstart_page_runs",
     "docs/sharing.md": "runs/test_share.py::test_the_example_of_the_page_runs",
     "docs/trainer.md": "whole/test_documents_run.py::test_the_trainers_of_the_trainer_page_run",
 }
@@ -116,7 +118,7 @@ def test_every_document_with_python_is_run_by_a_test() -> None:
 
 # ---- the notebook
 
-NOTEBOOK = ("examples/session.py", "docs/session.md")
+NOTEBOOK = ("examples/session.py", "docs/session.md", "examples/session.ipynb")
 
 
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -140,6 +142,9 @@ def test_cells_are_read_run_and_written(notebook: ModuleType) -> None:
     assert notebook.run(cells)["x"] == 2
     shown = "# A title\n\nText.\n\n```python\nx = 2\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n"
     assert notebook.page(cells, "pictures/x") == shown
+    made = json.loads(notebook.jupyter(cells, []))
+    assert [cell["cell_type"] for cell in made["cells"]] == ["markdown", "code", "code"]
+    assert made["cells"][2]["outputs"] == [{"output_type": "stream", "name": "stdout", "text": ["3\n"]}]
 
 
 def test_the_notebook_runs_as_its_page_shows(
@@ -154,6 +159,10 @@ def test_the_notebook_runs_as_its_page_shows(
     assert NUMBER.sub("#", found) == NUMBER.sub("#", shown), "the page is old: run docs/notebook.py"
     pairs = [[float(x) for x in NUMBER.findall(text)] for text in (found, shown)]
     assert pairs[0] == pytest.approx(pairs[1], abs=0.1)
+    jupyter = json.loads((ROOT / NOTEBOOK[2]).read_text())["cells"]
+    assert ["".join(cell["source"]) for cell in jupyter] == [c.source for c in cells]
+    outputs = [[o["output_type"] for o in cell.get("outputs", [])] for cell in jupyter]
+    assert outputs == [["stream"] * bool(c.printed) + ["display_data"] * len(c.figures) for c in cells]
     for number in range(1, sum(len(c.figures) for c in cells) + 1):
         assert (ROOT / "docs" / "pictures" / f"session-{number}.svg").is_file()
     # What the text promises: an aligned path without a barrier, doubt where there is reason for it, few errors.

@@ -14,7 +14,7 @@ from loracurve.baselines.curve import Curve
 from loracurve.baselines.method import Fitted, Setting, Shelf
 from loracurve.bench.anchor_scan import along_curve, scan_anchors
 from loracurve.bench.config import LANDSCAPE, SuiteConfig
-from loracurve.bench.memory import NO_MEMORY, PeakMemory, free_memory, out_of_memory
+from loracurve.bench.memory import NO_MEMORY, free_memory
 from loracurve.bench.provenance import fingerprint, options_of
 from loracurve.bench.shared import Shared, open_shared, remove_work, train_anchors
 from loracurve.bench.store import write_cell_predictions, write_frame
@@ -23,6 +23,7 @@ from loracurve.curve.lora_space import ControlPoints
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError, is_passing, one_line
 from loracurve.system.files import write_json
+from loracurve.system.memory import PeakMemory, out_of_memory
 from loracurve.tasks.dataset import subset
 
 __all__ = ["Group", "Outcome", "Result", "Say", "run_cell", "run_one"]

@@ -40,6 +40,7 @@ __all__ = [
     "laid_out_for",
     "point_nll",
     "predict",
+    "predict_base",
     "predict_folded",
     "predict_split",
     "predict_splits",
@@ -205,6 +206,24 @@ def predict(
         at_points = lambda batch: model.runner.point_states(batch, t)  # noqa: E731
     return _collect(
         model, at_points, batches, len(t), weights, examples, shared, summarise, progress, idle, names, reader
+    )
+
+
+def predict_base(model: CurveModel, encoded: Encoded) -> Predictive:
+    """Predict a whole split by the base model without adapters, in one pass; returns as `predict_split`.
+
+    Several processes all call this, predict a share of the examples each, and return the whole.
+    """
+
+    def at_base(batch: Batch) -> tuple[Tensor, None]:
+        there: Batch = map_tensors(batch, lambda x: x.to(model.device))
+        return model.runner.scores(there, None).log_softmax(-1), None
+
+    batches = laid_out_for(model, encoded)
+    idle = max(gathered(lambda: len(batches))) - len(batches) if _is_sharded(model) else 0
+    lm, count = encoded.scoring == "lm", encoded.predictions
+    return _collect(
+        model, at_base, batches, 1, None, count, shared=True, summarise=lm, idle=idle, names=encoded.name_of
     )
 
 

@@ -34,14 +34,19 @@ class Tile:
     """estimate, low, high; None where there is none"""
     meaning: str
     percent: bool = False
+    difference: bool = False
+    """whether its sign says something; of shares it is in percentage points"""
 
     @property
     def shown(self) -> tuple[str, str]:
         """The number and its interval as readers see them."""
+        ends = ("estimate", "low", "high")
         if self.percent:
-            estimate, low, high = (f"{100 * self.found[k]:.1f}" for k in ("estimate", "low", "high"))
-            return f"{estimate} %", f"95 % interval {low} to {high} %"
-        estimate, low, high = (number(self.found[k], digits_of(self.found)) for k in ("estimate", "low", "high"))
+            form, unit = ("+.2f", "points") if self.difference else (".1f", "%")
+            estimate, low, high = (f"{100 * self.found[k]:{form}}" for k in ends)
+            return f"{estimate} {unit}", f"95 % interval {low} to {high} {unit}"
+        digits = digits_of(self.found)
+        estimate, low, high = (number(self.found[k], digits, self.difference) for k in ends)
         return estimate, "" if self.found["low"] is None else f"95 % interval {low} to {high}"
 
 

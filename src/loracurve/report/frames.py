@@ -40,9 +40,9 @@ def measures_of(predictions: pd.DataFrame, method: str = "curve") -> tuple[str, 
 
 
 def compared(predictions: pd.DataFrame) -> list[str]:
-    """The methods that figures show beside each other: one adapter, the ensemble, the curve."""
+    """The methods that figures show beside each other: one adapter or one point, the ensemble, the curve."""
     known = set(predictions["method"])
-    return [name for name in ("adapter 0", "ensemble", "curve") if name in known]
+    return [name for name in ("adapter 0", "best point", "ensemble", "curve") if name in known]
 
 
 def confidence(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

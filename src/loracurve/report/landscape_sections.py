@@ -40,7 +40,7 @@ def loss_paths(run: RunData) -> Block:
             f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
             number(b["t_star"], 2),
             rounded({**b, "estimate": b["excess"]}) + star(b),
-            number(b["above_ends"], 3, sign=True),
+            number(b["above_ends"], sign=True),
         ]
         for b in scan["barriers"]
     ]
@@ -56,8 +56,8 @@ def loss_paths(run: RunData) -> Block:
     lengths = [
         [
             _label(name),
-            *(number(p[k], 3) for k in ("arc_length", "through_anchors")),
-            *(number(p["nll"][s][k], 3) for s in ("test", "train") for k in ("mean", "highest")),
+            *(number(p[k]) for k in ("arc_length", "through_anchors")),
+            *(number(p["nll"][s][k]) for s in ("test", "train") for k in ("mean", "highest")),
         ]
         for name, p in scan["paths"].items()
     ]
@@ -74,7 +74,7 @@ def _points_of_averages(run: RunData) -> Block:
     rows = [
         (name, "test", t, nll)
         for name, method in run.metrics["methods"].items()
-        if method.get("point_nll")
+        if len(method.get("point_nll") or ()) > 1  # one point is no path
         for t, nll in zip(method["t"], method["point_nll"], strict=True)
     ]
     if rows:
@@ -87,9 +87,9 @@ def _points_of_averages(run: RunData) -> Block:
             best = part.loc[part["nll"].idxmin()]
             whole = run.metrics["methods"][name]["sets"]["test"].get("nll")
             ends = (best["nll"], part["nll"].max(), whole)
-            table.append([str(name), number(best["t"], 2), *(number(v, 3) for v in ends)])
+            table.append([str(name), number(best["t"], 2), *(number(v) for v in ends)])
         caption = "Test NLL of single points and of their average; which point is best is known only by these rows"
-        block.sheets.append(Sheet(caption, ["path", "best t", "best point", "worst point", "average"], table))
+        block.sheets.append(Sheet(caption, ["path", "t of the lowest", "lowest", "highest", "average"], table))
     return block
 
 
@@ -117,9 +117,9 @@ def diversity(run: RunData) -> Block:
     means = [
         [
             f"{r['split']}, {'one segment' if r['within'] else 'across segments'}",
-            number(r["distance"], 3),
-            number(r["jsd"], 4),
-            number(r["disagreement"], 3),
+            number(r["distance"]),
+            number(r["jsd"]),
+            number(r["disagreement"]),
         ]
         for r in run.scan["diversity"]["means"]
     ]
@@ -129,8 +129,8 @@ def diversity(run: RunData) -> Block:
     averages = [
         [
             f"{_label(r['path'])}, {r['split']}",
-            *(number(r[k], 4) for k in ("mutual_information", "pairwise_jsd")),
-            number(r["nll"], 3),
+            *(number(r[k]) for k in ("mutual_information", "pairwise_jsd")),
+            number(r["nll"]),
         ]
         for r in run.scan["information"]
         if r["n"] == most and r["split"] != run.scan["settings"]["choose"]

@@ -9,41 +9,64 @@ from typing import Any
 __all__ = ["digits_of", "interval", "number", "rounded", "star"]
 
 
+DIGITS = 3
+"""Digits behind the point that readers see; files keep all."""
+
 FINE = 0.005
-"""Width of an interval below which a third decimal would hide it."""
+"""Width of an interval below which a third decimal would hide it; a tenth of it hides behind a fourth, and so on."""
+
+_MOST = 6
 
 
-def number(value: float | None, digits: int | None = 4, sign: bool = False, missing: str = "–") -> str:
+def number(value: float | None, digits: int | None = None, sign: bool = False, missing: str = "–") -> str:
     """A number for a table.
 
     Args:
         value: None or NaN where there is none.
-        digits: behind the point; None: 4, or 1 from 100 on.
+        digits: behind the point; None: `DIGITS`, but 1 from 100 on, and two that count below .001, up to six, so that
+            a small number is not read as none.
         sign: write + too.
         missing: what stands for no number.
     """
     if value is None or math.isnan(value):
         return missing
     if digits is None:
-        digits = 4 if abs(value) < 100 else 1
+        digits = _own_digits(value)
+        value = round(value, digits) + 0.0  # no -0.000
     return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def interval(found: Mapping[str, Any], digits: int | None = 4, sign: bool = True, missing: str = "–") -> str:
+def _own_digits(value: float) -> int:
+    size = abs(value)
+    if size >= 100:
+        return 1
+    if not 0.5 * 10**-_MOST <= size < 10**-DIGITS:
+        return DIGITS
+    return min(1 - math.floor(math.log10(size)), _MOST)
+
+
+def interval(found: Mapping[str, Any], digits: int, sign: bool = True, missing: str = "–") -> str:
     """``estimate [low, high]``, of a mapping with these entries; arguments as for `number`."""
     estimate, low, high = (number(found[k], digits, sign, missing) for k in ("estimate", "low", "high"))
     return f"{estimate} [{low}, {high}]"
 
 
 def digits_of(found: Mapping[str, Any]) -> int:
-    """Digits that an interval bears: three, or four where it is narrower than `FINE`."""
+    """Digits that an interval bears: three, more where it is narrower than `FINE`, one from 100 on."""
     low, high = found["low"], found["high"]
-    return 4 if low is not None and high is not None and high - low < FINE else 3
+    if low is None or high is None or not math.isfinite(high - low) or high == low:
+        return DIGITS
+    if max(abs(low), abs(high)) >= 100:
+        return 1
+    digits, width = DIGITS, FINE
+    while high - low < width and digits < _MOST:
+        digits, width = digits + 1, width / 10
+    return digits
 
 
-def rounded(found: Mapping[str, Any], sign: bool = True) -> str:
+def rounded(found: Mapping[str, Any], sign: bool = True, missing: str = "–") -> str:
     """`interval` with the digits that it bears."""
-    return interval(found, digits_of(found), sign)
+    return interval(found, digits_of(found), sign, missing)
 
 
 def star(found: Mapping[str, Any], without: str = "") -> str:

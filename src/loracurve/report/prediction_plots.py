@@ -66,8 +66,16 @@ def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def differences(frame: pd.DataFrame, ax: Axes) -> Axes:
-    """Differences of NLL from one method, with intervals: method, difference, low, high; one line each."""
+def differences(
+    frame: pd.DataFrame,
+    ax: Axes,
+    words: str = "curve minus other: test NLL (nats)\n← curve better      curve worse →",
+) -> Axes:
+    """Differences of NLL from one method, with intervals: method, difference, low, high; one line each.
+
+    Args:
+        words: what the axis shows, and on which side the better ones are.
+    """
     style = next(styles())
     places = np.arange(len(frame))[::-1]
     ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
@@ -79,7 +87,7 @@ def differences(frame: pd.DataFrame, ax: Axes) -> Axes:
             markerfacecolor=style["color"] if told else "white",
         )  # fmt: skip
     ax.set_yticks(places, [label(name, 28) for name in frame["method"]])
-    ax.set(xlabel="curve minus other: test NLL (nats)\n← curve better      curve worse →")
+    ax.set(xlabel=words)
     ax.set_ylim(-0.6, len(frame) - 0.4)
     ax.grid(visible=False, axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(5))

@@ -47,16 +47,16 @@ def _method_row(method: Mapping[str, Any], columns: Mapping[str, str]) -> list[s
     hidden = {"between_points", "pairwise_jsd"} if method["passes"] == 1 else set()
     if not has_three(test):
         hidden |= {"within_points"} | ({"mutual_information"} if method["passes"] == 1 else set())
-    shown = (number(None if name in hidden else test.get(name), 3) for name in columns)
+    shown = (number(None if name in hidden else test.get(name)) for name in columns)
     return [str(method["passes"]), *shown]
 
 
 def side_by_side(runs: Sequence[RunData]) -> Sheet | None:
-    """Ensemble and curve of every evaluated run in one table; None for a single run."""
+    """Ensemble or best point, and curve, of every evaluated run in one table; None for a single run."""
     methods = {
         f"{run.name}: {name}": run.metrics["methods"][name]
         for run in runs
-        for name in ("ensemble", "curve")
+        for name in ("best point", "ensemble", "curve")
         if name in run.metrics.get("methods", {})
     }
     if len(runs) < 2 or not methods:
@@ -85,7 +85,7 @@ def summary(run: RunData) -> Block:
         caption = "Curve minus other on the same examples, 95 % bootstrap interval; * excludes 0"
         block.sheets.append(Sheet(caption, ["other", "NLL", "ACC", "Brier"], compared))
     else:
-        block.notes.append("No baselines: a free curve has no anchors to compare with.")
+        block.notes.append("No baselines: this run was compared with nothing.")
     return block
 
 
@@ -95,7 +95,7 @@ def methods_of(run: RunData) -> Block:
 
 
 def reliability(run: RunData) -> Block:
-    """Reliability diagram of single adapter, ensemble and curve."""
+    """Reliability diagram of the ensemble or the best point, and the curve."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
     # The intervals of more than two would hide each other.
@@ -105,7 +105,7 @@ def reliability(run: RunData) -> Block:
     caption = f"Accuracy against confidence, in groups of {size} test rows of like confidence; bars are 95 % intervals"
     own = frame[frame["method"] == frame["method"].iloc[-1]]
     groups = [
-        [f"{row.items:,}", number(row.confidence, 3), number(row.accuracy, 3), f"{row.low:.3f} to {row.high:.3f}"]
+        [f"{row.items:,}", number(row.confidence), number(row.accuracy), f"{row.low:.3f} to {row.high:.3f}"]
         for row in own.itertuples(index=False)
     ]
     heads = ["rows", "confidence", "accuracy", "95 % interval"]
@@ -139,9 +139,9 @@ def uncertainty(run: RunData) -> Block:
     rows = [
         [
             name,
-            *(number(found.get(k), 3) for k in ("entropy", *parts)),
-            number(found.get("disagreement"), 3),
-            *([number(foreign.get(name), 3)] if foreign else []),
+            *(number(found.get(k)) for k in ("entropy", *parts)),
+            number(found.get("disagreement")),
+            *([number(foreign.get(name))] if foreign else []),
         ]
         for name, found in sets_of_curve.items()
     ]
@@ -165,7 +165,7 @@ def _detection(methods: Mapping[str, Any]) -> list[Sheet]:
     """How well each score tells other sets from the test split, where there are any."""
     scores = detectors_of(methods.values())
     rows = [
-        [f"{method}: {name}", *(number(_shown(found, score, values), 3) for score in scores)]
+        [f"{method}: {name}", *(number(_shown(found, score, values)) for score in scores)]
         for method, values in methods.items()
         for name, found in values["detection"].items()
     ]
@@ -192,7 +192,7 @@ def selective(run: RunData) -> Block:
         at = [float(accuracy[max(math.ceil(c * len(accuracy)) - 1, 0)]) for c in COVERAGES]
         name = f"{method}, {prediction_plots.MEASURE_LABELS[measure]}"
         kept[name] = dict(zip(map(str, COVERAGES), at, strict=True))
-        rows.append([name, *(number(a, 3) for a in at)])
+        rows.append([name, *(number(a) for a in at)])
     heads = ["ranked by", *(f"{c:.0%}" for c in COVERAGES)]
     block = Block()
     # The accuracy of a handful of answers is noise.
@@ -243,7 +243,7 @@ def examples(run: RunData, count: int = 6) -> Block:
             kept[caption].append(found | {"probability": float(row["probs"][best])} | values)
             shown = text if len(text) <= 160 else text[:157] + "..."
             predicted = f"{named} {row['probs'][best]:.2f}"
-            rows.append([shown, str(row["set"]), predicted, *(number(v, 3) for v in values.values())])
+            rows.append([shown, str(row["set"]), predicted, *(number(v) for v in values.values())])
         heads = ["text", "set", "prediction", *(HEADINGS[k] for k in measures)]
         block.sheets.append(Sheet(caption, heads, rows, texts=2))
     return block
@@ -253,12 +253,12 @@ def settings(run: RunData) -> Block:
     """Configuration, environment and times."""
     environment = {k: v for k, v in run.environment.items() if k != "packages"}
     rows = [[k, str(v)] for k, v in {**environment, **run.environment.get("packages", {})}.items()]
-    rows += [[f"seconds, {k}", f"{v:.0f}"] for k, v in run.metrics.get("seconds", {}).items()]
+    rows += [[f"seconds, {k}", number(v, 2)] for k, v in run.metrics.get("seconds", {}).items()]
     task = run.metrics.get("task", {"sizes": {}})
     rows += [[f"rows, {k}", f"{v:,}"] for k, v in task["sizes"].items()]
     configured = [[k, v] for k, v in _flat(run.config)]
     if run.scan is not None:
-        rows.append(["seconds, scan", f"{run.scan['seconds']:.0f}"])
+        rows.append(["seconds, scan", number(run.scan["seconds"], 2)])
         rows += [[f"rows, scan of {k}", f"{v:,}"] for k, v in run.scan["rows"].items()]
         if not run.metrics:
             configured += [[k, v] for k, v in _flat(run.scan["subject"])]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from loracurve.inference.intervals import Interval, bootstrap_interval
 from loracurve.report import figures, frames, plots, prediction_plots
@@ -26,47 +28,87 @@ def short(run: RunData) -> Block:
     block = Block(findings=[verdict(run)])
     block.tiles = _tiles(run)
     block.numbers["headline"] = {tile.words: tile.found for tile in block.tiles}
-    compared = [(c["second"], *(c["nll"][k] for k in ("estimate", "low", "high"))) for c in _comparisons(run)]
-    if compared:
-        frame = pd.DataFrame(compared, columns=["method", "difference", "low", "high"])
-        size = (5.2, 1.3 + 0.32 * len(frame))
-        drawn = figures.figure_of(prediction_plots.differences, frame, size=size, legend=False)
-        words = "Test NLL of the curve minus each other method's, with 95 % intervals: left of 0 the curve is better"
-        block.figures.append(("differences", words, drawn))
-    elif points := run.metrics["methods"]["curve"].get("point_nll"):
-        at = run.metrics["methods"]["curve"]["t"]
-        frame = pd.DataFrame({"path": "curve", "split": "test", "t": at, "nll": points})
-        drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), size=(5.2, 3.6))
-        words = "Test NLL of each single point of the curve, and of their average with its 95 % interval"
-        block.figures.append(("points_and_average", words, drawn))
+    figure = _differences(run) or _points(run)
+    block.figures = [] if figure is None else [figure]
     return block
 
 
+def _differences(run: RunData) -> tuple[str, str, Figure] | None:
+    """The curve beside what was trained too; None where nothing was. The base model is far away as a rule, and would
+    hide the others' differences: the verdict has it."""
+    compared = [c for c in _comparisons(run) if c["second"] not in ("base model", "best point")]
+    if not compared:
+        return None
+    rows = [(c["second"], *(c["nll"][k] for k in ("estimate", "low", "high"))) for c in compared]
+    frame = pd.DataFrame(rows, columns=["method", "difference", "low", "high"])
+    size = (5.2, 1.3 + 0.32 * len(frame))
+    drawn = figures.figure_of(prediction_plots.differences, frame, size=size, legend=False)
+    words = "Test NLL of the curve minus each other method's, with 95 % intervals: left of 0 the curve is better"
+    return "differences", words, drawn
+
+
+def _points(run: RunData) -> tuple[str, str, Figure] | None:
+    curve = run.metrics["methods"]["curve"]
+    if not (points := curve.get("point_nll")):
+        return None
+    frame = pd.DataFrame({"path": "curve", "split": "test", "t": curve["t"], "nll": points})
+    drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), size=(5.2, 3.6))
+    words = "Test NLL of each single point of the curve, and of their average with its 95 % interval"
+    return "points_and_average", words, drawn
+
+
 def verdict(run: RunData) -> str:
-    """Whether the curve is better than the ensemble of its anchors; of a curve that has none, than its own points."""
-    methods = run.metrics["methods"]
-    for comparison in _comparisons(run):
-        if comparison["second"] == "ensemble":
-            found = comparison["nll"]
-            words = "not distinguishable from"
-            if found["distinguishable"]:
-                words = "better than" if found["estimate"] < 0 else "worse than"
-            passes = [_passes(methods[comparison[k]]["passes"]) for k in ("first", "second")]
-            return f"The curve ({passes[0]}) has a test NLL {words} the ensemble's of its anchors ({passes[1]})."
-    curve = methods["curve"]
+    """Whether the curve is better than the ensemble of its anchors; of a curve that has none, than its best point, or
+    its points where no best one is known; and what the base model without fine-tuning has."""
+    found = {c["second"]: c for c in _comparisons(run)}
+    if "ensemble" in found:
+        said = (
+            f"The curve ({_passes(run, 'curve')}) has a test NLL {_told(found['ensemble'])} the ensemble's of its "
+            f"anchors ({_passes(run, 'ensemble')})."
+        )
+    elif "best point" in found:
+        said = (
+            f"The curve's average ({_passes(run, 'curve')}) has a test NLL {_told(found['best point'])} that of its "
+            f"best single point, which validation rows chose ({_passes(run, 'best point')})."
+        )
+    else:
+        said = _among_points(run)
+    if "base model" in found:
+        own, base = (run.metrics["methods"][name]["sets"]["test"]["nll"] for name in ("curve", "base model"))
+        said += (
+            f" By test NLL the curve ({own:.3f}) is {_told(found['base model'])} the base model without fine-tuning "
+            f"({base:.3f})."
+        )
+    return (said if found else f"{said} {_ALONE}").strip()
+
+
+_ALONE = "No other method was trained on these rows, so the report compares with none."
+
+
+def _told(comparison: Mapping[str, Any]) -> str:
+    """What a paired difference says, curve first."""
+    found = comparison["nll"]
+    if not found["distinguishable"]:
+        return "not distinguishable from"
+    return "better than" if found["estimate"] < 0 else "worse than"
+
+
+def _among_points(run: RunData) -> str:
+    """Of how many single points the average is better by the test rows alone; empty where points are not known."""
+    curve = run.metrics["methods"]["curve"]
     points, nll = curve.get("point_nll") or [], curve["sets"]["test"].get("nll")
-    alone = "No other method was trained on these rows, so the report compares with none."
     if len(points) < 2 or nll is None:
-        return alone
+        return ""
     below = sum(p > nll for p in points)
     which = "all" if below == len(points) else f"{below}" if below else "none"
     return (
         f"The average of {len(points)} points has a test NLL of {nll:.3f}, lower than {which} of its single points "
-        f"({min(points):.3f} to {max(points):.3f}; the best one is known only by these very rows). {alone}"
+        f"({min(points):.3f} to {max(points):.3f}; the best one is known only by these very rows)."
     )
 
 
-def _passes(count: int) -> str:
+def _passes(run: RunData, method: str) -> str:
+    count = run.metrics["methods"][method]["passes"]
     return f"{count} pass" if count == 1 else f"{count} passes"
 
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from loracurve.report.numbers import interval, number, star
+from loracurve.report.numbers import number, rounded, star
 from loracurve.report.parts import DETECTORS, EXPLAINED, HEADINGS, THREE, detectors_of, has_three, parts_of
 from loracurve.system.escaping import inline, visible
 
@@ -28,16 +28,22 @@ def method_rows(methods: Mapping[str, Any], split: str = "test") -> list[dict[st
     if singles:
         figures = {k: _mean([m["sets"][split][k] for m in singles]) for k in singles[0]["sets"][split] if k in COLUMNS}
         found = {s: _detection([m["detection"].get(s) for m in singles], scores) for s in singles[0]["detection"]}
-        # One point has no mutual information; a zero would read as a finding.
-        figures["mutual_information"] = None
-        found = {s: by | {"mi": None} for s, by in found.items()}
+        figures, found = _without_information(figures, found)
         rows.append({"method": f"single adapter (mean of {len(singles)})", "passes": 1, **figures, "detection": found})
     for name, m in methods.items():
         if m in singles:
             continue
+        figures = dict(m["sets"][split])
         found = {s: _detection([d], scores) for s, d in m["detection"].items()}
-        rows.append({"method": name, "passes": m["passes"], **m["sets"][split], "detection": found})
+        if m["passes"] == 1 and not has_three(figures):
+            figures, found = _without_information(figures, found)
+        rows.append({"method": name, "passes": m["passes"], **figures, "detection": found})
     return rows
+
+
+def _without_information(figures: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One point has no mutual information; a zero would read as a finding."""
+    return figures | {"mutual_information": None}, {s: by | {"mi": None} for s, by in found.items()}
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -70,7 +76,7 @@ def print_methods(methods: Mapping[str, Any], split: str = "test") -> None:
             for row in rows:
                 if of in row["detection"]:
                     values = row["detection"][of]
-                    _add(table, f"{of}: {row['method']}", *(number(values[k], 3, missing="-") for k in scores))
+                    _add(table, f"{of}: {row['method']}", *(number(values[k], missing="-") for k in scores))
         console.print(table)
 
 
@@ -88,7 +94,7 @@ def _parts_table(methods: Mapping[str, Any]) -> Table:
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the tables of methods and the paired comparisons of the curve with each of them."""
     print_methods(report["methods"])
-    if not report["comparisons"]:  # a free curve has no adapters to be compared with
+    if not report["comparisons"]:
         return
     table = _table(
         "curve minus other, paired over test examples, 95 % bootstrap interval", ["other", "", "difference", ""]
@@ -100,7 +106,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             verdict = (
                 ("curve better" if better else "curve worse") if found["distinguishable"] else "not distinguishable"
             )
-            _add(table, c["second"] if measure == "nll" else "", measure.upper(), interval(found), verdict)
+            _add(table, c["second"] if measure == "nll" else "", measure.upper(), rounded(found), verdict)
     _console().print(table)
 
 
@@ -118,7 +124,7 @@ def print_barriers(scan: Mapping[str, Any]) -> None:
             b["path"],
             f"{b['segment']}-{b['segment'] + 1}",
             number(b["t_star"], 2),
-            interval({**b, "estimate": b["excess"]}) + star(b, "  "),
+            rounded({**b, "estimate": b["excess"]}) + star(b, "  "),
             number(b["above_ends"], sign=True),
         )
     console = _console()

@@ -18,6 +18,7 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
 from loracurve.system.options import parse_mapping
 from loracurve.system.paths import is_file
+from loracurve.system.ranges import Amount, check_ranges
 from loracurve.system.yaml_files import dump_yaml, load_yaml, read_yaml
 from loracurve.tasks.config import TaskConfig
 from loracurve.training.config import FitConfig, LoopConfig
@@ -35,6 +36,8 @@ class RunConfig:
     curve: CurveConfig = field(default_factory=CurveConfig)
     adapters: list[str] = field(default_factory=list)
     """Existing PEFT adapter folders to use as anchors instead of training them."""
+    rivals: Amount = 0
+    """Independent fine-tunes that are trained beside a free curve (by anchor_training), only to be compared with."""
     anchor_training: LoopConfig = field(default_factory=LoopConfig)
     curve_training: FitConfig = field(default_factory=FitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -49,6 +52,11 @@ class RunConfig:
             )
         if len(self.adapters) == 1:
             raise UserError("adapters: expected at least 2 adapter folders, found 1; give another")
+        check_ranges(self)
+        if self.rivals and self.curve.kind == "anchored":
+            raise UserError("rivals: expected 0 for an anchored curve, whose anchors are rivals enough; leave it out")
+        if self.rivals == 1:
+            raise UserError("rivals: expected at least 2, of which an ensemble is made, found 1; raise it")
         # What cannot work should be known before training, not after it.
         spec = self.curve.spec(len(self.adapters) or self.curve.anchors)
         self.curve_training.check_curve(spec)

@@ -1,8 +1,9 @@
-"""How a run is judged: its curve beside its anchors and lines between them, on every set; predictions are kept."""
+"""How a run is judged: its curve beside its anchors and lines between them, or beside its own best point, and the base
+model, on every set; predictions are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from loracurve.curve.anchored import slot_times
@@ -20,8 +22,9 @@ from loracurve.curve.spec import CurveSpec
 from loracurve.inference import intervals, metrics
 from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.model_average import Average, choose_average, equal
-from loracurve.inference.prediction import point_nll
+from loracurve.inference.prediction import point_nll, predict_base
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.figures import figure_of, save
@@ -104,21 +107,36 @@ def _tempered(
 
 
 def compare(
-    first: MethodPredictions, second: MethodPredictions, labels: Tensor, seed: int, split: str = "test"
+    first: MethodPredictions,
+    second: MethodPredictions | Sequence[MethodPredictions],
+    labels: Tensor,
+    seed: int,
+    split: str = "test",
 ) -> dict[str, Any]:
-    """Paired differences first - second on a labelled split: NLL, accuracy, Brier with bootstrap intervals."""
-    a, b = first.sets[split], second.sets[split]
-    values = {
-        "nll": (a.negative_log_likelihood(labels), b.negative_log_likelihood(labels)),
-        "acc": (a.correct(labels), b.correct(labels)),
-    }
-    if a.point_log_probs is not None and b.point_log_probs is not None:
-        values["brier"] = (metrics.brier_per_example(a.probs, labels), metrics.brier_per_example(b.probs, labels))
-    out: dict[str, Any] = {"first": first.name, "second": second.name, "split": split}
-    for name, (x, y) in values.items():
-        found = intervals.paired_bootstrap(x, y, stream_seed(seed, "bootstrap", first.name, second.name, name) % 2**31)
-        out[name] = {**found._asdict(), "distinguishable": found.distinguishable}
+    """Paired differences first - second on a labelled split: NLL, accuracy, Brier with bootstrap intervals.
+
+    Args:
+        second: several single adapters are compared with in the mean of their figures, which is what to expect of one.
+    """
+    others = [second] if isinstance(second, MethodPredictions) else list(second)
+    name = others[0].name if isinstance(second, MethodPredictions) else f"single adapter (mean of {len(others)})"
+    mine, theirs = _each_row(first, labels, split), [_each_row(other, labels, split) for other in others]
+    out: dict[str, Any] = {"first": first.name, "second": name, "split": split}
+    for measure, x in mine.items():
+        if all(measure in values for values in theirs):
+            y = torch.stack([values[measure].double() for values in theirs]).mean(0)
+            found = intervals.paired_bootstrap(x, y, stream_seed(seed, "bootstrap", first.name, name, measure) % 2**31)
+            out[measure] = {**found._asdict(), "distinguishable": found.distinguishable}
     return out
+
+
+def _each_row(method: MethodPredictions, labels: Tensor, split: str) -> dict[str, Tensor]:
+    """[E] figures by measure."""
+    predicted = method.sets[split]
+    values = {"nll": predicted.negative_log_likelihood(labels), "acc": predicted.correct(labels)}
+    if predicted.point_log_probs is not None:
+        values["brier"] = metrics.brier_per_example(predicted.probs, labels)
+    return values
 
 
 def evaluation_sets(task: Task, config: EvaluationConfig) -> dict[str, Encoded]:
@@ -145,6 +163,10 @@ def evaluate_methods(
 ) -> dict[str, Any]:
     """Predict every set by every method and write predictions.parquet; the model keeps its curve.
 
+    The methods: the base model in the same prompt, where it is untouched (no classification head, no weights that
+    adapters brought); of an anchored curve its anchors, their ensemble and the lines between them; of a free curve its
+    best point, chosen on validation rows; the curve, last.
+
     Args:
         asked: the average that `config` asks for (`average_of`), with its unknowns; the others go without.
     """
@@ -166,6 +188,7 @@ def evaluate_methods(
         report["tunnel"] = asked.record
         methods = [_along("tunnel", model, asked, sets, held_out), curve]
     spec, points = model.spec, model.control_points()
+    singles: list[MethodPredictions] = []
     if anchors is not None:
         count = len(next(iter(anchors.values())))
         slots = CurveSpec.slots(count)
@@ -177,20 +200,25 @@ def evaluate_methods(
             for single in singles:
                 single.t = []
         else:
-            singles = [_single(ensemble, m) for m in range(count)]
+            singles = [_single(ensemble, m, f"adapter {m}") for m in range(count)]
         methods = [*singles, ensemble, *methods[:-1]]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
             methods.append(_along(name, model, equal(average.t), {"test": sets["test"]}, held_out))
         methods.append(curve)
         model.set_curve(spec, points)
+    elif (best := _best_point(curve)) is not None:
+        methods.insert(0, best)
+    if not (model.is_classifier or model.base_weights):
+        methods.insert(0, _base(model, sets, held_out))
     lm = sets["test"].scoring == "lm"
     if lm:
         labels = {name: p.labels for name, p in curve.sets.items() if p.labels is not None}
     report["methods"] = summarise(methods, labels)
-    report["comparisons"] = [
-        compare(curve, method, labels["test"], config.seed) for method in methods if method is not curve
-    ]
+    names = {single.name for single in singles}
+    against = [m for m in methods if m is not curve and m.name not in names]
+    first = [compare(curve, singles, labels["test"], config.seed)] if singles else []
+    report["comparisons"] = first + [compare(curve, other, labels["test"], config.seed) for other in against]
     if anchors is not None:
         scalings = model.scalings
         report["anchor_distance_delta_w"] = float(chord_length(delta_w_gram(anchors, scalings)))
@@ -211,15 +239,36 @@ def _along(
     return MethodPredictions(name, len(average.weights), predicted, t, validation)
 
 
-def _single(ensemble: MethodPredictions, m: int) -> MethodPredictions:
-    """One member of an ensemble as a method of its own."""
+def _base(model: CurveModel, sets: dict[str, Encoded], held_out: Encoded | None) -> MethodPredictions:
+    """The base model without adapters."""
+    predicted = {name: predict_base(model, encoded) for name, encoded in sets.items()}
+    validation = None if held_out is None else (predict_base(model, held_out), held_out.labels)
+    return MethodPredictions("base model", 1, predicted, validation=validation)
+
+
+def _best_point(curve: MethodPredictions) -> MethodPredictions | None:
+    """The curve's point with the lowest NLL on validation rows, as it predicts in the curve's average: with its
+    Gaussian, where it has one. None where there is no choice, or no validation row to choose by."""
+    if curve.validation is None or len(curve.t) < 2:
+        return None
+    predictive, labels = curve.validation
+    known = labels >= 0
+    if predictive.point_log_probs is None or not known.any():
+        return None
+    nll = negative_log_likelihood(predictive.point_log_probs[:, known].double(), labels[known]).mean(1)
+    best = int(nll.argmin())
+    return replace(_single(curve, best, "best point"), t=[curve.t[best]])
+
+
+def _single(average: MethodPredictions, m: int, named: str) -> MethodPredictions:
+    """One member of an ensemble, or one point of a curve, as a method of its own."""
     sets = {}
-    for name, p in ensemble.sets.items():
+    for name, p in average.sets.items():
         if p.point_log_probs is not None:
             sets[name] = Predictive.from_log_probs(p.point_log_probs[m : m + 1])
-    method = MethodPredictions(f"adapter {m}", 1, sets)
-    if ensemble.validation is not None:
-        predictive, labels = ensemble.validation
+    method = MethodPredictions(named, 1, sets)
+    if average.validation is not None:
+        predictive, labels = average.validation
         assert predictive.point_log_probs is not None
         method.validation = Predictive.from_log_probs(predictive.point_log_probs[m : m + 1]), labels
     return method

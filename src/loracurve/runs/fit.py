@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import accelerate
 from accelerate.utils import is_tensorboard_available, is_wandb_available
+from torch import nn
 
 from loracurve.curve.config import CurveConfig
 from loracurve.curve.files import export_adapter
@@ -20,7 +21,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.model.fingerprint import check_adapters
 from loracurve.runs.config import RunConfig, load_config, save_config
 from loracurve.runs.evaluate import evaluate_methods, evaluation_sets
-from loracurve.runs.identity import identity_of, read_identity, write_identity
+from loracurve.runs.identity import Identity, identity_of, read_identity, write_identity
 from loracurve.runs.run import base_and_task, build_unknowns, logger, spread
 from loracurve.system.consent import consented
 from loracurve.system.distributed import is_main, main_holds, on_main
@@ -29,13 +30,15 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
 from loracurve.system.paths import exists
+from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.repeats import in_training
+from loracurve.tasks.task import Task
 from loracurve.training.corruption import unlabelled
 from loracurve.training.fit import fit, fit_anchors
 from loracurve.training.origin import MAY_BE_LOWERED, MAY_CHANGE, check_changes, flat_options, options_changed
 from loracurve.training.perturbation import Perturbation
 
-__all__ = ["fit_run"]
+__all__ = ["Opened", "checked_config", "first_model", "fit_run", "join_anchors", "open_parts", "trains_anchors"]
 
 
 def fit_run(
@@ -57,6 +60,17 @@ def fit_run(
     Raises:
         UserError: the folder is in use, holds something else, or the options do not suit data, model or each other.
     """
+    config = checked_config(config, trust_remote_code)
+    with main_holds(lambda: results_folder(out, resume)):
+        return _fit_run(config, out, progress)
+
+
+def checked_config(config: RunConfig, trust_remote_code: bool = False) -> RunConfig:
+    """The options of a run, with a note of consent to run code of the base.
+
+    Raises:
+        UserError: a tracker that is not installed, data in memory, code of the base without consent.
+    """
     _check_tracker(config.tracker)
     if not isinstance(config.task.data, str):
         raise UserError(
@@ -64,9 +78,8 @@ def fit_run(
             f"{type(config.task.data).__name__}; write the rows to a file, such as by to_parquet, and give its path"
         )
     if consented(config.model.trust_remote_code, f"model {config.model.name!r}", trust_remote_code):
-        config = replace(config, model=replace(config.model, trust_remote_code=True))
-    with main_holds(lambda: results_folder(out, resume)):
-        return _fit_run(config, out, progress)
+        return replace(config, model=replace(config.model, trust_remote_code=True))
+    return config
 
 
 # Of the options outside training: where losses are logged, how the base is held, a record of consent.
@@ -82,13 +95,33 @@ def _check_options(path: Path, config: RunConfig) -> None:
     check_changes(changes, str(path), [*_FREE, *free], lowered)
 
 
-def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
-    resumed = exists(out / "config.yaml")
-    if resumed:
-        _check_options(out / "config.yaml", config)
+@dataclass(frozen=True)
+class Opened:
+    """What a run is made from, before anything of it is written."""
+
+    base: nn.Module
+    task: Task
+    sets: dict[str, Encoded]
+    """what it is judged on (`evaluation_sets`)"""
+    identity: Identity
+    known: Identity | None
+    """what the run's folder says already, where it was begun before; the same"""
+
+
+def open_parts(config: RunConfig, out: Path) -> Opened:
+    """Open base and task and tokenise all that training and evaluation take: faults in the data are found before hours
+    of training.
+
+    Args:
+        config: from `checked_config`.
+        out: the run's folder.
+
+    Raises:
+        UserError: base, data and options that do not suit each other, or the run that was begun; adapters of another
+            base.
+    """
     trusted = config.model.trust_remote_code  # with consent, or it would not have come here
     base, task = base_and_task(config, trusted)
-    # Tokenising everything first finds faults in the data before hours of training.
     sets = evaluation_sets(task, config.evaluation)
     task.encode("validation")
     for words in in_training(task.dataset) if is_main() else ():
@@ -100,55 +133,86 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
         check_adapters(config.adapters, base, config.model, config.task.scoring == "head", trusted)
     if config.curve_training.corruption.file is not None:
         unlabelled(task, config.curve_training.corruption.file)
+    return Opened(base, task, sets, identity, known)
+
+
+def first_model(base: nn.Module, config: RunConfig) -> CurveModel:
+    """The model that is trained first: a free curve, or independent control points, the adapters that are given or
+    those that will be anchors or rivals.
+
+    Raises:
+        UserError: options of the adapters, or noise in training, that the base cannot have.
+    """
+    lora = config.lora.to_peft(config.model.name, config.task.scoring == "head")
+    free = config.curve.kind == "free"
+    if free and config.curve.anchors != CurveConfig.anchors and is_main():
+        logger.warning("curve.anchors: a free curve has none; curve.kind anchored makes one through anchors")
+    if free and not config.rivals:
+        model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
+    elif config.adapters:
+        model = CurveModel.with_adapters(base, config.adapters)
+    else:
+        model = CurveModel(base, lora, CurveSpec.slots(config.rivals or config.curve.anchors))
+    spread(model, config)
+    if trains_anchors(config) and config.curve_training.perturbation.kind == "flat_lora":
+        # Says before anchors are trained that a quantised base cannot have it.
+        Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
+    return model
+
+
+def trains_anchors(config: RunConfig) -> bool:
+    """Whether a run trains anchors, or rivals of a free curve; else it has none, or is given them."""
+    return bool(config.rivals) or (config.curve.kind == "anchored" and not config.adapters)
+
+
+def join_anchors(model: CurveModel, config: RunConfig) -> None:
+    """Turn independent adapters into the curve through them, as `config` shapes it; rivals give way to a free one."""
+    shape = config.curve
+    if shape.kind == "free":
+        spec = shape.spec(0)
+        model.set_curve(spec, model.fresh_points(spec, config.curve_training.seed))
+        return
+    model.anchor(
+        shape.degree,
+        shape.alignment,
+        shape.inner,
+        config.curve_training.seed,
+        shape.pieces,
+        shape.closed,
+    )
+
+
+def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
+    resumed = exists(out / "config.yaml")
+    if resumed:
+        _check_options(out / "config.yaml", config)
+    opened = open_parts(config, out)
+    base, task, sets = opened.base, opened.task, opened.sets
 
     def begin() -> None:
         if not resumed:
             save_config(config, out / "config.yaml")
-        if known is None:
-            write_identity(identity, out)
+        if opened.known is None:
+            write_identity(opened.identity, out)
         write_json(out / "environment.json", environment())
 
     on_main(begin)
-    classifier = config.task.scoring == "head"
-    lora = config.lora.to_peft(config.model.name, classifier)
     timings: dict[str, float] = {}
     changes: list[dict[str, Any]] = []
     accelerator = _tracking(config, out)
     loop = {"progress": progress, "accelerator": accelerator}
     started = time.perf_counter()
+    model = first_model(base, config)
     anchors: ControlPoints | None = None
-    if config.curve.kind == "free":
-        if config.curve.anchors != CurveConfig.anchors and is_main():
-            logger.warning("curve.anchors: a free curve has none; curve.kind anchored makes one through anchors")
-        model = CurveModel(base, lora, config.curve.spec(0), seed=config.curve_training.seed)
-        spread(model, config)
-    else:
-        if config.adapters:
-            model = CurveModel.with_adapters(base, config.adapters)
-            anchors = model.control_points()
-            spread(model, config)
-        else:
-            model = CurveModel(base, lora, CurveSpec.slots(config.curve.anchors))
-            spread(model, config)
-            if config.curve_training.perturbation.kind == "flat_lora":
-                # Says before anchors are trained that a quantised base cannot have it.
-                Perturbation(config.curve_training.perturbation, model.layers, config.curve_training.steps, seed=0)
-            result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
-            on_main(partial(write_json, out / "anchors" / "history.json", result.history))
-            anchors = model.control_points()
-            timings["anchors"] = result.seconds
-            changes += _named(result.changes, "anchor_training")
+    if trains_anchors(config):
+        result = fit_anchors(model, task, config.anchor_training, out / "anchors", **loop)
+        on_main(partial(write_json, out / "anchors" / "history.json", result.history))
+        timings["anchors"] = result.seconds
+        changes += _named(result.changes, "anchor_training")
+    if config.curve.kind == "anchored" or config.rivals:
+        anchors = model.control_points()
         on_main(partial(_export, model, anchors, out / "anchors"))
-        model.set_curve(CurveSpec.slots(len(next(iter(anchors.values())))), anchors)
-        shape = config.curve
-        model.anchor(
-            shape.degree,
-            shape.alignment,
-            shape.inner,
-            config.curve_training.seed,
-            shape.pieces,
-            shape.closed,
-        )
+        join_anchors(model, config)
     result = fit(model, task, config.curve_training, out / "training", **loop)
     accelerator.end_training()
     timings["curve"] = result.seconds

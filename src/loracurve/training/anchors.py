@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def slot_seeds(seed: int, anchors: int) -> list[int]:
 class AnchorsObjective:
     """M independent adapters in one pass: slot m sees its own mini-batches; the loss is the sum of the slots' means."""
 
-    figures = ("nll",)
+    figures: tuple[str, ...] = ("nll",)
     synchronises = False
 
     def __init__(
@@ -38,7 +40,7 @@ class AnchorsObjective:
         anchors: int,
     ) -> None:
         self.model, self.train, self.config, self.groups = model, train, config, anchors
-        self.sets = {"train": train, "validation": validation}
+        self.sets: Mapping[str, Encoded] = {"train": train, "validation": validation}
         self.validation = Validation(model, validation, config)
         self.seeds = slot_seeds(config.seed, anchors)
 

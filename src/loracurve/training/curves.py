@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,7 +43,7 @@ class CurveObjective:
     """
 
     groups = 1
-    figures = ("nll", "jsd")
+    figures: tuple[str, ...] = ("nll", "jsd")
 
     def __init__(
         self,
@@ -57,7 +57,9 @@ class CurveObjective:
     ) -> None:
         self.model, self.train, self.config = model, train, config
         self.vocabulary, self.others, self.tau = vocabulary, others, tau
-        self.sets = {"train": train, "validation": validation} | ({} if others is None else {"unlabelled": others})
+        self.sets: Mapping[str, Encoded] = {"train": train, "validation": validation} | (
+            {} if others is None else {"unlabelled": others}
+        )
         self.validation = Validation(model, validation, config)
         self.synchronises = config.objective.jsd == "hinge"
         self.shares = world()[1] > 1

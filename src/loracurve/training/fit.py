@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.model.injection import initial_control_points
 from loracurve.system.distributed import is_main, join, world
 from loracurve.system.errors import UserError
+from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.task import Task
 from loracurve.training.anchors import AnchorsObjective, slot_seeds
 from loracurve.training.config import FitConfig, LoopConfig, ObjectiveConfig, resolve_tau
@@ -22,7 +24,7 @@ from loracurve.training.doubts import doubts
 from loracurve.training.loop import FitResult, run_loop
 from loracurve.training.perturbation import Perturbation
 
-__all__ = ["fit", "fit_anchors"]
+__all__ = ["anchors_objective", "curve_objective", "fit", "fit_anchors", "noise_on"]
 
 logger = logging.getLogger("loracurve")
 
@@ -59,10 +61,7 @@ def fit_anchors(
     config = config or LoopConfig()
     join()
     loop.setdefault("accelerator", Accelerator())
-    anchors = model.spec.size
-    points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
-    model.set_curve(model.spec, points)
-    program = AnchorsObjective(model, task.encode("train"), task.encode("validation"), config, anchors)
+    program = anchors_objective(model, task.encode("train"), task.encode("validation"), config)
     result = run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
     _tell_doubts(result, task, config, "anchors")
     return result
@@ -88,17 +87,16 @@ def fit(
             the curve, a file of other inputs that cannot be read, a checkpoint that is damaged or of another training.
     """
     config = config or FitConfig()
-    others = _prepare(model, task, config, loop)
-    program = CurveObjective(model, task.encode("train"), task.encode("validation"), config, **others)
+    join()
+    accelerator = loop.setdefault("accelerator", Accelerator())
+    assert isinstance(accelerator, Accelerator)
+    program = curve_objective(model, task, task.encode("validation"), config, accelerator.device)
     settled: dict[str, float] = {}
     if config.objective.jsd == "hinge":
         settled = _hinge_target(program, config.objective)
         program.tau = settled["tau"]
-    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
-    if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
-        model.runner.run_layers_as_they_are()
-    with noise.attached():
-        options = {"label": "curve", "perturbation": None if config.perturbation.kind == "none" else noise, **loop}
+    with noise_on(model, config) as noise:
+        options = {"label": "curve", "perturbation": noise, **loop}
         result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
     result.settled = settled
     _tell_doubts(result, task, config, "curve")
@@ -111,30 +109,50 @@ def _tell_doubts(result: FitResult, task: Task, config: LoopConfig, label: str) 
             logger.warning("%s", words)
 
 
-def _prepare(model: CurveModel, task: Task, config: FitConfig, loop: dict[str, object]) -> dict[str, Any]:
-    """Refuse what cannot be trained, meet other processes, move the model; returns what other inputs are made of."""
+def anchors_objective(model: CurveModel, train: Encoded, validation: Encoded, config: LoopConfig) -> AnchorsObjective:
+    """What anchors are trained by, side by side; the model's control points become fresh draws."""
+    anchors = model.spec.size
+    points = initial_control_points(model.layers, slot_seeds(config.seed, anchors), model.config.init_lora_weights)
+    model.set_curve(model.spec, points)
+    return AnchorsObjective(model, train, validation, config, anchors)
+
+
+def curve_objective(
+    model: CurveModel, task: Task, validation: Encoded, config: FitConfig, device: torch.device
+) -> CurveObjective:
+    """What a curve is trained by, its model on the device; a hinge has no target yet.
+
+    Raises:
+        UserError: as `fit`, for what cannot be trained.
+    """
     if not model.spec.mask.any():
         raise UserError("no control point is trainable: an anchored polygonal chain (degree 1) has no inner points")
     config.check_curve(model.spec)
-    join()
     if model.runner.sharded and config.perturbation.kind == "flat_lora":
         raise UserError(
             "perturbation.kind: expected none, lora_space or sam with a base spread over processes, found flat_lora; "
             "change it, or set model.shard to false"
         )
-    accelerator = loop.setdefault("accelerator", Accelerator())
-    assert isinstance(accelerator, Accelerator)
-    model.to(accelerator.device)  # where the noise is drawn
+    model.to(device)  # where the noise is drawn
     corruption = config.corruption
     if corruption.kind == "text" and task.config.scoring == "lm" and world()[1] > 1:
         raise UserError(
             "corruption.kind: expected another than text for language modelling in several processes, found text; "
             "train in one process"
         )
-    return {
-        "vocabulary": ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None,
-        "others": None if corruption.file is None else unlabelled(task, corruption.file),
-    }
+    vocabulary = ordinary_tokens(task.tokenizer) if corruption.kind in ("tokens", "attention") else None
+    others = None if corruption.file is None else unlabelled(task, corruption.file)
+    return CurveObjective(model, task.encode("train"), validation, config, vocabulary, others)
+
+
+@contextmanager
+def noise_on(model: CurveModel, config: FitConfig) -> Iterator[Perturbation | None]:
+    """Inside the block the layers draw the noise that they are trained with, if any."""
+    noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
+    if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
+        model.runner.run_layers_as_they_are()
+    with noise.attached():
+        yield None if config.perturbation.kind == "none" else noise
 
 
 def _hinge_target(program: CurveObjective, config: ObjectiveConfig) -> dict[str, float]:

@@ -37,12 +37,15 @@ from loracurve.training.step import StepConfig, Stepper
 __all__ = [
     "FitResult",
     "Trained",
+    "TrainedPoints",
     "batch_numbers",
     "has_dropout",
     "learning_rate_factor",
     "recomputing",
     "run_loop",
+    "seed_forward",
     "take_steps",
+    "validation_interval",
 ]
 
 
@@ -62,6 +65,16 @@ def learning_rate_factor(config: LoopConfig, step: int) -> float:
         return (step + 1) / warm
     left = (step - warm) / max(config.steps - warm, 1)
     return {"constant": 1.0, "linear": 1 - left, "cosine": (1 + math.cos(math.pi * left)) / 2}[config.schedule]
+
+
+def validation_interval(config: LoopConfig) -> int:
+    """Steps from one validation to the next; the last step is followed by one too."""
+    return config.evaluate_every or max(config.steps // 10, 1)
+
+
+def seed_forward(config: LoopConfig, step: int) -> None:
+    """Dropout is drawn from the global generator: seeded by the step, it needs no saving."""
+    torch.manual_seed(stream_seed(config.seed, "forward", step, *([world()[0]] if world()[0] else [])))
 
 
 def batch_numbers(seed: int, step: int, examples: int, batch_size: int) -> list[int]:
@@ -120,12 +133,28 @@ class Trained(Protocol):
         """Validation NLL of each group, in nats."""
 
 
-class _ControlPoints:
-    """The control points of a model, trained by an objective."""
+class TrainedPoints:
+    """The control points of a model, which is moved to a device, trained by an objective.
+
+    Args:
+        perturbation: attached to the model's layers by the caller; started before each step.
+
+    Raises:
+        UserError: micro-batches smaller than the number of processes.
+    """
 
     def __init__(
-        self, model: CurveModel, program: TrainingObjective, config: LoopConfig, perturbation: Perturbation | None
+        self,
+        model: CurveModel,
+        program: TrainingObjective,
+        config: LoopConfig,
+        device: torch.device,
+        perturbation: Perturbation | None = None,
     ) -> None:
+        model.to(device)
+        self.processes = _processes(config, model.device, model.runner.sharded)
+        if config.compile and model.device.type == "cuda" and not model.runner.sharded:
+            model.runner.compile_layers()
         self.program, self.perturbation, self.factors = program, perturbation, model.factors
         self.groups, self.figures = program.groups, ("loss", "grad_norm", *program.figures)
         options = StepConfig(**{f.name: getattr(config, f.name) for f in fields(StepConfig)})
@@ -171,18 +200,14 @@ def run_loop(
         CheckpointError: a checkpoint that is damaged or of another training (`training.origin`).
     """
     accelerator = accelerator or Accelerator()
-    model.to(accelerator.device)
-    processes = _processes(config, model.device, model.runner.sharded)
-    if config.compile and model.device.type == "cuda" and not model.runner.sharded:
-        model.runner.compile_layers()
-    trained = _ControlPoints(model, program, config, perturbation)
+    trained = TrainedPoints(model, program, config, accelerator.device, perturbation)
     checkpoint = None
     if folder is not None:
         origin = Origin(model, config, program.sets)
         checkpoint = Checkpoint(folder, trained.factors, trained.stepper.optimizer, origin)
     result = take_steps(model, trained, config, label, progress, checkpoint, accelerator.log, stop_after)
     trained.stepper.forget_gradients()
-    result.processes = processes
+    result.processes = trained.processes
     return result
 
 
@@ -213,7 +238,7 @@ def take_steps(
     state = LoopState(0, [p.detach().clone() for p in tensors], [math.inf] * groups, [0] * groups, [0] * groups, [])
     changes = {} if checkpoint is None else checkpoint.load(state)
     same_everywhere(tensors)
-    every = config.evaluate_every or max(config.steps // 10, 1)
+    every = validation_interval(config)
     save_every = config.checkpoint_every or every
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
     look_every = 1 if model.device.type == "cpu" else 20
@@ -229,8 +254,7 @@ def take_steps(
         _bar(label, config.steps, state.step, progress and is_main()) as show,
     ):
         while state.step < config.steps and not finished:
-            # Dropout is drawn from the global generator: seeded by the step, it needs no saving.
-            torch.manual_seed(stream_seed(config.seed, "forward", state.step, *([world()[0]] if world()[0] else [])))
+            seed_forward(config, state.step)
             factor = learning_rate_factor(config, state.step)
             rows.append(trained.step(state.step, factor))
             state.step += 1

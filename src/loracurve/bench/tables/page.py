@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from loracurve.bench.registry import ONE_MODE, method_name
 from loracurve.bench.results import Results, seed_of, stacked
 from loracurve.bench.suite import full_ensemble
 from loracurve.bench.tables.foreign import SHARE, Order, orders_of, stream_risk
+from loracurve.bench.tables.short import inside, short
 from loracurve.bench.tables.table import Table, shown
 from loracurve.inference.intervals import bootstrap_interval
 from loracurve.report import figures, frames, plots, prediction_plots, suite_plots
@@ -43,6 +45,7 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
     """
     named = {table.name: table for table in tables}
     blocks: tuple[tuple[str, Block, list[str]], ...] = (
+        ("Summary", short(results, named), []),
         ("Goals", Block(), ["goals"]),
         ("Test rows", Block(), ["averages", "differences", "summary", "data_sets"]),
         ("Ensembles and methods of one mode", _sizes(results, named), ["ensembles", "deep_ensemble_equivalents"]),
@@ -56,7 +59,7 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
     sections = []
     for title, block, names in blocks:
         block.sheets += [_sheet(named[name]) for name in names if name in named]
-        if block.sheets or block.figures:
+        if not block.empty:
             entry = {"run": out.name, "block": block, "images": images_of(out / "figures", block)}
             sections.append({"title": title, "lead": "", "blocks": [entry]})
     suite = results.suite
@@ -71,7 +74,9 @@ def write_suite_page(results: Results, tables: Sequence[Table], out: Path) -> Pa
 def _sheet(table: Table) -> Sheet:
     texts = next((i for i in range(len(table.columns)) if not table.is_text(i)), len(table.columns))
     caption = f"{table.title}. {table.notes}" if table.notes else table.title
-    return Sheet(caption, table.columns, [[shown(v) for v in row] for row in table.rows], texts)
+    digits = [2 if re.search(r"\bs\b", column) else None for column in table.columns]  # seconds
+    rows = [[shown(v, d) for v, d in zip(row, digits, strict=True)] for row in table.rows]
+    return Sheet(caption, table.columns, rows, texts)
 
 
 def _drawn(name: str, part: str, words: str, draw: Draw, height: float = 3.6) -> tuple[str, str, Figure]:
@@ -136,7 +141,7 @@ def _foreign(results: Results, named: dict[str, Table]) -> Block:
     whole = full_ensemble(results.suite)
     single = [n for n, m in results.suite.methods.items() if method_name(m) == "single"][:1]
     chosen: list[tuple[str, Order]] = [(m, "entropy") for m in (*single, whole)]
-    curves = [n for n, m in results.suite.methods.items() if isinstance(_inside(m), Curve)]
+    curves = [n for n, m in results.suite.methods.items() if isinstance(inside(m), Curve)]
     both = [n for n in curves if {"W", "two reasons"} <= set(orders_of(results, n))]
     chosen += [(n, "entropy") for n in curves[:1]] + [(n, order) for n in both[:1] for order in ("W", "two reasons")]
     parts = []
@@ -152,11 +157,6 @@ def _foreign(results: Results, named: dict[str, Table]) -> Block:
         draw = partial(suite_plots.risk_and_coverage, pd.concat(parts))
         block.figures.append(_drawn("stream", "a stream with foreign rows", words, draw, 4.2))
     return block
-
-
-def _inside(method: Any) -> Any:
-    """The method that another is built upon, or itself."""
-    return _inside(method.of) if hasattr(method, "of") else method
 
 
 def _reliability(results: Results) -> Block:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loracurve.inference.intervals import Interval
-from loracurve.report.numbers import interval, number
+from loracurve.report.numbers import number, rounded
 from loracurve.system.escaping import csv_cell, inline, latex, markdown, markdown_cell
 from loracurve.system.files import atomic_write
 
@@ -37,13 +37,13 @@ class Table:
             lines += [markdown(self.notes), ""]
         lines += ["| " + " | ".join(map(markdown_cell, self.columns)) + " |"]
         lines += ["|" + "|".join("---" if self.is_text(i) else "---:" for i in range(len(self.columns))) + "|"]
-        lines += ["| " + " | ".join(markdown_cell(shown(v)) for v in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(markdown_cell(_quoted(v)) for v in row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
         """A tabular for package booktabs."""
         alignment = "".join("l" if self.is_text(i) else "r" for i in range(len(self.columns)))
-        rows = [" & ".join(latex(shown(v)) for v in row) + r" \\" for row in self.rows]
+        rows = [" & ".join(latex(_quoted(v)) for v in row) + r" \\" for row in self.rows]
         head = " & ".join(map(latex, self.columns)) + r" \\"
         begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
         return "\n".join(
@@ -87,13 +87,25 @@ def _write(path: Path, text: str) -> None:
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def shown(value: Value) -> str:
-    """A value as readers see it."""
+def shown(value: Value, digits: int | None = None) -> str:
+    """A value as readers of a page see it; `digits` of a single number as for `number`."""
     if isinstance(value, Interval) and not math.isnan(value.low):
-        return interval(value._asdict(), None, sign=False, missing="-")
+        return rounded(value._asdict(), sign=False, missing="-")
     if isinstance(value, Interval):
         value = value.estimate
-    return number(value, None, missing="-") if value is None or isinstance(value, float) else str(value)
+    return number(value, digits, missing="-") if value is None or isinstance(value, float) else str(value)
+
+
+def _quoted(value: Value) -> str:
+    """A value in Markdown and LaTeX, from which texts quote: four digits behind the point, one from 100 on."""
+    if isinstance(value, Interval) and not math.isnan(value.low):
+        estimate, low, high = map(_quoted, value)
+        return f"{estimate} [{low}, {high}]"
+    if isinstance(value, Interval):
+        value = value.estimate
+    if value is None or isinstance(value, float):
+        return number(value, 4 if value is None or abs(value) < 100 else 1, missing="-")
+    return str(value)
 
 
 def _exact(value: Value) -> object:
