@@ -21,6 +21,33 @@ from loracurve.runs.config import load_config
 from loracurve.runs.run import open_run
 
 
+def test_rivals_of_a_free_curve_are_compared_with_and_change_nothing_of_it(fitted: Maker, tmp_path: Path) -> None:
+    alone, out = fitted("free", "letter"), tmp_path / "rivals"
+    assert main(["fit", str(alone / "config.yaml"), "--rivals", "2", "--out", str(out)]) == 0
+    for name in ("curve/control_points.safetensors", "training/history.json"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    metrics = read(out / "metrics.json")
+    rivals = ["adapter 0", "adapter 1", "ensemble", "straight line", "aligned line"]
+    assert list(metrics["methods"]) == ["base model", *rivals, "curve"]
+    assert metrics["methods"]["curve"] == read(alone / "metrics.json")["methods"]["curve"]
+    single, *_ = metrics["comparisons"]
+    means = [metrics["methods"][name]["sets"]["test"]["nll"] for name in ("curve", "adapter 0", "adapter 1")]
+    assert single["second"] == "single adapter (mean of 2)"
+    assert single["nll"]["estimate"] == pytest.approx(means[0] - (means[1] + means[2]) / 2)
+    assert (out / "anchors" / "1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rivals", "said"), [("anchored", "2", "whose anchors are rivals enough"), ("free", "1", "at least 2")]
+)
+def test_rivals_that_make_no_sense_are_refused(
+    kind: str, rivals: str, said: str, fitted: Maker, tmp_path: Path, capsys: Any
+) -> None:
+    config = fitted(kind, "letter") / "config.yaml"
+    assert main(["fit", str(config), "--rivals", rivals, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_file_of_other_inputs_is_looked_at_before_anchors_are_trained(tmp_path: Path, capsys: Any) -> None:
     base, data = base_folder(tmp_path / "base", "qwen2"), data_folder(tmp_path / "data", "letter")
     config = config_file(tmp_path / "c.yaml", base, data, "letter")

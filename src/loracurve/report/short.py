@@ -58,13 +58,13 @@ def _points(run: RunData) -> tuple[str, str, Figure] | None:
 
 
 def verdict(run: RunData) -> str:
-    """Whether the curve is better than the ensemble of its anchors; of a curve that has none, than its best point, or
-    its points where no best one is known; and what the base model without fine-tuning has."""
+    """Whether the curve is better than the ensemble of anchors or rivals; of a curve without them, than its best point,
+    or its points where no best one is known; and what the base model without fine-tuning has."""
     found = {c["second"]: c for c in _comparisons(run)}
     if "ensemble" in found:
         said = (
-            f"The curve ({_passes(run, 'curve')}) has a test NLL {_told(found['ensemble'])} the ensemble's of its "
-            f"anchors ({_passes(run, 'ensemble')})."
+            f"The curve ({_passes(run, 'curve')}) has a test NLL {_told(found['ensemble'])} that of the ensemble of "
+            f"separate fine-tunes ({_passes(run, 'ensemble')})."
         )
     elif "best point" in found:
         said = (
