@@ -126,13 +126,13 @@ def summary(report: dict[str, Any], apart: Interval) -> list[str]:
     left_open = {name: figures["expected_entropy"] for name, figures in curve["sets"].items()}
     return [
         f"Against one fine-tune the curve's NLL is {_verdict(nll[single])}.",
-        f"Against {RIVALS} fine-tunes of {STEPS} steps, which cost as much to train, it is "
+        f"Against {RIVALS} fine-tunes of {STEPS} steps, which saw as many training rows, it is "
         f"{_verdict(nll['ensemble'])}.",
         "Foreign words: the distance from the training words tells names of elements, AUROC "
         f"{curve['detection']['elements']['auroc_distance']:.3f}; the entropy of the {RIVALS} fine-tunes is "
         f"{apart.estimate:.3f} [{apart.low:.3f}, {apart.high:.3f}] below that (they could measure the distance, too).",
-        f"Ambiguous words leave {left_open['ambiguous']:.2f} nats open, clear ones {left_open['test']:.2f}: more "
-        "training would not mend that.",
+        f"Ambiguous words leave {left_open['ambiguous']:.2f} nats open, clear ones {left_open['test']:.2f} (of "
+        "foreign words this part says nothing).",
     ]
 
 
