@@ -13,7 +13,6 @@ from typing import Any
 
 from loracurve.report import figures
 from loracurve.report.blocks import Block
-from loracurve.report.landscape_sections import loss_paths
 from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import SECTIONS, side_by_side
 from loracurve.report.templates import render_html
@@ -22,7 +21,7 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write, write_json
 from loracurve.system.folders import locked, results_file
 
-__all__ = ["about", "images_of", "render", "write_figures", "write_page"]
+__all__ = ["about", "images_of", "render", "write_page"]
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
@@ -101,14 +100,6 @@ def _sections(
         if blocks:
             sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
     return sections
-
-
-def write_figures(folder: Path) -> list[Path]:
-    """Draw loss along the paths and a run's evaluation into FOLDER/figures, without a page; returns the PNG paths."""
-    run = read_run(folder, folder.name)
-    blocks = [loss_paths(run), *(section.make(run) for section in SECTIONS if section.evaluation)]
-    drawn = [figure for block in blocks for figure in block.figures]
-    return [figures.save(figure, folder / "figures", name)[0] for name, _, figure in drawn]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
