@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from helpers.suites import anchored, killed_or_done, little
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
 from loracurve.bench import pool
-from loracurve.bench.pool import Spread, run_in_pool, spread, visible_gpus
+from loracurve.bench.cells import Outcome, Result
+from loracurve.bench.pool import _processes, spread, visible_gpus
 from loracurve.bench.runner import prepare
 from loracurve.bench.suite import Cell
 
@@ -26,10 +27,10 @@ def test_cells_that_could_not_run_beside_others_run_once_more_alone(
     out.mkdir()
     cells = prepare(suite, out)
 
-    def spread(cells: list[Cell], jobs: int, submit: Any, end: Any, say: Any) -> Spread:
+    def spread(cells: list[Cell], jobs: int, submit: Any, end: Any, say: Any) -> dict[Cell, Outcome]:
         calls.append((cells, jobs))
-        outcomes = ("later", "failed", "broken") if len(calls) == 1 else ("done",)
-        return Spread(dict(zip(cells, outcomes, strict=False)))  # type: ignore[arg-type]
+        outcomes: list[Outcome] = ["later", "failed", "broken"] if len(calls) == 1 else ["done"]
+        return dict(zip(cells, outcomes, strict=False))
 
     monkeypatch.setattr(pool, "spread", spread)
     found = pool.run_in_pool(suite, cells, out, 2, None, said.append)
@@ -38,22 +39,41 @@ def test_cells_that_could_not_run_beside_others_run_once_more_alone(
     assert said == ["1 cell could not run beside others: once more, one at a time"]
 
 
-def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ["first", "always", "one", "two", "three"]
-    cells = [Cell("made", seed, name) for seed in (0, 1) for name in names]
-    tried: list[int] = []
+def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(tmp_path: Path) -> None:
+    cells = [*(Cell("made", 0, name) for name in ("first", "always", "one")), Cell("made", 1, "two")]
+    said: list[str] = []
+    with _processes(["", ""], 1) as submit:
+        found = spread(cells, 2, lambda p, cell: submit(p, killed_or_done, cell, str(tmp_path)), None, said.append)
+    assert found == dict(zip(cells, ("done", "broken", "done", "done"), strict=True))
+    assert sorted(line for line in said if "process is gone" in line) == [
+        f"{cells[1]}: its process is gone; given up",
+        f"{cells[1]}: its process is gone; once more in a new one",
+        f"{cells[0]}: its process is gone; once more in a new one",
+    ]
 
-    def in_pool(suite: Any, cells: list[Cell], out: Path, jobs: int, end: Any, say: Any) -> Spread:
-        tried.append(len(cells))
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as workers:  # where nothing is imported
-            return spread(cells, jobs, lambda cell: workers.submit(killed_or_done, cell, str(tmp_path)), end, say)
 
-    monkeypatch.setattr(pool, "_in_one_pool", in_pool)
-    found = run_in_pool(None, cells, tmp_path, 1, None, lambda _: None)  # type: ignore[arg-type]
-    assert found == {cell: "broken" if cell.method == "always" else "done" for cell in cells}
-    assert tried == sorted(tried, reverse=True), "every pool has fewer cells left"
+def test_a_place_stays_with_what_it_has_loaded() -> None:
+    log: list[str] = []
+
+    def submit(place: int, cell: Cell) -> Future[Result]:
+        log.append(f"{place}: {cell.seed}{cell.method}")
+        done = Future[Result]()
+        done.set_result(("done", []))
+        return done
+
+    cells = [Cell("made", seed, name) for seed in (0, 1, 2) for name in "abc"]
+    assert spread(cells, 2, submit, None, lambda _: None) == dict.fromkeys(cells, "done")
+    # Seeds 0 and 1 side by side, each at one place. Then seed 2: its first cell alone, which trains the anchors.
+    assert log == ["0: 0a", "1: 1a", "0: 0b", "1: 1b", "0: 0c", "1: 1c", "0: 2a", "0: 2b", "1: 2c"]
+
+
+def test_the_time_is_up() -> None:
+    def submit(place: int, cell: Cell) -> Future[Result]:
+        raise AssertionError
+
+    said: list[str] = []
+    assert spread([Cell("made", 0, name) for name in "ab"], 1, submit, time.perf_counter() - 1, said.append) == {}
+    assert said == ["2 cells left for later, the time is up"]
 
 
 @pytest.mark.parametrize(

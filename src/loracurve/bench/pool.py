@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from loracurve.bench.config import SuiteConfig
 from loracurve.bench.suite import Cell
 from loracurve.system.errors import one_line
 
-__all__ = ["Spread", "run_in_pool", "spread", "visible_gpus"]
+__all__ = ["run_in_pool", "spread", "visible_gpus"]
 
 TRIES = 2
 """A cell whose process is killed twice is to blame."""
@@ -34,51 +32,57 @@ TRIES = 2
 def run_in_pool(
     suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say
 ) -> dict[Cell, Outcome]:
-    """Run cells in `jobs` processes; the first cell of each task and seed trains its anchors, the others follow it.
+    """Run cells in `jobs` processes (see `spread`).
 
-    A process that is killed ends its pool: what ran or waited there runs in a new one, a cell at most `TRIES` times.
     Cells that were stopped by something that may pass (no memory beside the others) run once more in the end, one at a
     time.
     """
-    found: dict[Cell, Outcome] = {}
-    tries: Counter[Cell] = Counter()
-    todo = cells
-    while todo:
-        went = _in_one_pool(suite, todo, out, jobs, end, say)
-        found |= went.outcomes
-        tries.update(went.gone)
-        found |= dict.fromkeys((c for c in went.gone if tries[c] >= TRIES), "broken")
-        todo = [c for c in (*went.gone, *went.waiting) if tries[c] < TRIES]
-        if todo:
-            say(f"a process is gone: {len(todo)} cell{'s' * (len(todo) > 1)} in new ones")
+    found = _in_processes(suite, cells, out, jobs, end, say)
     again = [c for c, outcome in found.items() if outcome == "later"]
     if again and not (end is not None and time.perf_counter() > end):
         say(f"{len(again)} cell{'s' * (len(again) > 1)} could not run beside others: once more, one at a time")
-        found |= _in_one_pool(suite, again, out, 1, end, say).outcomes
+        found |= _in_processes(suite, again, out, 1, end, say)
     return found
 
 
-def _in_one_pool(suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say) -> Spread:
-    context = multiprocessing.get_context("spawn")
-    gpus, places = visible_gpus(torch.cuda.device_count()), context.SimpleQueue()
-    for job in range(jobs):
-        places.put(gpus[job % len(gpus)] if gpus else "")
+def _in_processes(
+    suite: SuiteConfig, cells: list[Cell], out: Path, jobs: int, end: float | None, say: Say
+) -> dict[Cell, Outcome]:
+    gpus = visible_gpus(torch.cuda.device_count())
     # Beside a GPU more threads would only wait for each other.
     threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
+    with _processes([gpus[job % len(gpus)] if gpus else "" for job in range(jobs)], threads) as submit:
+        return spread(cells, jobs, lambda place, cell: submit(place, run_cell, suite, cell, out), end, say)
+
+
+@contextmanager
+def _processes(gpus: list[str], threads: int) -> Iterator[Callable[..., Future[Result]]]:
+    """One process for each place, by its GPU ("": none): gives `submit(place, function, *arguments)`.
+
+    Each process is a pool of its own: one that is killed takes no other with it, and its place gets a new one.
+    """
+    context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(jobs, context, _start, (places, threads, os.getpid())) as pool:
+    pools: dict[int, ProcessPoolExecutor] = {}
 
-        def submit(cell: Cell) -> Future[Result]:
-            with _without_interrupts():
-                return pool.submit(run_cell, suite, cell, out)
+    def submit(place: int, *call: object) -> Future[Result]:
+        with _without_interrupts():
+            try:
+                return pools[place].submit(*call)  # type: ignore[arg-type]
+            except (KeyError, BrokenExecutor):
+                pools[place] = ProcessPoolExecutor(1, context, _start, (gpus[place], threads, os.getpid()))
+                return pools[place].submit(*call)  # type: ignore[arg-type]
 
-        try:
-            return spread(cells, jobs, submit, end, say)
-        except BaseException:  # an interruption: nobody waits until the cells are done, which go on from checkpoints
+    try:
+        yield submit
+    except BaseException:  # an interruption: nobody waits until the cells are done, which go on from checkpoints
+        for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()).difference(others):
-                process.kill()
-            raise
+        for process in set(multiprocessing.active_children()).difference(others):
+            process.kill()
+        raise
+    for pool in pools.values():
+        pool.shutdown()
 
 
 @contextmanager
@@ -91,61 +95,72 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@dataclass
-class Spread:
-    """What became of cells that were handed out."""
-
-    outcomes: dict[Cell, Outcome] = field(default_factory=dict)
-    gone: list[Cell] = field(default_factory=list)
-    """in processes that are gone, with the one that was killed"""
-    waiting: list[Cell] = field(default_factory=list)
-    """not begun when the pool broke"""
-
-
 def spread(
     cells: list[Cell],
     jobs: int,
-    submit: Callable[[Cell], Future[Result]],
+    submit: Callable[[int, Cell], Future[Result]],
     end: float | None,
     say: Say,
-) -> Spread:
-    """Have `jobs` cells at a time run by what `submit` hands them to, and no cell before its group's anchors are there.
+) -> dict[Cell, Outcome]:
+    """Have `jobs` cells at a time run by what `submit` hands them to, each at one of `jobs` places.
 
-    It ends when all are done, the time is up, or the pool breaks.
+    A place goes on with the task and seed whose model, sets and fitted methods it holds, then with one that nobody has
+    begun, and only then with one that another place is at. No cell runs before its group's anchors are there: the first
+    cell trains them. A cell whose process is killed is tried once more. Returns what became of the cells; those that
+    the time was up for are not in it.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.task, cell.seed), []).append(cell)
-    ready = [group.pop(0) for group in groups.values()]  # the rest waits for the group's anchors
-    running: dict[Future[Result], Cell] = {}
-    found = Spread()
-    broken = False
-    while (ready and not broken) or running:
-        if end is not None and time.perf_counter() > end and ready:
-            say(f"{len(ready) + sum(map(len, groups.values()))} cells left for later, the time is up")
-            ready, groups = [], {}
-        while ready and len(running) < jobs and not broken:
+        groups.setdefault(_group(cell), []).append(cell)
+    places: list[tuple[str, int] | None] = [None] * jobs
+    open_groups: set[tuple[str, int]] = set()  # whose anchors are there
+    running: dict[Future[Result], tuple[int, Cell]] = {}
+    found: dict[Cell, Outcome] = {}
+    tries: Counter[Cell] = Counter()
+
+    def next_for(place: int) -> Cell | None:
+        begun = {_group(cell) for _, cell in running.values()}
+        waiting = {key: left for key, left in groups.items() if left and (key in open_groups or key not in begun)}
+        new = next((key for key in waiting if key not in open_groups), None)
+        most = max(waiting, key=lambda key: len(waiting[key]), default=None)
+        key = next((k for k in (places[place], new, most) if k in waiting), None)
+        return None if key is None else groups[key].pop(0)
+
+    while True:
+        up = end is not None and time.perf_counter() > end
+        taken = {place for place, _ in running.values()}
+        for place in [] if up else [p for p in range(jobs) if p not in taken]:
+            if (chosen := next_for(place)) is not None:
+                running[submit(place, chosen)] = place, chosen
+                places[place] = _group(chosen)
+                tries[chosen] += 1
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            place, cell = running.pop(future)
             try:
-                running[submit(ready[0])] = ready[0]
-                ready.pop(0)
+                found[cell], lines = future.result()
             except BrokenExecutor:
-                broken = True
-        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-            cell = running.pop(future)
-            try:
-                outcome, lines = future.result()
-            except BrokenExecutor:
-                broken = True
-                found.gone.append(cell)
-                continue
+                places[place] = None
+                if again := tries[cell] < TRIES:
+                    groups[_group(cell)].insert(0, cell)
+                else:
+                    found[cell] = "broken"
+                lines = [f"{cell}: its process is gone; " + ("once more in a new one" if again else "given up")]
             except Exception as error:  # the process, not the cell: gone with its machine
-                outcome, lines = "broken", [f"{cell}: {one_line(repr(error))}"]
+                found[cell], lines = "broken", [f"{cell}: {one_line(repr(error))}"]
             for line in lines:
                 say(line)
-            found.outcomes[cell] = outcome
-            ready = groups.pop((cell.task, cell.seed), []) + ready
-    found.waiting = [*ready, *(cell for group in groups.values() for cell in group)]
+            if cell in found:
+                open_groups.add(_group(cell))
+    if left := sum(map(len, groups.values())):
+        say(f"{left} cells left for later, the time is up")
     return found
+
+
+def _group(cell: Cell) -> tuple[str, int]:
+    """What shares a model, sets and anchors."""
+    return cell.task, cell.seed
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -154,9 +169,9 @@ def visible_gpus(count: int) -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _start(places: SimpleQueue[str], threads: int, parent: int) -> None:
-    """In a new process, before torch looks for devices: take a place; end with the parent, even if that is killed."""
-    if gpu := places.get():
+def _start(gpu: str, threads: int, parent: int) -> None:
+    """In a new process, before torch looks for devices: see one GPU; end with the parent, even if that is killed."""
+    if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
 

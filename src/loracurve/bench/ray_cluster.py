@@ -68,11 +68,11 @@ def run_on_ray(
         jobs, wanted = shares(ray.nodes(), jobs)
         task = ray.remote(max_retries=RETRIES, **wanted)(_task)
 
-        def submit(cell: Cell) -> Future[Result]:
+        def submit(place: int, cell: Cell) -> Future[Result]:  # Ray chooses the place
             reference = task.options(name=str(cell)).remote(suite, cell, out.resolve(), os.getcwd())
             return cast("Future[Result]", reference.future())
 
-        return spread(cells, jobs, submit, end, say).outcomes
+        return spread(cells, jobs, submit, end, say)
     finally:
         ray.shutdown()
         remove_leftovers(out)
