@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.settings import members, of
@@ -25,6 +27,9 @@ def test_an_ensemble_averages_probabilities(setting: Setting) -> None:
 def test_longer_ensembles_share_their_budget(setting: Setting) -> None:
     fitted = LongerEnsemble(2, 5.0).fit(setting)
     assert fitted.cost == 5 and fitted.passes == 2 and fitted.notes["steps"] == 10
+    faster = replace(setting, training=replace(setting.training, learning_rate=3e-2))
+    there, here = of(faster, LongerEnsemble(2, 2.0)), of(setting, LongerEnsemble(2, 2.0, learning_rate=3e-2))
+    assert torch.equal(there.probs, here.probs)
     with pytest.raises(UserError, match="at least one for each of 3"):
         LongerEnsemble(3, 2.0)
 

@@ -38,6 +38,8 @@ class LongerEnsemble:
     """Number of adapters."""
     units: Positive = 5.0
     """Training of all members together, in units of one fine-tune."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. Default: the anchors'."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -45,8 +47,10 @@ class LongerEnsemble:
             raise UserError(f"units: expected at least one for each of {self.members} members, found {self.units}")
 
     def fit(self, setting: Setting) -> Fitted:
-        steps = round(setting.training.steps * self.units / self.members)
-        return fine_tune(setting, replace(setting.training, steps=steps), self.members)
+        own = setting.training
+        steps = round(own.steps * self.units / self.members)
+        training = replace(own, steps=steps, learning_rate=self.learning_rate or own.learning_rate)
+        return fine_tune(setting, training, self.members)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""What the two tuning suites of a second model chose, put into the suites that follow.
+
+python results/picks.py OUT/minilm_tuning [OUT/minilm_curve_tuning] SUITE.yaml > CHOSEN.yaml
+
+For each set the shortest fine-tune whose validation NLL (average of three adapters, seed 0) is within .002 of the best;
+for the curve one rate, the lowest mean over sets. A set on which the best fine-tune's accuracy is not three standard
+errors above the share of the largest class is left out. The tables that this was read from go to the error stream.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from loracurve.bench.store import read_predictions
+from loracurve.system.files import read_json
+
+CLOSE = 0.002
+
+
+def validation(out: Path) -> pd.DataFrame:
+    """A line for each cell: set, method, its options, and what it reaches on validation rows."""
+    lines = []
+    for path in sorted(out.glob("cells/*/*/*/cell.json")):
+        cell = read_json(path)
+        if cell["status"] != "done" or "units" not in cell["options"]["method"]:
+            continue
+        found = read_predictions(path.parent / "predictions.parquet")
+        average, labels = found.sets["validation"], found.labels["validation"]
+        largest = float(labels.bincount().max()) / len(labels)
+        accuracy = float((average.probs.argmax(-1) == labels).double().mean())
+        enough = accuracy - largest > 3 * math.sqrt(largest * (1 - largest) / len(labels))
+        nll = float(average.negative_log_likelihood(labels).mean())
+        values = {"set": cell["task"], "method": cell["method"], "nll": nll, "accuracy": accuracy, "above": enough}
+        lines.append(values | {"options": cell["options"], "seconds": cell["fit_seconds"]})
+    return pd.DataFrame(lines)
+
+
+def main(tuned: Path, curves: Path | None, suite: dict[str, Any]) -> None:
+    found = validation(tuned)
+    show(found)
+    for name, of in found.groupby("set"):
+        if not of.loc[of.nll.idxmin(), "above"]:
+            suite["tasks"].pop(name, None)
+            continue
+        good = of[of.nll <= of.nll.min() + CLOSE]
+        lengths = [o["training"]["steps"] * o["method"]["units"] / o["method"]["members"] for o in good.options]
+        _, _, best = min(zip(lengths, good.nll, good.options, strict=True), key=lambda each: each[:2])
+        if name in suite["tasks"]:
+            steps = round(best["training"]["steps"] * best["method"]["units"] / best["method"]["members"])
+            suite["tasks"][name] |= {"steps": steps, "learning_rate": best["method"]["learning_rate"]}
+    if curves is not None:
+        found = validation(curves)
+        show(found)
+        by_method = found.pivot(index="set", columns="method", values="nll").dropna().mean()
+        name = by_method.idxmin()
+        rate = found.options[found.method == name].iloc[0]["method"]["training"]["learning_rate"]
+        for method in suite["methods"].values():
+            for one in (method, method.get("of", {})):
+                if one.get("method") == "curve":
+                    one["training"]["learning_rate"] = rate
+    yaml.safe_dump(suite, sys.stdout, sort_keys=False, default_flow_style=None, width=200)
+
+
+def show(found: pd.DataFrame) -> None:
+    for value in ("nll", "accuracy", "seconds"):
+        print(
+            value,
+            found.pivot(index="set", columns="method", values=value).round(4).to_string(),
+            sep="\n",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    *stores, target = sys.argv[1:]
+    main(Path(stores[0]), Path(stores[1]) if stores[1:] else None, yaml.safe_load(Path(target).read_text()))
