@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loracurve.runs.config import RunConfig
     from loracurve.runs.fit import fit_run
     from loracurve.runs.run import open_run
+    from loracurve.runs.save import save_run
     from loracurve.system.errors import UserError
     from loracurve.tasks.config import TaskConfig
     from loracurve.tasks.task import Task, load_task
@@ -63,6 +64,7 @@ _PLACES = {
     "runs.config": ("RunConfig",),
     "runs.fit": ("fit_run",),
     "runs.run": ("open_run",),
+    "runs.save": ("save_run",),
     "system.errors": ("UserError",),
     "tasks.config": ("TaskConfig",),
     "tasks.task": ("Task", "load_task"),
@@ -105,6 +107,7 @@ __all__ = [
     "predict_split",
     "prediction_sets",
     "quadrature",
+    "save_run",
     "selective_threshold",
 ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loracurve.curve import bezier
+from loracurve.curve.config import CurveConfig
 from loracurve.curve.quadrature import gauss_legendre
 from loracurve.curve.spec import CurveSpec, number_of_control_points
 from loracurve.system.errors import UserError
@@ -29,6 +30,29 @@ def test_number_of_control_points():
 def test_shapes_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="factors: expected both"):
         CurveSpec(1, 2, (False, True, False), factors="A")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CurveSpec(3, 2),
+        CurveSpec(2, 3, closed=True),
+        CurveSpec(2, 2, factors="A"),
+        CurveSpec.slots(3),
+        CurveSpec.anchored(3),
+        CurveSpec.anchored(2, 3, "balanced"),
+        CurveSpec.anchored(3, 1, pieces=2),
+        CurveSpec.anchored(2, closed=True),
+    ],
+)
+def test_options_are_found_of_a_shape(spec: CurveSpec) -> None:
+    found = CurveConfig.of(spec)
+    assert found.spec(found.anchors) == spec and (found.kind == "anchored") == bool(spec.trainable)
+
+
+@pytest.mark.parametrize("spec", [CurveSpec.anchored(3, 1), CurveSpec(2, 2, (False, True, True, False, False))])
+def test_shapes_that_no_options_make_have_those_of_their_segments(spec: CurveSpec) -> None:
+    assert CurveConfig.of(spec) == CurveConfig(segments=2, degree=spec.degree)
 
 
 # ---- closed curves

@@ -11,6 +11,8 @@ import torch
 from helpers import matrix
 from helpers.tiny import RELATIVE, T, adapters_on, curve_model, inputs, lora_config, peft_twin, relative_error, tiny
 
+from loracurve.curve.files import load_adapter
+from loracurve.curve.index import read_index
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.routes import Route
@@ -171,6 +173,44 @@ def test_what_is_not_supported_is_refused_in_one_line(options: dict[str, object]
     with pytest.raises(UserError, match=message) as error:
         CurveModel(tiny("llama"), lora_config("llama", **options))
     assert "\n" not in str(error.value)
+
+
+def test_arguments_in_another_order_are_refused_in_one_line(tmp_path: Path) -> None:
+    """PEFT takes the base before the folder, here a curve's folder is first."""
+    model, base = curve_model("llama", 2, torch.float32)
+    model.save_pretrained(tmp_path / "curve")
+    with pytest.raises(UserError, match="found LlamaForCausalLM in place of the folder; give the folder first"):
+        CurveModel.from_pretrained(base, tmp_path / "curve")  # type: ignore[arg-type]
+    for found in (base, "adapters/a", tmp_path):
+        with pytest.raises(UserError, match=r"a list of adapter folders, found .* in place of the list; give the base"):
+            CurveModel.from_adapters(["adapters/a", "adapters/b"], found)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match="base: expected a model, its folder or its name on the hub, found a LoraConfig"
+    ):
+        CurveModel.from_config(lora_config("llama"), base)  # type: ignore[arg-type]
+
+
+def test_points_are_written_with_their_index(tmp_path: Path) -> None:
+    model, base = curve_model("llama", 2, torch.float32)
+    model.export_points(tmp_path / "points", torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), [0.25, 0.5, 0.25])
+    names, weights = read_index(tmp_path / "points")
+    assert weights.tolist() == [0.25, 0.5, 0.25]
+    for name, t in zip(names, (0.0, 0.3, 1.0), strict=True):
+        _, tensors = load_adapter(tmp_path / "points" / name)
+        assert tensors.keys() == model.adapter(t).keys()
+        assert all(torch.equal(tensor, tensors[n]) for n, tensor in model.adapter(t).items())
+    model.export_points(tmp_path / "equal", [0.0, 1.0])
+    assert read_index(tmp_path / "equal")[1].tolist() == [0.5, 0.5]
+    for t, given, message in (
+        ([0.0], None, "exists already"),
+        ([0.0, 1.0], [1.0], "expected one for each of the 2 points, found 1"),
+        ([0.0, 1.0], [0.5, 0.6], "expected weights >= 0 with sum 1"),
+        ([], None, "expected weights >= 0 with sum 1"),
+    ):
+        folder = tmp_path / ("points" if given is None and t else "other")
+        with pytest.raises(UserError, match=message):
+            model.export_points(folder, t, given)
+    assert not (tmp_path / "other").exists()
 
 
 def test_damaged_curve_folders(tmp_path: Path) -> None:

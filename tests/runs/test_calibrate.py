@@ -94,7 +94,7 @@ def test_what_an_earlier_run_lacks_is_built_by_calibrate(
         (out / name).unlink()
     command("predict", out, rows, "--out", tmp_path / "without.jsonl")
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "no Gaussians and no familiarity, which this run was made before; loracurve calibrate builds them" in line
+    assert "no Gaussians and no familiarity in this run; loracurve calibrate builds them" in line
     assert "familiarity" not in json.loads((tmp_path / "without.jsonl").read_text().splitlines()[0])
     caplog.clear()
     command("calibrate", out)

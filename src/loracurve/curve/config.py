@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.system.errors import UserError, nearest, one_line
@@ -115,6 +115,18 @@ class CurveConfig:
         if self.kind == "free":
             return CurveSpec(self.segments, self.degree, closed=self.closed, factors=self.factors)
         return CurveSpec.anchored(anchors, self.degree, self.alignment, self.pieces, self.closed)
+
+    @classmethod
+    def of(cls, spec: CurveSpec) -> CurveConfig:
+        """The options of a shape; of one that no options make, with other frozen points, those of its segments."""
+        shape: dict[str, Any] = {"degree": spec.degree, "closed": spec.closed}
+        frozen = [k for k, trained in enumerate(spec.trainable) if not trained]
+        if len(frozen) - spec.closed > 1 and frozen[1] > 1:
+            pieces, alignment = max(frozen[1] // spec.degree, 1), cast(Alignment, spec.alignment)
+            found = cls("anchored", len(frozen) - spec.closed, pieces=pieces, alignment=alignment, **shape)
+            if found.spec(found.anchors) == spec:
+                return found
+        return cls("free", segments=spec.segments, factors=spec.factors, **shape)
 
 
 def check_sampling(sampling: str, points: int) -> None:

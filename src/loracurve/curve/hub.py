@@ -20,7 +20,7 @@ from loracurve.curve.model_card import model_card
 from loracurve.curve.spec import CurveSpec
 from loracurve.system.errors import UserError, one_line
 from loracurve.system.files import atomic_write
-from loracurve.system.paths import exists
+from loracurve.system.paths import exists, is_file
 
 __all__ = ["CARD", "UNKNOWNS", "curve_folder", "hub_base", "push_curve", "push_model", "write_shared"]
 
@@ -37,12 +37,19 @@ def curve_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or where the files of a curve on the hub lie in the local cache once they are fetched.
 
     Args:
-        name: a folder, or OWNER/NAME on the hub.
+        name: a folder, of a run too, or OWNER/NAME on the hub.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: there is neither such a folder nor such a repository, or no way to it.
+        UserError: there is neither such a folder nor such a repository, or no way to it; a model in their place.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(
+            "expected a folder or OWNER/NAME on the hub and then the base, found "
+            f"{type(name).__name__} in place of the folder; give the folder first"
+        )
+    if is_file(Path(name) / "curve" / FILES[0]):  # a run's
+        return Path(name) / "curve"
     if exists(name) or not _NAME.fullmatch(str(name)) or "/" not in str(name):
         return Path(name)
     try:
@@ -59,7 +66,7 @@ def hub_base(config: peft.LoraConfig, base: str | None = None) -> str:
     """The name of the base model on the hub; a path on this machine would mean nothing to others, and is refused."""
     name = base or config.base_model_name_or_path
     if name is None or os.path.exists(name) or not _NAME.fullmatch(name):
-        raise UserError(f"base: expected the base model's name on the hub, found {name!r}; give it by base")
+        raise UserError(f"base: expected the base model's name on the hub, found {name!r}; give it (share: --base)")
     return name
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,23 @@ from loracurve.system.paths import entries, exists, flush, is_folder
 from loracurve.tasks.config import TaskConfig
 from loracurve.tasks.task import sized_dataset
 
-__all__ = ["DRAWN_ANEW", "cache_folder", "convert_gguf", "load_base", "load_tokenizer", "model_window", "open_base"]
+__all__ = [
+    "DRAWN_ANEW",
+    "cache_folder",
+    "convert_gguf",
+    "load_base",
+    "load_tokenizer",
+    "loaded_with",
+    "model_window",
+    "open_base",
+]
 
 logger = logging.getLogger("loracurve")
 
 DRAWN_ANEW = "loracurve_drawn_anew"
 """Attribute of a loaded model with the names of the weights that its checkpoint lacks."""
+
+_LOADED_WITH = "loracurve_loaded_with"
 
 
 def load_base(
@@ -101,12 +113,44 @@ def load_base(
     if replaced:
         logger.warning("%s: its head has another number of labels; a new one of %d replaces it", name, num_labels)
     setattr(model, DRAWN_ANEW, tuple(sorted({*report["missing_keys"], *replaced})))
+    setattr(model, _LOADED_WITH, ModelConfig(name, revision, "auto", trust_remote_code, quantise))
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code, revision)
     if classifier and (model.config.pad_token_id is None or model.config.pad_token_id < 0):
         # Classifiers on decoders find the last token by the padding token.
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def loaded_with(base: nn.Module, dtype: torch.dtype, name: str | None = None) -> ModelConfig:
+    """The options by which a base is loaded again as it is.
+
+    Args:
+        base: from `load_base`, or loaded by transformers.
+        dtype: of its weights now.
+        name: where it is. None: where it was loaded from.
+
+    Raises:
+        UserError: nobody knows where it was loaded from, or how transformers was told to quantise it.
+    """
+    known = getattr(base, _LOADED_WITH, None)
+    if known is None:
+        if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
+            raise UserError(
+                "base: expected a quantised model from loracurve.load_base(name, quantise=...), which knows how it was "
+                "quantised, found one that was loaded in another way; load it so"
+            )
+        trusted = type(base).__module__.startswith("transformers_modules")
+        known = ModelConfig(getattr(base, "name_or_path", ""), trust_remote_code=trusted)
+    if name is not None:
+        known = replace(known, name=name, revision=None)
+    if not known.name:
+        raise UserError(
+            "base: expected a model that was loaded from a folder or the hub, found one without a name; save it and "
+            "its tokenizer (save_pretrained), and give the folder by base"
+        )
+    precision: Any = str(dtype).removeprefix("torch.")
+    return replace(known, name=str(known.name), dtype=precision)
 
 
 def open_base(

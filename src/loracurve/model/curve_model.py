@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from loracurve.curve.anchored import load_anchors, through
 from loracurve.curve.config import Alignment
 from loracurve.curve.files import BaseRecord, export_adapter, load_base_record, load_curve, write_curve
 from loracurve.curve.hub import curve_folder, push_model
+from loracurve.curve.index import INDEX, index_of
 from loracurve.curve.lora_space import PREFIX, ControlPoints, adapter_at, head_labels
 from loracurve.curve.spec import FREE_SEGMENTS, CurveSpec
 from loracurve.model.base_model import DRAWN_ANEW, load_base
@@ -29,6 +30,8 @@ from loracurve.model.routes import Route
 from loracurve.model.runner import Runner
 from loracurve.model.targets import named_targets
 from loracurve.system.errors import UserError
+from loracurve.system.files import write_json
+from loracurve.system.folders import new_folder
 from loracurve.system.randomness import stream_seed
 from loracurve.tasks.batching import Batch
 
@@ -160,6 +163,12 @@ class CurveModel(nn.Module):
     def with_adapters(cls, base: nn.Module | str, folders: Sequence[str | Path]) -> CurveModel:
         """Adapters that PEFT saved as independent control points, in the order given (`CurveSpec.slots`); `anchor`
         makes the curve through them. Arguments and errors as in `from_adapters`."""
+        if isinstance(folders, str | Path | nn.Module):
+            found = type(folders).__name__ if isinstance(folders, nn.Module) else repr(str(folders))
+            raise UserError(
+                f"expected the base and then a list of adapter folders, found {found} in place of the list; give the "
+                "base first"
+            )
         config, adapters = load_anchors(folders)
         loaded = _load_base(base, config, adapters)
         named = base if isinstance(base, str) else getattr(base, "name_or_path", None)
@@ -364,13 +373,44 @@ class CurveModel(nn.Module):
         """The adapter at t as a PEFT state (`lora_A.weight` [r, n_in], `lora_B.weight` [n_out, r], dense heads)."""
         return adapter_at(self.control_points(), self.coefficients(torch.tensor(float(t), dtype=torch.float64)))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a curve folder; see `loracurve.curve.files`."""
-        write_curve(self.config, self.spec, self.control_points(), Path(folder), record=self._record())
+    def save_pretrained(self, folder: str | Path, base: str | None = None) -> None:
+        """Write a curve folder, which `from_pretrained` reads; see `loracurve.curve.files`. What the commands take,
+        which know prompt and data too, is a run: `loracurve.save_run`. `base`: the name of the base model in the file;
+        None: the one that `config` has."""
+        write_curve(self.config, self.spec, self.control_points(), Path(folder), base, self._record())
 
     def export(self, folder: str | Path, t: float) -> None:
         """Write the adapter at t as an ordinary PEFT folder."""
         export_adapter(self.config, self.adapter(t), folder, self.base_weights)
+
+    def export_points(
+        self,
+        folder: str | Path,
+        t: Tensor | Sequence[float],
+        weights: Tensor | Sequence[float] | None = None,
+        beside: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
+    ) -> None:
+        """Write the adapters at points as PEFT folders `point-00`, `point-01`, ... with `index.json` of their t and
+        weights, as `loracurve export` does: for multi-LoRA servers and their client.
+
+        Args:
+            folder: new folder.
+            t: [n] points, such as `loracurve.quadrature` gives with their weights.
+            weights: [n], sum 1. None: equal.
+            beside: writes what goes along, and is given what index.json is going to hold. That comes last: it says that
+                the rest is there.
+
+        Raises:
+            UserError: a folder with something in it, weights that are none or not as many as points.
+        """
+        points = [float(x) for x in t]
+        index = index_of(points, [1 / len(points) for _ in points] if weights is None else [float(w) for w in weights])
+        place = new_folder(Path(folder))
+        for point in index:
+            self.export(place / point["folder"], point["t"])
+        if beside is not None:
+            beside(index)
+        write_json(place / INDEX, index)
 
     @classmethod
     def from_pretrained(
@@ -406,6 +446,8 @@ def _load_base(base: nn.Module | str, config: peft.LoraConfig, adapters: Control
     """The base itself or by its name; of a classifier with as many labels as the head of the (stacked) adapters has."""
     if isinstance(base, nn.Module):
         return base
+    if not isinstance(base, str | Path):
+        raise UserError(f"base: expected a model, its folder or its name on the hub, found a {type(base).__name__}")
     classifier = config.task_type == peft.TaskType.SEQ_CLS
     labels = head_labels(adapters) if classifier and adapters else None
     return load_base(base, classifier, num_labels=labels, revision=config.revision)[0]

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,12 @@ _ASIDE = (PretrainedConfig().to_dict().keys() - {"model_type", "is_encoder_decod
 }
 
 
-def base_fingerprint(model: nn.Module) -> dict[str, Any]:
+def base_fingerprint(model: nn.Module, brought: Collection[str] = ()) -> dict[str, Any]:
     """What `compare_fingerprint` needs to know a base model again; JSON-able, some 10 kB.
 
     Args:
         model: a Hugging Face model as it was loaded, or with a curve in it (which is left out).
+        brought: names of weights that a curve has brought along (`CurveModel.base_weights`), which are left out.
 
     Returns:
         `name` and `revision` (None where transformers knows none), which are not compared; `config`, what shapes the
@@ -71,8 +72,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
         `MOST_TENSORS` floating-point tensors, evenly spread over all by name. Weights that no checkpoint holds
         (`DRAWN_ANEW`) and packed ones of quantised models are left out.
     """
-    drawn = set(getattr(model, DRAWN_ANEW, ()))
-    tensors = {n: p for n, p in base_parameters(model).items() if n not in drawn and _is_readable(p)}
+    known, drawn = base_parameters(model), {*getattr(model, DRAWN_ANEW, ())}
+    others = {id(known[name]) for name in brought}  # tied weights are one
+    tensors = {n: p for n, p in known.items() if n not in drawn and id(p) not in others and _is_readable(p)}
     names = sorted(tensors)
     step = max(len(names) / MOST_TENSORS, 1.0)
     chosen = [names[int(i * step)] for i in range(min(len(names), MOST_TENSORS))]

@@ -19,11 +19,11 @@ from loracurve.curve.anchored import slot_times
 from loracurve.curve.files import FILES as CURVE_FILES
 from loracurve.curve.files import load_adapter
 from loracurve.curve.hub import UNKNOWNS, curve_folder
+from loracurve.curve.index import INDEX, read_index
 from loracurve.inference.model_average import Average
 from loracurve.inference.unknowns import Unknowns, read_unknowns, write_unknowns
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.fingerprint import compare_fingerprint
-from loracurve.runs.index import INDEX, read_index
 from loracurve.system.errors import UserError
 from loracurve.system.files import file_hash, read_json, write_json
 from loracurve.system.paths import is_file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -133,11 +133,12 @@ def _nested(option: str, value: str) -> dict[str, Any]:
     return dict(found)
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a config as YAML, atomically; `load_config` reads it back equal."""
+def save_config(config: RunConfig, path: Path, parts: Collection[str] = ()) -> None:
+    """Write a config as YAML, atomically; `load_config` reads it back equal. `parts`: only these, where the others are
+    left at their defaults; none: all."""
     # As it is read: 16 for a number with a fraction comes back as 16.0, and is written so from the start.
     values = asdict(parse_mapping(RunConfig, _plain(asdict(config)), str(path)))
-    text = dump_yaml(_plain(values))
+    text = dump_yaml(_plain({name: values[name] for name in parts or values}))
     atomic_write(path, lambda p: p.write_text(text))
 
 

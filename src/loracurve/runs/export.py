@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loracurve.curve.files import load_base_record
 from loracurve.runs.carried import carry_unknowns
-from loracurve.runs.index import INDEX, index_of
 from loracurve.runs.run import Run, best_point, check_run, open_run
 from loracurve.system.errors import UserError
-from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
 from loracurve.system.paths import is_file
 
@@ -63,17 +63,20 @@ def _export(opened: Run, folder: Path, points: int | None, best: bool, t: float 
                 "export: expected points of the curve, found inference tunnel; give --points, --t or --best"
             )
         points_of = list(zip(average.t.tolist(), average.weights.tolist(), strict=True))
-    index = index_of([f"point-{i:02d}" for i in range(len(points_of))], points_of)
-    for point in index:
-        opened.model.export(folder / point["folder"], point["t"])
-    lines = [f"{len(index)} adapter{'s' * (len(index) > 1)} written to {folder}"]
-    if average is not None and average.unknowns is not None:
-        base = load_base_record(opened.folder / "curve").fingerprint
-        carry_unknowns(average.unknowns, points_of, folder, index, base)
+    unknowns = None if average is None else average.unknowns
+
+    def carry(index: Sequence[Mapping[str, Any]]) -> None:
+        if unknowns is not None:
+            base = load_base_record(opened.folder / "curve").fingerprint
+            carry_unknowns(unknowns, points_of, folder, index, base)
+
+    places, weights = zip(*points_of, strict=True)
+    opened.model.export_points(folder, places, weights, carry)
+    lines = [f"{len(points_of)} adapter{'s' * (len(points_of) > 1)} written to {folder}"]
+    if unknowns is not None:
         lines.append("with unknowns.json, by which loracurve tells inputs that are foreign to these points")
     elif average is None and is_file(opened.folder / "unknowns.json"):
         lines.append("without unknowns.json, which is of the average's points together")
-    write_json(folder / INDEX, index)  # last: it says that the rest is there
     if opened.model.dtype in (torch.float16, torch.bfloat16):
         dtype = str(opened.model.dtype).removeprefix("torch.")
         lines.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,11 @@ class Identity:
             )
 
 
-def identity_of(config: RunConfig, base: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task) -> Identity:
-    """The identity of a run about to be trained; the base has no curve in it yet."""
+def identity_of(
+    config: RunConfig, base: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, brought: Collection[str] = ()
+) -> Identity:
+    """The identity of a run about to be trained, or of a curve: then the names of the base's weights that it brought
+    along are given, and it may be in the base already."""
     place = Path(config.task.data)
     data = {
         "name": task.dataset.name,
@@ -114,7 +117,7 @@ def identity_of(config: RunConfig, base: nn.Module, tokenizer: PreTrainedTokeniz
     }
     recorded = TaskIdentity.of(task, task.encode("train").answer_ids)
     made_with = {"seed": config.curve_training.seed, "packages": environment()["packages"]}
-    return Identity(recorded, base_fingerprint(base), tokenizer_fingerprint(tokenizer), data, made_with)
+    return Identity(recorded, base_fingerprint(base, brought), tokenizer_fingerprint(tokenizer), data, made_with)
 
 
 def _hashes(dataset: Dataset, splits: Sequence[str]) -> dict[str, str]:

@@ -93,8 +93,7 @@ def say_what_is_missing(run: Run) -> None:
     asked = run.config.unknowns
     if (asked.gaussians, asked.familiarity) != ("none", "none") and not is_file(run.folder / "unknowns.json"):
         logger.warning(
-            "%s: no Gaussians and no familiarity, which this run was made before; loracurve calibrate builds them from "
-            "its training rows",
+            "%s: no Gaussians and no familiarity in this run; loracurve calibrate builds them from its training rows",
             run.folder,
         )
 

@@ -117,6 +117,11 @@ def open_run(
 
 def check_run(folder: Path) -> None:
     """Raise UserError where there is no run with a fitted curve, before anything is opened or written for it."""
+    if is_file(folder / "curve_config.json"):
+        raise UserError(
+            f"{folder}: expected a run directory, found a curve without its task; make one of both in Python with "
+            "loracurve.save_run(model, task, FOLDER)"
+        )
     if not is_file(folder / "curve" / "curve_config.json"):
         raise UserError(
             f"{folder}: expected a run directory with a fitted curve, found none; make one with loracurve fit"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracurve.curve.index import read_index
 from loracurve.inference.predictive import Predictive
-from loracurve.runs.index import read_index
 from loracurve.system.errors import UserError
 from loracurve.tasks.tokens import common_prefix
 

@@ -19,9 +19,16 @@ __all__ = ["INDEX", "index_of", "read_index"]
 INDEX = "index.json"
 
 
-def index_of(names: Sequence[str], points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """What index.json holds, of the names of folders and the t and weight of each."""
-    return [{"folder": name, "t": t, "weight": weight} for name, (t, weight) in zip(names, points, strict=True)]
+def index_of(t: Sequence[float], weights: Sequence[float]) -> list[dict[str, Any]]:
+    """What index.json holds of points t with their weights, folder by folder.
+
+    Raises:
+        UserError: not as many weights as points, or weights that are none.
+    """
+    if len(t) != len(weights):
+        raise UserError(f"weights: expected one for each of the {len(t)} points, found {len(weights)}")
+    _check_weights(torch.tensor(weights, dtype=torch.float64), "weights")
+    return [{"folder": f"point-{i:02d}", "t": t[i], "weight": weights[i]} for i in range(len(t))]
 
 
 def read_index(index: str | Path) -> tuple[list[str], Tensor]:
@@ -43,6 +50,10 @@ def read_index(index: str | Path) -> tuple[list[str], Tensor]:
             raise TypeError("folders are named by text")
     except (ArithmeticError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: expected a list of folder, t and weight, found something else") from error
-    if not names or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
-        raise UserError(f"{path}: expected weights >= 0 with sum 1, found {weights.tolist()}")
+    _check_weights(weights, str(path))
     return names, weights
+
+
+def _check_weights(weights: Tensor, where: str) -> None:
+    if not len(weights) or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
+        raise UserError(f"{where}: expected weights >= 0 with sum 1, found {weights.tolist()}")
