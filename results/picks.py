@@ -3,8 +3,9 @@
 python results/picks.py OUT/minilm_tuning [OUT/minilm_curve_tuning] SUITE.yaml > CHOSEN.yaml
 
 For each set the shortest fine-tune whose validation NLL (average of three adapters, seed 0) is within .002 of the best;
-for the curve one rate, the lowest mean over sets. A set on which the best fine-tune's accuracy is not three standard
-errors above the share of the largest class is left out. The tables that this was read from go to the error stream.
+for the curve one rate, the lowest mean over sets. A fit that failed is worse than all others. A set on which the best
+fine-tune's accuracy is not three standard errors above the share of the largest class is left out. The tables that this
+was read from go to the error stream.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def validation(out: Path) -> pd.DataFrame:
     lines = []
     for path in sorted(out.glob("cells/*/*/*/cell.json")):
         cell = read_json(path)
-        if cell["status"] != "done" or "units" not in cell["options"]["method"]:
+        if "units" not in cell["options"]["method"]:
+            continue
+        values = {"set": cell["task"], "method": cell["method"], "options": cell["options"]}
+        if cell["status"] != "done":
+            lines.append(values | {"nll": math.inf, "above": False})
             continue
         found = read_predictions(path.parent / "predictions.parquet")
         average, labels = found.sets["validation"], found.labels["validation"]
@@ -36,8 +41,8 @@ def validation(out: Path) -> pd.DataFrame:
         accuracy = float((average.probs.argmax(-1) == labels).double().mean())
         enough = accuracy - largest > 3 * math.sqrt(largest * (1 - largest) / len(labels))
         nll = float(average.negative_log_likelihood(labels).mean())
-        values = {"set": cell["task"], "method": cell["method"], "nll": nll, "accuracy": accuracy, "above": enough}
-        lines.append(values | {"options": cell["options"], "seconds": cell["fit_seconds"]})
+        reached = {"nll": nll, "accuracy": accuracy, "above": enough, "seconds": cell["fit_seconds"]}
+        lines.append(values | reached)
     return pd.DataFrame(lines)
 
 
@@ -57,7 +62,7 @@ def main(tuned: Path, curves: Path | None, suite: dict[str, Any]) -> None:
     if curves is not None:
         found = validation(curves)
         show(found)
-        by_method = found.pivot(index="set", columns="method", values="nll").dropna().mean()
+        by_method = found.pivot(index="set", columns="method", values="nll").mean()
         name = by_method.idxmin()
         rate = found.options[found.method == name].iloc[0]["method"]["training"]["learning_rate"]
         for method in suite["methods"].values():
