@@ -49,8 +49,9 @@ def test_three_ways_to_run_equal_a_loop_over_peft_adapters(
         model.runner.set_route(rows_route(model, own))
         rows = model.model(input_ids=ids.repeat(len(T), 1)).logits.view_as(expected)
     for i in range(len(T)):
-        for j in range(len(ids)):
-            assert relative_error(rows[i, j], expected[(i + j) % len(T), j]) < 2 * RELATIVE[dtype]
+        for j in range(len(ids)):  # a row alone: what rounds differently on another processor does not average out
+            assert relative_error(rows[i, j], expected[(i + j) % len(T), j]) < 3 * RELATIVE[dtype]
+            assert relative_error(rows[i, j], expected[(i + j + 1) % len(T), j]) > 6 * RELATIVE[dtype]
 
 
 def rows_route(model: CurveModel, t: torch.Tensor) -> object:
