@@ -16,8 +16,10 @@ PAGES = {
     "../benchmarks/README.md": "evidence/benchmarks.md",
     "../CONTRIBUTING.md": "project/contributing.md",
     "../CHANGELOG.md": "project/changelog.md",
+    "../examples/plain_trainer.py": "trainer-examples.md",
     "../examples/trainer.py": "trainer-examples.md",
     "../examples/session.py": "session.md",
+    "../examples/plain_sft.py": "trainer-examples.md",
     "../examples/sft.py": "trainer-examples.md",
 }
 

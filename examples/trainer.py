@@ -1,4 +1,4 @@
-"""An ordinary Trainer script on a text file that fits a curve of adapters: lines marked with (*) are what changed.
+"""The script `plain_trainer.py`, which fits a curve of adapters instead of one adapter.
 
 python examples/trainer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text train.txt --out runs/trainer
 """
@@ -9,24 +9,31 @@ import argparse
 
 import peft
 from datasets import load_dataset
-from transformers import DataCollatorForLanguageModeling, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    TrainingArguments,
+)
 
-import loracurve as lc  # (*)
-from loracurve.training.trainer import CurveTrainer  # (*)
+import loracurve as lc
+from loracurve.training.trainer import CurveTrainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="base model: a folder or a name on the hub")
     parser.add_argument("--text", required=True, help="text file, one example a line")
-    parser.add_argument("--out", required=True, help="folder for checkpoints; the curve goes into OUT/curve")
+    parser.add_argument("--out", required=True, help="folder for checkpoints; what was trained goes into OUT/trained")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=128, help="longest example in tokens")
     options = parser.parse_args()
 
-    base, tokenizer = lc.load_base(options.model)
+    base = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = lc.CurveModel.from_config(base, config, segments=2, degree=2)  # (*) was: peft.get_peft_model(base, config)
+    model = lc.CurveModel.from_config(base, config)
 
     rows = load_dataset("text", data_files=options.text, split="train")
     rows = rows.filter(lambda row: bool(row["text"].strip()))
@@ -45,19 +52,16 @@ def main() -> None:
         report_to="none",
         seed=0,
     )
-    trainer = CurveTrainer(  # (*) was: Trainer
+    trainer = CurveTrainer(
         model=model,
         args=arguments,
-        points=2,  # (*) points of the curve at which each batch is run
         train_dataset=split["train"],
         eval_dataset=split["test"],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     trainer.train()
     print(trainer.evaluate())
-    trainer.save_model(f"{options.out}/curve")
-    (text,) = lc.generate(model, tokenizer, "The", lc.GenerateConfig(max_new_tokens=20))  # (*)
-    print(text.text, text.mutual_information)
+    trainer.save_model(f"{options.out}/trained")
 
 
 if __name__ == "__main__":

@@ -151,10 +151,12 @@ def test_options_that_would_do_something_else_are_refused(tmp_path: Path) -> Non
         CurveSFTTrainer(classifier, arguments(tmp_path), processing_class=tokenizer)
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+def test_the_example_and_the_script_that_it_comes_from_run(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "llama")
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in list(rows("completion")) * 6))
-    said = run_example("sft.py", tmp_path, "--model", base, "--data", data, "--out", tmp_path / "out", "--steps", 3)
-    assert "eval_loss" in said
-    assert CurveModel.from_pretrained(tmp_path / "out" / "curve").spec == CurveSpec(2, 2)
+    for name in ("plain_sft", "sft"):
+        places = ["--model", base, "--data", data, "--out", tmp_path / name]
+        assert "eval_loss" in run_example(f"{name}.py", tmp_path, *places, "--steps", 3)
+    assert (tmp_path / "plain_sft" / "trained" / "adapter_model.safetensors").is_file()
+    assert not CurveModel.from_pretrained(tmp_path / "sft" / "trained").spec.trainable.count(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import re
@@ -65,6 +66,17 @@ def test_the_trainers_of_the_trainer_page_run(tmp_path: Path) -> None:
     names |= {"base": tiny("llama", vocabulary=len(tokenizer)), "tokenizer": tokenizer, "out": str(tmp_path)}
     exec(second.replace("(out, ", "(out, max_steps=1, report_to='none', use_cpu=True, save_strategy='no', "), names)
     assert names["trainer"].train().global_step == 1
+
+
+@pytest.mark.parametrize(("block", "name"), [(0, "trainer"), (1, "sft")])
+def test_the_trainer_scripts_differ_as_their_page_shows(block: int, name: str) -> None:
+    shown = [*fenced("diff", (ROOT / "docs" / "trainer-examples.md").read_text())][block].splitlines()
+    before, after = (
+        (ROOT / "examples" / file).read_text().split('"""', 2)[2].splitlines()
+        for file in (f"plain_{name}.py", f"{name}.py")
+    )
+    differences = [*difflib.unified_diff(before, after, lineterm="", n=1)][2:]
+    assert shown == ["@@" if line.startswith("@@") else line for line in differences]
 
 
 def test_the_average_of_the_export_page_is_the_library_s() -> None:
