@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from loracurve.baselines.curve import Curve, passes_of
+from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import ConvexMix, Ensemble, LongerEnsemble
 from loracurve.baselines.flat_lora import FlatLoRA
 from loracurve.baselines.laplace import Laplace
@@ -15,7 +15,7 @@ from loracurve.baselines.single import Single
 from loracurve.baselines.swag import SWAG
 from loracurve.baselines.temperature import TemperatureScaled
 from loracurve.bench.config import SuiteConfig
-from loracurve.training.config import FitConfig, LoopConfig
+from loracurve.training.config import FitConfig, LoopConfig, passes_of
 
 
 @dataclass(frozen=True)

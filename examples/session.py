@@ -70,13 +70,14 @@ print(tokenizer.decode(test.examples[0].prompt))
 # %%
 config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 model = lc.CurveModel(base, config, lc.CurveSpec.slots(3))
-result = lc.fit_anchors(model, task, lc.LoopConfig(steps=70, batch_size=16, learning_rate=6e-3), progress=False)
+fine_tune = lc.LoopConfig(steps=70, batch_size=16, learning_rate=6e-3, evaluate_every=7)
+result = lc.fit_anchors(model, task, fine_tune, progress=False)
 anchors = model.control_points()
 print("validation NLL of the anchors:", [round(x, 2) for x in result.validation_nll])
 
 # %%
 model.anchor(degree=2)  # aligned, and a curve through them whose inner points lie on the line
-training = lc.FitConfig(steps=50, batch_size=16, learning_rate=2e-3, points=2, share_points=True)
+training = lc.FitConfig(steps=50, batch_size=16, learning_rate=2e-3, evaluate_every=5, points=2, share_points=True)
 lc.fit(model, task, training, progress=False)
 
 paths = anchor_paths(anchors, ["straight", "delta_w", "balanced+procrustes"], model.scalings)

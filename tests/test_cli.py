@@ -9,11 +9,12 @@ import re
 import typing
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 import loracurve
-from loracurve.cli import COMMANDS, main, spell_out
+from loracurve.cli import COMMANDS, _command_parser, main, spell_out
 from loracurve.runs.config import RunConfig
 
 
@@ -49,6 +50,43 @@ def options_of(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from options_of(typing.cast(type, inner), f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", texts[field.name]
+
+
+# Options of other programs, which messages and calls of ours name, and what stands for any option.
+ELSEWHERE = {
+    "pip": {"--force-reinstall", "--no-deps"},
+    "git": {"--error-unmatch", "--porcelain"},
+    "accelerate": {"--fsdp_version", "--use_fsdp"},
+    "vllm": {"--max-logprobs", "--return-tokens-as-token-ids"},
+    "lm_eval": {"--model", "--model_args", "--tasks"},
+    "": {"--key"},
+}
+
+NAMES = "|".join(COMMANDS)
+
+
+def texts_of_sources() -> Iterator[tuple[str, str]]:
+    """Every text in the code with its place; of one that is put together, the parts that stand there."""
+    for file in sorted(Path(loracurve.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield f"{file.name}:{node.lineno}", node.value
+
+
+def test_every_option_that_a_text_names_is_there() -> None:
+    """Where it names the command too (`share: --base`, `evaluate --task`, `loracurve fit X --out`), of that one."""
+    known = {name: {o for a in _command_parser(name)._actions for o in a.option_strings} for name in COMMANDS}
+    every = {"--version"}.union(*known.values(), *ELSEWHERE.values())
+    with_dashes = {option.replace("_", "-") for option in every}
+    of_commands = []
+    for place, text in texts_of_sources():
+        for found in re.finditer(r"(?<![\w-])--[a-zA-Z][\w.-]*\w", text):
+            assert found[0] in every | with_dashes, f"{place}: {found[0]}"
+            if named := re.search(rf"loracurve ({NAMES})\b[^.;,]* $|\b({NAMES}):? $", text[: found.start()]):
+                command = named[1] or named[2]
+                assert found[0] in known[command], f"{place}: {command} has no {found[0]}"
+                of_commands.append((command, found[0]))
+    assert {("share", "--base"), ("share", "--without_unknowns"), ("evaluate", "--task")} <= set(of_commands)
 
 
 def test_help_of_fit_lists_and_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

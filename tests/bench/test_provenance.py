@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from helpers.suites import anchored, little
 
 from loracurve.baselines.curve import Curve
@@ -13,6 +14,7 @@ from loracurve.bench.provenance import fingerprint, made_with, options_of
 from loracurve.bench.suite import Cell
 from loracurve.bench.tiny_model import TINY
 from loracurve.model.config import ModelConfig
+from loracurve.system.errors import UserError
 from loracurve.training.config import LoopConfig
 
 
@@ -51,3 +53,14 @@ def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_
     assert not made_with(older, replace(suite, training=replace(suite.training, compile=True)), cell)
     older["training"]["steps"] += 1
     assert not made_with(older, suite, cell)
+
+
+def test_cells_from_before_there_was_a_share_of_validation_stay_and_suites_have_none(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path), Cell("made", 0, "curve")
+    older = options_of(suite, cell)
+    assert older["training"].pop("validation_share") is None
+    assert made_with(older, suite, cell)
+    older["training"]["validation_share"] = 0.2
+    assert not made_with(older, suite, cell)
+    with pytest.raises(UserError, match=r"^training.validation_share: expected none in a suite, found 0.1; "):
+        replace(suite, training=replace(suite.training, validation_share=0.1))

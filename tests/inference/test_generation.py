@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -227,6 +228,15 @@ def test_a_prompt_that_begins_with_bos_has_it_once(make: Any) -> None:
     (without,) = generate(model, tokenizer, text.removeprefix("<s>"), config, T, WEIGHTS)
     if make is eos_style:  # the other one puts a space in front of a text that begins without a token
         assert without.log_probs == found.log_probs
+
+
+@matrix.decoders
+def test_nothing_warns_of_what_will_go(architecture: str) -> None:
+    model, _, tokenizer = build(architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = generate(model, tokenizer, PROMPTS, GenerateConfig(max_new_tokens=3, batch_size=2), T, WEIGHTS)
+    assert [len(generation.token_ids) for generation in found] == [3, 3, 3]
 
 
 def test_coefficients_beside_the_curve_and_no_trace_in_the_model() -> None:

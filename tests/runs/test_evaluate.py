@@ -51,7 +51,10 @@ def test_a_run_with_every_form_of_inference(tmp_path: Path) -> None:
     predicted = average.predict(run.model, validation)
     assert predicted.within_points.mean() > 0
     expected = fit_temperature(predicted.log_probs, validation.labels)
-    assert metrics["methods"]["tunnel"]["tempered"]["temperature"] == pytest.approx(expected, rel=1e-3)
+    tempered = metrics["methods"]["tunnel"]["tempered"]
+    assert tempered["temperature"] == pytest.approx(expected, rel=1e-3)
+    nll = -predicted.probs[torch.arange(24), validation.labels].log()
+    assert tempered["validation_nll"] == pytest.approx(float(nll.mean()), rel=1e-4)
     command("evaluate", out, "--inference=tunnel", "--points=2")
     assert (out / "evaluations" / "data-test-2-likelihood-tunnel" / "metrics.json").exists()
 

@@ -84,6 +84,8 @@ def test_fit_writes_a_whole_run_directory(kind: str, scoring: str, fitted: Maker
     assert metrics["average"]["t"] == [0.0, 0.5, 1.0] and sum(metrics["average"]["w"]) == pytest.approx(1)
     assert metrics["task"]["sizes"] == {"train": 40, "validation": 24, "test": 17}
     assert metrics["training"]["steps"] == 4
+    looked = metrics["training"]["validation"]
+    assert (looked["rows"], looked["of"], looked["times"]) == (24, 24, 1)
     assert all(metrics["methods"][m]["sets"]["test"]["nll"] > 0 for m in metrics["methods"])
     points = load_file(out / "curve" / "control_points.safetensors")
     assert {len(p) for p in points.values()} == {3 if kind == "anchored" else 5}

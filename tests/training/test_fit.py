@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -23,6 +24,7 @@ from loracurve.system.errors import UserError
 from loracurve.training.config import ObjectiveConfig, PerturbationConfig
 from loracurve.training.curves import CurveObjective
 from loracurve.training.fit import fit
+from loracurve.training.loop import recomputing
 
 JSD = ["none", "bonus", "hinge"]
 NOISE = ["none", "flat_lora", "lora_space"]
@@ -252,6 +254,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
         fit(model, task, shared_points(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
         found.append(model.control_points())
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with recomputing(model.model, True):
+            assert model.model.is_activation_checkpointing
+    assert not model.model.is_activation_checkpointing
     embeddings = model.model.get_input_embeddings()
     assert not embeddings(torch.tensor([0])).requires_grad, "transformers' hook is gone again"
 

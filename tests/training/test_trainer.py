@@ -144,8 +144,9 @@ def test_a_resumed_run_equals_one_in_one_piece(tmp_path: Path) -> None:
 
 
 def test_the_best_state_comes_back(tmp_path: Path) -> None:
-    model, _ = built()
-    examples = rows(4)
+    model, _ = built("encoder")
+    examples = rows(4, True)
+    otherwise = [row | {"labels": (row["labels"] + 1) % 3} for row in examples]  # what is learnt is wrong of these
     args = arguments(
         tmp_path,
         eval_strategy="steps",
@@ -153,12 +154,11 @@ def test_the_best_state_comes_back(tmp_path: Path) -> None:
         eval_steps=1,
         save_steps=1,
         load_best_model_at_end=True,
-        learning_rate=1.0,
     )
-    trainer = CurveTrainer(model, args, train_dataset=examples, eval_dataset=examples)
+    trainer = CurveTrainer(model, args, train_dataset=examples, eval_dataset=otherwise)
     trainer.train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    assert losses[-1] > min(losses), "the rate is so high that the last state is not the best"
+    assert losses[-1] > losses[0] == min(losses)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
@@ -187,13 +187,15 @@ def test_options_that_would_do_something_else_are_refused(tmp_path: Path) -> Non
         CurveTrainer(model, arguments(tmp_path)).compute_loss(model, {"input_ids": torch.ones(1, 3).long()})
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+def test_the_example_and_the_script_that_it_comes_from_run(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "qwen2")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["the film is good and plain", "it was a dull story", ""] * 12))
-    said = run_example("trainer.py", tmp_path, "--model", base, "--text", text, "--out", tmp_path / "out", "--steps", 3)
-    assert "eval_loss" in said
-    assert CurveModel.from_pretrained(tmp_path / "out" / "curve").spec == CurveSpec(2, 2)
+    for name in ("plain_trainer", "trainer"):
+        places = ["--model", base, "--text", text, "--out", tmp_path / name]
+        assert "eval_loss" in run_example(f"{name}.py", tmp_path, *places, "--steps", 3)
+    assert (tmp_path / "plain_trainer" / "trained" / "adapter_model.safetensors").is_file()
+    assert not CurveModel.from_pretrained(tmp_path / "trainer" / "trained").spec.trainable.count(False)
 
 
 def test_eval_loss_of_unequal_rows_is_the_mean_of_batches_weighted_by_rows(tmp_path: Path) -> None:

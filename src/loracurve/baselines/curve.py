@@ -13,10 +13,10 @@ from loracurve.inference.config import EvaluationConfig, TunnelConfig
 from loracurve.inference.model_average import average_of
 from loracurve.system.errors import UserError, nearest
 from loracurve.system.ranges import NonNegative, Positive, check_ranges
-from loracurve.training.config import FitConfig, LoopConfig
+from loracurve.training.config import FitConfig, LoopConfig, passes_of
 from loracurve.training.fit import fit
 
-__all__ = ["Curve", "own_options", "passes_of", "with_changes"]
+__all__ = ["Curve", "own_options", "with_changes"]
 
 
 T = TypeVar("T")
@@ -95,12 +95,6 @@ def own_options(curve: Curve) -> dict[str, Any]:
     training = with_changes(FitConfig(steps=10**6), curve.training, "training")
     shared = {f.name for f in fields(LoopConfig)} - set(curve.training)
     return {f.name: getattr(training, f.name) for f in fields(FitConfig) if f.name not in shared}
-
-
-def passes_of(training: FitConfig) -> int:
-    """Forward and backward passes of each example in a step: its points, on corrupted inputs too, twice for `sam`."""
-    other_inputs = training.corruption.kind != "none"
-    return training.points * (1 + other_inputs + (training.perturbation.kind == "sam"))
 
 
 def with_changes(options: T, changes: Mapping[str, Any], where: str) -> T:

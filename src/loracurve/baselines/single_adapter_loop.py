@@ -29,6 +29,7 @@ from loracurve.training.anchors import slot_seeds
 from loracurve.training.config import LoopConfig
 from loracurve.training.loop import FitResult, batch_numbers, take_steps
 from loracurve.training.micro_batches import training_batch
+from loracurve.training.validation_plan import validation_interval
 
 __all__ = ["AdamW", "Learner", "NllAt", "OneAdapter", "fresh_adapter", "train"]
 
@@ -154,6 +155,7 @@ class _Adapter:
 
     def __init__(self, setting: Setting, one: OneAdapter, learner: Learner, config: LoopConfig, label: str) -> None:
         self.one, self.learner, self.config, self.label = one, learner, config, label
+        self.every = validation_interval(config)
         self.train, self.validation = setting.task.encode("train"), setting.task.encode("validation")
 
     def tensors(self) -> Sequence[Tensor]:

@@ -147,6 +147,8 @@ class SuiteConfig:
         if self.landscape.pairs >= self.anchors:
             found = f"{self.landscape.pairs} of {self.anchors}"
             raise UserError(f"landscape.pairs: expected fewer pairs than anchors, found {found}")
+        if (share := self.training.validation_share) not in (None, LoopConfig.validation_share):
+            raise UserError(f"training.validation_share: expected none in a suite, found {share}; set evaluate_every")
         slugs = {LANDSCAPE: f"{LANDSCAPE} (the scan of the anchors)"}
         for name in [*self.tasks, *self.methods]:
             if slugs.setdefault(slug(name), name) != name:
@@ -156,10 +158,11 @@ class SuiteConfig:
                 raise UserError(f"references: expected methods of this suite, found {name!r}")
 
     def training_of(self, task: str, seed: int) -> LoopConfig:
-        """One fine-tune on a task."""
+        """One fine-tune on a task; validations look at all rows, for every method alike."""
         own: SuiteTask = self.tasks[task]
         changes = {k: getattr(own, k) for k in ("steps", "batch_size", "learning_rate")}
-        return dataclasses.replace(self.training, seed=seed, **{k: v for k, v in changes.items() if v is not None})
+        changes = {k: v for k, v in changes.items() if v is not None}
+        return dataclasses.replace(self.training, seed=seed, validation_share=None, **changes)
 
 
 def slug(name: str) -> str:

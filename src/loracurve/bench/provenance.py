@@ -18,6 +18,10 @@ from loracurve.bench.suite import Cell, method_of
 __all__ = ["fingerprint", "made_with", "options_of", "plain"]
 
 
+_BEFORE = {"training": {"validation_share": None}}
+"""what options meant before there were any, where their defaults mean something else"""
+
+
 def plain(value: Any, defaults: bool = True) -> Any:
     """Dataclasses as mappings that YAML and JSON can hold; methods keep their names.
 
@@ -62,9 +66,9 @@ def options_of(
 
 def made_with(recorded: Mapping[str, Any], suite: SuiteConfig, cell: Cell | None = None, **which: Any) -> bool:
     """Whether recorded `options_of` are those of the suite. Options that came into the library since must have their
-    defaults, which change nothing; so must those that have left it."""
-    chosen = options_of(suite, cell, defaults=False, **which)
-    return _within(recorded, with_defaults(options_of(suite, cell, **which))) and _within(chosen, recorded)
+    defaults, which change nothing, or `_BEFORE`; so must those that have left it."""
+    chosen, known = options_of(suite, cell, defaults=False, **which), merged(_BEFORE, recorded)
+    return _within(known, with_defaults(options_of(suite, cell, **which))) and _within(chosen, known)
 
 
 def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", seed: int = 0) -> str:

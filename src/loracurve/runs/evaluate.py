@@ -27,6 +27,7 @@ from loracurve.inference.model_average import Average, choose_average, equal
 from loracurve.inference.prediction import point_nll, predict_base
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
+from loracurve.report.adapters import chosen_adapter, chosen_name, mean_name
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
 from loracurve.runs.run import Run, check_run, open_run
@@ -98,7 +99,9 @@ def _tempered(
 ) -> dict[str, Any]:
     """The temperature of the averaged prediction, fitted on validation rows, and what it makes of the labelled sets."""
     temperature = fit_temperature(validation.log_probs, known)
-    found: dict[str, Any] = {"temperature": temperature, "rows": int((known >= 0).sum()), "sets": {}}
+    labelled = known >= 0
+    nll = float(negative_log_likelihood(validation.log_probs[labelled], known[labelled]).mean())
+    found: dict[str, Any] = {"temperature": temperature, "rows": int(labelled.sum()), "validation_nll": nll, "sets": {}}
     for name, predictive in method.sets.items():
         if name in labels:
             summary = metrics.classification_summary(tempered(predictive, temperature), labels[name])
@@ -119,7 +122,7 @@ def compare(
         second: several single adapters are compared with in the mean of their figures, which is what to expect of one.
     """
     others = [second] if isinstance(second, MethodPredictions) else list(second)
-    name = others[0].name if isinstance(second, MethodPredictions) else f"single adapter (mean of {len(others)})"
+    name = others[0].name if isinstance(second, MethodPredictions) else mean_name(len(others))
     mine, theirs = _each_row(first, labels, split), [_each_row(other, labels, split) for other in others]
     out: dict[str, Any] = {"first": first.name, "second": name, "split": split}
     for measure, x in mine.items():
@@ -218,6 +221,9 @@ def evaluate_methods(
     names = {single.name for single in singles}
     against = [m for m in methods if m is not curve and m.name not in names]
     first = [compare(curve, singles, labels["test"], config.seed)] if singles else []
+    if (chosen := chosen_adapter(report["methods"])) is not None:
+        best = next(single for single in singles if single.name == chosen)
+        first.append(compare(curve, replace(best, name=chosen_name(chosen)), labels["test"], config.seed))
     report["comparisons"] = first + [compare(curve, other, labels["test"], config.seed) for other in against]
     if anchors is not None:
         scalings = model.scalings

@@ -235,6 +235,7 @@ def _fit_run(config: RunConfig, out: Path, progress: bool) -> dict[str, Any]:
     report["training"] = {
         "best_step": result.best_step,
         "validation_nll": result.validation_nll,
+        "validation": result.validation,
         "steps": result.steps,
         "stopped_early": result.stopped_early,
         "processes": result.processes,

@@ -5,7 +5,6 @@ Base, data and model are opened as `runs.fit` opens them; then a few steps of ea
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,9 +26,9 @@ from loracurve.system.errors import UserError
 from loracurve.system.folders import results_folder
 from loracurve.system.memory import DeviceMemory, device_memory, out_of_memory
 from loracurve.tasks.encoding import Encoded
-from loracurve.training.config import LoopConfig
-from loracurve.training.loop import validation_interval
+from loracurve.training.config import LoopConfig, passes_of
 from loracurve.training.timing import Clock, StepTimes, time_anchors, time_curve
+from loracurve.training.validation_plan import plan_validation
 
 __all__ = ["Memory", "Rehearsal", "Split", "Training", "gigabytes", "rehearse"]
 
@@ -192,17 +191,19 @@ def _splits(opened: Opened) -> dict[str, Split]:
 
 def _trainings(config: RunConfig, opened: Opened, times: dict[str, StepTimes], adapters: int) -> dict[str, Training]:
     task, found = opened.task, {}
-    validation, rows = task.encode("validation"), len(task.encode("train"))
+    train, validation, curve = task.encode("train"), task.encode("validation"), config.curve_training
     for name, measured in times.items():
-        options: LoopConfig = config.anchor_training if name == "anchors" else config.curve_training
-        points = adapters if name == "anchors" else config.curve_training.evaluation_points
+        options: LoopConfig = config.anchor_training if name == "anchors" else curve
+        of_curve = () if name == "anchors" else (curve.evaluation_points, passes_of(curve))
+        plan = plan_validation(options, train, validation, *of_curve)
+        points = adapters if name == "anchors" else plan.points
         found[name] = Training(
             options.steps,
             options.batch_size,
-            options.steps * options.batch_size / rows,
+            options.steps * options.batch_size / len(train),
             measured.step,
-            math.ceil(options.steps / validation_interval(options)),
-            measured.token * points * validation.total_size,
+            plan.times,
+            measured.token * points * plan.rows.total_size,
         )
     return found
 

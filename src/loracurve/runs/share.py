@@ -136,5 +136,5 @@ def _check_average(metrics: Mapping[str, Any], points: Sequence[Sequence[float]]
     if not Average(t, weights).has(points):
         raise UserError(
             f"{run / 'unknowns.json'}: expected Gaussians and familiarity of the {len(recorded['t'])} points of "
-            f"metrics.json, found those of {len(points)} others; run loracurve calibrate, or share without them"
+            f"metrics.json, found those of {len(points)} others; run loracurve calibrate, or share --without_unknowns"
         )

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from loracurve.system.errors import UserError, nearest
 from loracurve.system.files import once
@@ -29,6 +29,7 @@ __all__ = [
     "Kind",
     "Row",
     "as_text",
+    "by_hash",
     "check_rows",
     "check_text",
     "parse_row",
@@ -66,6 +67,15 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     spread: float | None = None
+
+
+class _WithId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+HasId = TypeVar("HasId", bound=_WithId)
+"""rows, or what they are tokenised to"""
 
 
 @dataclass(frozen=True)
@@ -246,11 +256,15 @@ def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0) 
     return [row for row in rows if row.id not in ids], held_out
 
 
-def subset(rows: Sequence[Row], size: int, seed: int = 0) -> list[Row]:
+def subset(rows: Sequence[HasId], size: int, seed: int = 0) -> list[HasId]:
     """`size` rows in their old order, drawn by the hash of their ids; smaller subsets lie inside larger ones."""
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
-    chosen = {row.id for row in ranked[:size]}
+    chosen = {row.id for row in by_hash(rows, seed)[:size]}
     return [row for row in rows if row.id in chosen]
+
+
+def by_hash(rows: Sequence[HasId], seed: int = 0) -> list[HasId]:
+    """The rows in the order in which `subset` draws them."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
 
 
 def _string(record: Mapping[str, Any], field: str, where: str) -> str:

@@ -16,6 +16,7 @@ from loracurve.tasks.encoding import Encoded
 from loracurve.training.config import LoopConfig
 from loracurve.training.loop import batch_numbers
 from loracurve.training.micro_batches import MicroBatch, Validation, label_count, micro_batch_of, training_batch
+from loracurve.training.validation_plan import plan_validation
 
 __all__ = ["AnchorsObjective", "slot_seeds"]
 
@@ -40,8 +41,9 @@ class AnchorsObjective:
         anchors: int,
     ) -> None:
         self.model, self.train, self.config, self.groups = model, train, config, anchors
-        self.sets: Mapping[str, Encoded] = {"train": train, "validation": validation}
-        self.validation = Validation(model, validation, config)
+        self.plan = plan_validation(config, train, validation)
+        self.sets: Mapping[str, Encoded] = {"train": train, "validation": self.plan.rows}
+        self.validation = Validation(model, self.plan.rows, config)
         self.seeds = slot_seeds(config.seed, anchors)
 
     def parts(self, step: int) -> list[MicroBatch]:

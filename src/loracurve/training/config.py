@@ -18,6 +18,7 @@ from loracurve.system.ranges import (
     PartBelowOne,
     Points,
     Positive,
+    PositiveShare,
     Rows,
     Seed,
     Share,
@@ -32,6 +33,7 @@ __all__ = [
     "PerturbationConfig",
     "needs_shared_points",
     "needs_single_point",
+    "passes_of",
     "resolve_tau",
     "steps_for",
     "strength",
@@ -66,7 +68,11 @@ class LoopConfig:
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm (for each anchor on its own); 0 turns clipping off."""
     evaluate_every: Amount = 0
-    """Steps between validations; 0: after every tenth of the run."""
+    """Steps between validations, then on all rows; 0: after every tenth of the run, within validation_share."""
+    validation_share: PositiveShare | None = 0.2
+    """With evaluate_every 0, validations take at most this part of the training's products: for it they look at fewer
+    rows (100 at least, drawn by their ids), then come less often. A token counts once at each point, in training three
+    times (forward and backward). null: all rows. The figures of a finished run are of all rows."""
     patience: Amount = 0
     """Stop after this many validations without improvement (of all that are trained side by side); 0: never."""
     keep: Literal["best", "last"] = "best"
@@ -81,7 +87,7 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: Amount = 0
-    """Steps between checkpoints where a run folder is given; 0: at every validation."""
+    """Steps between checkpoints where a run folder is given; 0: evaluate_every, or a tenth of the run."""
     seed: Seed = 0
     """Seed of data order and initial draws."""
 
@@ -357,6 +363,12 @@ class FitConfig(LoopConfig):
                 "follow, found true; set compile to false"
             )
         strength(noise, 0, self.steps)
+
+
+def passes_of(training: FitConfig) -> int:
+    """Forward and backward passes of each example in a step: its points, on corrupted inputs too, twice for `sam`."""
+    other_inputs = training.corruption.kind != "none"
+    return training.points * (1 + other_inputs + (training.perturbation.kind == "sam"))
 
 
 def check_validation_points(points: int, spec: CurveSpec) -> None:

@@ -17,7 +17,7 @@ from loracurve.system.distributed import share, sum_over_processes, world
 from loracurve.system.randomness import generator, stream_seed
 from loracurve.tasks.batching import Batch
 from loracurve.tasks.encoding import Encoded
-from loracurve.training.config import FitConfig
+from loracurve.training.config import FitConfig, passes_of
 from loracurve.training.corruption import corrupt
 from loracurve.training.loop import batch_numbers, has_dropout
 from loracurve.training.micro_batches import (
@@ -29,6 +29,7 @@ from loracurve.training.micro_batches import (
     validation_points,
 )
 from loracurve.training.objective import objective
+from loracurve.training.validation_plan import plan_validation
 
 __all__ = ["CurveObjective"]
 
@@ -57,10 +58,11 @@ class CurveObjective:
     ) -> None:
         self.model, self.train, self.config = model, train, config
         self.vocabulary, self.others, self.tau = vocabulary, others, tau
-        self.sets: Mapping[str, Encoded] = {"train": train, "validation": validation} | (
+        self.plan = plan_validation(config, train, validation, config.evaluation_points, passes_of(config))
+        self.sets: Mapping[str, Encoded] = {"train": train, "validation": self.plan.rows} | (
             {} if others is None else {"unlabelled": others}
         )
-        self.validation = Validation(model, validation, config)
+        self.validation = Validation(model, self.plan.rows, config)
         self.synchronises = config.objective.jsd == "hinge"
         self.shares = world()[1] > 1
         # What is drawn row by row is drawn for the whole micro-batch; with one example in a row a share can be taken.

@@ -22,6 +22,7 @@ from loracurve.training.corruption import ordinary_tokens, unlabelled
 from loracurve.training.curves import CurveObjective
 from loracurve.training.doubts import doubts
 from loracurve.training.loop import FitResult, run_loop
+from loracurve.training.micro_batches import TrainingObjective
 from loracurve.training.perturbation import Perturbation
 
 __all__ = ["anchors_objective", "curve_objective", "fit", "fit_anchors", "noise_on"]
@@ -63,7 +64,7 @@ def fit_anchors(
     loop.setdefault("accelerator", Accelerator())
     program = anchors_objective(model, task.encode("train"), task.encode("validation"), config)
     result = run_loop(model, program, config, folder, **{"label": "anchors", **loop})  # type: ignore[arg-type]
-    _tell_doubts(result, task, config, "anchors")
+    _tell_doubts(result, program, config, "anchors")
     return result
 
 
@@ -99,13 +100,13 @@ def fit(
         options = {"label": "curve", "perturbation": noise, **loop}
         result = run_loop(model, program, config, folder, **options)  # type: ignore[arg-type]
     result.settled = settled
-    _tell_doubts(result, task, config, "curve")
+    _tell_doubts(result, program, config, "curve")
     return result
 
 
-def _tell_doubts(result: FitResult, task: Task, config: LoopConfig, label: str) -> None:
+def _tell_doubts(result: FitResult, program: TrainingObjective, config: LoopConfig, label: str) -> None:
     if is_main():
-        for words in doubts(result, task.encode("validation"), label, config.learning_rate):
+        for words in doubts(result, program.sets["validation"], label, config.learning_rate):
             logger.warning("%s", words)
 
 

@@ -33,6 +33,7 @@ from loracurve.training.micro_batches import TrainingObjective
 from loracurve.training.origin import MAY_BE_LOWERED, Changes, Origin
 from loracurve.training.perturbation import Perturbation
 from loracurve.training.step import StepConfig, Stepper
+from loracurve.training.validation_plan import validation_interval
 
 __all__ = [
     "FitResult",
@@ -45,7 +46,6 @@ __all__ = [
     "run_loop",
     "seed_forward",
     "take_steps",
-    "validation_interval",
 ]
 
 
@@ -65,11 +65,6 @@ def learning_rate_factor(config: LoopConfig, step: int) -> float:
         return (step + 1) / warm
     left = (step - warm) / max(config.steps - warm, 1)
     return {"constant": 1.0, "linear": 1 - left, "cosine": (1 + math.cos(math.pi * left)) / 2}[config.schedule]
-
-
-def validation_interval(config: LoopConfig) -> int:
-    """Steps from one validation to the next; the last step is followed by one too."""
-    return config.evaluate_every or max(config.steps // 10, 1)
 
 
 def seed_forward(config: LoopConfig, step: int) -> None:
@@ -97,7 +92,7 @@ class FitResult:
     best_step: list[int]
     """step after which validation NLL was best: one for a curve, one for each adapter that was trained beside others"""
     validation_nll: list[float]
-    """that NLL, in nats"""
+    """that NLL, in nats, on the rows that `validation` tells of"""
     history: list[dict[str, Any]] = field(default_factory=list)
     """logged figures: step, loss, learning rate, validation"""
     stopped_early: bool = False
@@ -106,6 +101,8 @@ class FitResult:
     changes: list[dict[str, Any]] = field(default_factory=list)
     """options that changed when training went on from a checkpoint: `option`, `before`, `now`, and the `step` after
     which"""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """its `rows` `of` all, `times`, `points` and `share` of the training's products (`ValidationPlan`)"""
     processes: dict[str, Any] = field(default_factory=dict)
     """their number, the examples of a step in each, how they talk, and whether the base is spread over them"""
 
@@ -118,6 +115,8 @@ class Trained(Protocol):
     tensor belong to each"""
     figures: tuple[str, ...]
     """names of what a step returns, `nll` among them"""
+    every: int
+    """steps from one validation to the next; the last step is followed by one too"""
 
     def tensors(self) -> Sequence[Tensor]:
         """All that was learnt, to be copied and, for the best state, written back in place."""
@@ -157,6 +156,7 @@ class TrainedPoints:
             model.runner.compile_layers()
         self.program, self.perturbation, self.factors = program, perturbation, model.factors
         self.groups, self.figures = program.groups, ("loss", "grad_norm", *program.figures)
+        self.every = program.plan.every
         options = StepConfig(**{f.name: getattr(config, f.name) for f in fields(StepConfig)})
         capture = config.capture and not model.runner.sharded
         self.stepper = Stepper(
@@ -205,8 +205,11 @@ def run_loop(
     if folder is not None:
         origin = Origin(model, config, program.sets)
         checkpoint = Checkpoint(folder, trained.factors, trained.stepper.optimizer, origin)
+    if progress and is_main():
+        print(f"{label}: validation: {program.plan}")
     result = take_steps(model, trained, config, label, progress, checkpoint, accelerator.log, stop_after)
     trained.stepper.forget_gradients()
+    result.validation = program.plan.record
     result.processes = trained.processes
     return result
 
@@ -238,8 +241,7 @@ def take_steps(
     state = LoopState(0, [p.detach().clone() for p in tensors], [math.inf] * groups, [0] * groups, [0] * groups, [])
     changes = {} if checkpoint is None else checkpoint.load(state)
     same_everywhere(tensors)
-    every = validation_interval(config)
-    save_every = config.checkpoint_every or every
+    save_every = config.checkpoint_every or validation_interval(config)
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
     look_every = 1 if model.device.type == "cpu" else 20
     finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
@@ -251,7 +253,7 @@ def take_steps(
     model.train()
     with (
         recomputing(model.model, config.gradient_checkpointing),
-        _bar(label, config.steps, state.step, progress and is_main()) as show,
+        _bar(label, groups, config.steps, state.step, progress and is_main()) as show,
     ):
         while state.step < config.steps and not finished:
             seed_forward(config, state.step)
@@ -260,7 +262,7 @@ def take_steps(
             state.step += 1
             waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})
             last = state.step == config.steps or state.step == stop_after
-            validate, save = state.step % every == 0, state.step % save_every == 0
+            validate, save = state.step % trained.every == 0, state.step % save_every == 0
             if not (validate or save or last or state.step % look_every == 0):
                 continue
             if (bad := _collect(state, waiting, rows, trained.figures)) is not None:
@@ -346,13 +348,20 @@ def recomputing(base: Any, on: bool) -> Iterator[None]:
         yield
         return
     keywords = {"use_reentrant": False, "preserve_rng_state": has_dropout(base)}
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+    enable, disable = (_renamed(base, f"checkpointing_{what}") for what in ("enable", "disable"))
+    enable(keywords)
     try:
         yield
     finally:
-        base.gradient_checkpointing_disable()
+        disable()
         if hasattr(base, "_require_grads_hook"):  # transformers leaves it on the input embeddings
             base.disable_input_require_grads()
+
+
+def _renamed(base: Any, what: str) -> Callable[..., None]:
+    """A method that later versions of transformers call `activation_...`, and warn of the old name."""
+    found: Callable[..., None] = getattr(base, f"activation_{what}", None) or getattr(base, f"gradient_{what}")
+    return found
 
 
 def _validate(trained: Trained, step: int, advice: str) -> list[float]:
@@ -387,12 +396,17 @@ def _keep_best(state: LoopState, nll: list[float], tensors: Sequence[Tensor], pa
 
 
 @contextmanager
-def _bar(label: str, steps: int, done: int, visible: bool) -> Iterator[Callable[[int, float, float], None]]:
+def _bar(
+    label: str, groups: int, steps: int, done: int, visible: bool
+) -> Iterator[Callable[[int, float, float], None]]:
+    """NLL of the step, of several adapters the mean, and the best on validation rows so far, of the best adapter; short
+    enough for 80 columns."""
+    nll = f"of {groups}: mean NLL" if groups > 1 else "NLL"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("NLL {task.fields[loss]:.4f}  best validation NLL {task.fields[best]:.4f}"),
+        TextColumn(f"{nll} {{task.fields[loss]:.3f}}, best validation NLL {{task.fields[best]:.3f}}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

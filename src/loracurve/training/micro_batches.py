@@ -19,6 +19,7 @@ from loracurve.tasks.batching import Batch, collate
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.packing import packed_rows
 from loracurve.training.config import FitConfig, LoopConfig, check_validation_points
+from loracurve.training.validation_plan import ValidationPlan
 
 __all__ = [
     "CAPTURED_LENGTHS",
@@ -122,6 +123,7 @@ class TrainingObjective(Protocol):
     """Names of what `loss` returns beside the loss."""
     sets: Mapping[str, Encoded]
     """What it is trained on (`train`) and validated with (`validation`), and further inputs."""
+    plan: ValidationPlan
     synchronises: bool
     """Whether `loss` waits for other processes, where there are several."""
 

@@ -38,7 +38,7 @@ __all__ = ["CurveTrainer"]
 _FIXED = {
     "weight_decay": (0.0, "it would act on control points and not on points of the curve; use loracurve.fit"),
     "label_smoothing_factor": (0.0, "the loss is the likelihood"),
-    "gradient_checkpointing": (False, "call gradient_checkpointing_enable() of the base before it is wrapped"),
+    "gradient_checkpointing": (False, "turn it on at the base, before that is wrapped"),
     "fp16": (False, "load the base in float16"),
     "bf16": (False, "load the base in bfloat16; control points stay float32"),
     "neftune_noise_alpha": (None, "noise on embeddings is not supported"),
