@@ -22,6 +22,7 @@ from helpers.made import FILLERS, WORDS
 from helpers.made_runs import base_folder, command, predictions
 from helpers.survey import put
 from helpers.tokenizers_made import qwen_style
+from mapie.classification import SplitConformalClassifier
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -191,11 +192,30 @@ def test_a_run_does_what_runs_do(fitted: CurveClassifier, tmp_path: Path) -> Non
     assert len(list((tmp_path / "points").glob("*/adapter_model.safetensors"))) == 2
 
 
+def own_sets(classifier: CurveClassifier, texts: list[str], labels: list[str], alpha: float) -> np.ndarray:
+    """[E, C]: the library's own prediction sets of the new texts."""
+    known, new = (torch.from_numpy(classifier.predict_proba(np.array(part))) for part in (texts, NEW))
+    numbers = torch.from_numpy(np.searchsorted(classifier.classes_, labels))
+    return lc.prediction_sets(new, lc.conformal_quantile(known, numbers, alpha)).numpy()
+
+
+def test_mapie_makes_sets_of_three_classes(base: str) -> None:
+    labels = ["plain" if i % 3 == 0 else label for i, label in enumerate(LABELS)]
+    classifier = CurveClassifier(base, **QUICK, risk=None).fit(TEXTS[:120], labels[:120])
+    for score in ("lac", "aps"):
+        sets = SplitConformalClassifier(classifier, confidence_level=0.9, conformity_score=score, prefit=True)
+        sets.conformalize(np.array(TEXTS[120:]), labels[120:])
+        _, found = sets.predict_set(np.array(NEW))
+        assert found.shape == (len(NEW), 3, 1)
+        if score == "lac":
+            assert (found[:, :, 0] == own_sets(classifier, TEXTS[120:], labels[120:], 0.1)).all()
+
+
 def test_the_examples_of_the_page_run(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lc, "CurveClassifier", partial(CurveClassifier, **{"model": base, **QUICK}))
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "scikit-learn.md").read_text()
-    first, names, kept = fenced("python", page.replace('"HuggingFaceTB/SmolLM2-135M-Instruct", ', ""))
+    first, names, sets, kept = fenced("python", page.replace('"HuggingFaceTB/SmolLM2-135M-Instruct", ', ""))
     run: dict[str, Any] = {"texts": TEXTS, "labels": LABELS, "new_texts": NEW}
     with pytest.warns(UserWarning, match="abstaining always"):
         exec(first, run)
@@ -203,6 +223,9 @@ def test_the_examples_of_the_page_run(base: str, tmp_path: Path, monkeypatch: py
     exec(f"import loracurve as lc\nnamed = {names}", run)
     run["named"].fit(TEXTS, [int(label == "positive") for label in LABELS])
     assert set(run["named"].predict(NEW)) <= {0, 1}
+    run |= {"own_texts": [f"{text} again" for text in TEXTS[:60]], "own_labels": LABELS[:60]}
+    exec(sets, run)
+    assert (run["found"][:, :, 0] == own_sets(run["classifier"], run["own_texts"], run["own_labels"], 0.1)).all()
     exec(kept, run)
     assert read_dataset(tmp_path / "reviews" / "data").rows("train")
     assert (tmp_path / "reviews" / "run" / "metrics.json").is_file()
