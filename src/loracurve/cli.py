@@ -85,6 +85,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(commands.generate_command, GenerateConfig),
     "serve": Command(commands.serve_command, ServeConfig),
     "export": Command(commands.export_command),
+    "distill": Command(commands.distill_command, shared=True),
     "calibrate": Command(commands.calibrate_command),
     "scan": Command(commands.scan_command, ScanConfig, leading="--run", lists=("--adapters", "--paths")),
     "report": Command(commands.report_command, leading="--runs", lists=("--runs",), models=False),

@@ -24,11 +24,12 @@ from loracurve.system.errors import UserError
 from loracurve.system.files import atomic_write
 from loracurve.system.folders import locked, results_file, results_folder
 from loracurve.system.paths import exists, is_file, writable
-from loracurve.system.ranges import Amount, NonNegative, OpenShare, Points, Seed, Share
+from loracurve.system.ranges import Amount, Count, NonNegative, OpenShare, Points, Positive, Seed, Share
 
 __all__ = [
     "bench_command",
     "calibrate_command",
+    "distill_command",
     "evaluate_command",
     "export_command",
     "fit_command",
@@ -236,6 +237,32 @@ def export_command(
     if best + (t is not None) + (points is not None) > 1:
         raise UserError("expected one of --points, --best and --t, found several; give one")
     for line in export_run(run, Path(out), points, best, t, base):
+        print(line)
+
+
+def distill_command(
+    run: str,
+    out: str | None = None,
+    input: str | None = None,
+    steps: Count | None = None,
+    learning_rate: Positive | None = None,
+    base: str | None = None,
+) -> None:
+    """Train one ordinary adapter to the averaged probabilities of a run's curve, so that one pass serves.
+
+    Args:
+        run: run directory.
+        out: new folder: a run of one point, which all commands take, and in it adapter, a PEFT folder.
+        input: further rows to learn on, in a file as for predict: labels and ids are not needed.
+        steps: of training. Default: a fifth of the curve's.
+        learning_rate: peak. Default: the curve's.
+        base: where the base model is now. Default: where it was.
+    """
+    from loracurve.runs.distill import distill_run
+
+    if out is None:
+        raise UserError("distill: expected --out FOLDER for the adapter, found none")
+    for line in distill_run(run, Path(out), input, steps, learning_rate, base):
         print(line)
 
 

@@ -35,6 +35,7 @@ WORDS = {
     "serve": ["serve", "RUN", "--port", "0"],
     "serve with a token": ["serve", "run", "--port", "0", "--token_file", "INPUT"],
     "export": ["export", "RUN", "--out", "OUT"],
+    "distill": ["distill", "RUN", "--input", "INPUT", "--out", "OUT"],
     "calibrate": ["calibrate", "RUN", "--input", "INPUT"],
     "scan": ["scan", "RUN", "--out", "OUT"],
     "scan adapters": ["scan", "--adapters", "DATA", "run/anchors/0", "--task", "data", "--out", "OUT"],

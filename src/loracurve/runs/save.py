@@ -20,7 +20,7 @@ from loracurve.system.files import write_json
 from loracurve.system.folders import results_folder
 from loracurve.tasks.task import Task
 
-__all__ = ["save_run"]
+__all__ = ["save_run", "write_run"]
 
 
 def save_run(
@@ -47,13 +47,21 @@ def save_run(
         UserError: a folder with something in it, data in memory, a task of another kind of model or with another
             tokenizer, a base whose place is not known or that cannot be loaded again as it is.
     """
+    run = Path(folder)
+    with main_holds(lambda: results_folder(run)):
+        write_run(model, task, run, evaluation, base)
+
+
+def write_run(
+    model: CurveModel, task: Task, run: Path, evaluation: EvaluationConfig | None = None, base: str | None = None
+) -> None:
+    """`save_run` into a folder that the caller holds."""
     options = loaded_with(model.model, model.dtype, base)
     _check(model, task, options)
     shape = CurveConfig.of(model.spec)
     config = RunConfig(options, task.config, curve=shape, evaluation=evaluation or EvaluationConfig())
     config = checked_config(config, options.trust_remote_code)
     identity = identity_of(config, model.model, task.tokenizer, task, brought=model.base_weights)
-    run = Path(folder)
 
     def write() -> None:
         save_config(config, run / "config.yaml", ("model", "task", "curve", "evaluation", "unknowns"))
@@ -61,8 +69,7 @@ def save_run(
         write_json(run / "environment.json", environment())
         model.save_pretrained(run / "curve", options.name)  # last: it says that the rest is there
 
-    with main_holds(lambda: results_folder(run)):
-        on_main(write)
+    on_main(write)
 
 
 def _check(model: CurveModel, task: Task, options: ModelConfig) -> None:
