@@ -11,6 +11,7 @@ import torch
 
 from loracurve.inference.intervals import Interval
 from loracurve.report.valley import stored_valley
+from loracurve.runs import quickstart
 from loracurve.runs.quickstart import summary, told_apart
 
 
@@ -23,6 +24,15 @@ def report(single: dict[str, Any], ensemble: dict[str, Any]) -> dict[str, Any]:
     sets = {"test": {"expected_entropy": 0.134}, "ambiguous": {"expected_entropy": 0.236}}
     curve = {"sets": sets, "detection": {"elements": {"auroc_distance": 0.9846}}}
     return {"comparisons": [{"second": n, "nll": d} for n, d in compared.items()], "methods": {"curve": curve}}
+
+
+@pytest.mark.parametrize(("able", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_it_computes_in_what_the_processor_is_fast_in(
+    able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(quickstart, "smollm2_folder", lambda dtype: Path(str(dtype)))
+    assert quickstart.quickstart_config().model.name == str(dtype)
 
 
 def test_it_says_what_was_gained_and_what_was_not() -> None:

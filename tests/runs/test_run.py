@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.made_runs import Maker, command
+from helpers.made_runs import SCORINGS, Maker, command
 from helpers.read_runs import log_point_nll, logits, peft_logits, read, some_ids, table
 
 from loracurve.cli import main
 from loracurve.model.base_model import load_base
+from loracurve.model.config import ModelConfig
 from loracurve.model.curve_model import CurveModel
-from loracurve.runs.run import open_run
+from loracurve.runs.config import RunConfig
+from loracurve.runs.run import base_and_task, open_run
+from loracurve.tasks.config import TaskConfig
 
 
 @pytest.mark.parametrize(("kind", "scoring"), [("anchored", "letter"), ("free", "text"), ("anchored", "head")])
@@ -41,6 +46,24 @@ def test_the_best_point_has_the_lowest_validation_nll(fitted: Maker, tmp_path: P
     (entry,) = read(tmp_path / "best" / "index.json")
     assert nll[round(entry["t"] * 20)] == pytest.approx(float(nll.min()), abs=1e-6)
     assert float(nll.max() - nll.min()) > 1e-3, "or any point would do"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "warned"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_slow_arithmetic_is_said_before_training(
+    dtype: Any,
+    able: bool,
+    warned: int,
+    fitted: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("loracurve.runs.run.multiplies_bfloat16", lambda: able)
+    model = ModelConfig(str(fitted.base(SCORINGS["letter"])), dtype=dtype)
+    with caplog.at_level(logging.WARNING, "loracurve"):
+        base_and_task(RunConfig(model, TaskConfig(str(fitted.data("letter")), "letter")))
+    assert sum("several times faster" in r.message for r in caplog.records) == warned
 
 
 def test_points_on_the_curve_of_a_run_that_averages_off_it(fitted: Maker, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from loracurve.system.distributed import on_main
 from loracurve.system.errors import UserError
 from loracurve.system.files import file_hash, read_json
 from loracurve.system.paths import exists, is_file
+from loracurve.system.processor import multiplies_bfloat16
 from loracurve.tasks.classes import RecordedTask, TaskIdentity
 from loracurve.tasks.dataset import Dataset
 from loracurve.tasks.task import Task, load_task, settled_dataset
@@ -176,6 +177,12 @@ def base_and_task(config: RunConfig, trust_remote_code: bool = False) -> tuple[t
     task = load_task(config.task, tokenizer)
     task.encode_rows(task.dataset.rows("train")[:8])
     base, _ = open_base(options, config.task, config.curve_training.seed, trust_remote_code, tokenizer)
+    on_cpu = accelerate.PartialState().device.type == "cpu"
+    if on_cpu and getattr(base, "dtype", None) == torch.bfloat16 and not multiplies_bfloat16():
+        logger.warning(
+            "model.dtype: bfloat16 on a processor without instructions for it; with float32 training and prediction "
+            "are several times faster, and the model takes twice the memory (--model.dtype float32)"
+        )
     return base, task.in_window(model_window(base))
 
 
