@@ -5,7 +5,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test conformance fuzz lint format mypy wheel docs audit clean
+.PHONY: help env quickstart test test-vllm conformance fuzz lint format mypy wheel docs audit clean
 
 BIN := $(VENV)/bin
 BASIC := $(VENV)/.ready-basic
@@ -14,11 +14,12 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 CHECK := build/wheel-check
 DOCS := .venv-docs
 AUDIT := .venv-audit
+VLLM := .venv-vllm
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check .
 MYPY := $(BIN)/mypy
 
 help:
-	@echo "make quickstart | test | conformance | fuzz | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
+	@echo "make quickstart | test | test-vllm | conformance | fuzz | lint | format | mypy | wheel | docs | audit | clean    (PYTHON=$(PYTHON) VENV=$(VENV))"
 	@echo "make test ONLY=training, or ONLY=\"training model\": the tests of some packages alone, without lint and mypy"
 
 env: $(READY)
@@ -56,6 +57,10 @@ test: env
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(addprefix tests/,$(ONLY)) || failed=tests; \
 	$(if $(ONLY),,wait $$checks || failed="$$failed lint-or-mypy";) \
 	[ -z "$$failed" ] || { echo "failed: $$failed"; exit 1; }
+
+# The multi-LoRA client against a real vLLM on CPU cores. The server alone runs in the environment with vLLM.
+test-vllm: env $(VLLM)/.ready
+	@LORACURVE_VLLM=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -q tests/vllm_server
 
 # All architectures in all cases (half an hour), where `make test` takes one of each; writes docs/supported.md.
 conformance: env
@@ -119,8 +124,14 @@ $(DOCS)/.ready $(AUDIT)/.ready: .venv-%/.ready: pyproject.toml constraints.txt
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $$wanted
 	@touch $@
 
+$(VLLM)/.ready: constraints-vllm.txt
+	@echo "Installing vLLM into $(VLLM) (some minutes, 3 GB)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@touch $@
+
 clean:
 	@[ ! -e $(BASIC) ] || rm -rf $(VENV)
-	@rm -rf .venv $(DOCS) $(AUDIT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv $(DOCS) $(AUDIT) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf src/*.egg-info

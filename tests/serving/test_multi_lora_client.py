@@ -40,6 +40,10 @@ class Server(ThreadingHTTPServer):
         self.answered = threading.Event()  # when slow
 
     @property
+    def completions(self) -> list[dict[str, Any]]:
+        return [asked for asked in self.asked if "max_tokens" in asked]
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -53,7 +57,7 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             self.model.set_adapter(asked["model"])
             for index, prompt in enumerate(prompts):
-                ids = self.tokenizer(prompt)["input_ids"]
+                ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
                 log_probs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
                 choices.append({"index": index, **self._choice(ids, log_probs, asked)})
         return {"object": "text_completion", "choices": choices[::-1]}  # the order is the index's
@@ -61,7 +65,7 @@ class Server(ThreadingHTTPServer):
     def _choice(self, ids: list[int], log_probs: torch.Tensor, asked: dict[str, Any]) -> dict[str, Any]:
         assert self.tokenizer is not None
         if asked.get("echo"):
-            assert asked["max_tokens"] == 0
+            assert asked["max_tokens"] == 0 and isinstance(asked["prompt"], str), "one by one"
             values = [None, *(float(log_probs[i, x]) for i, x in enumerate(ids[1:]))]
             tokens = [self.tokenizer.decode([x]) for x in ids]
             return {"finish_reason": "length", "logprobs": {"tokens": tokens, "token_logprobs": values}}
@@ -70,6 +74,9 @@ class Server(ThreadingHTTPServer):
         top: dict[str, float] = {}
         for x in log_probs[-1].argsort(descending=True)[: asked["logprobs"]].tolist():
             top.setdefault(self.tokenizer.decode([x]), float(log_probs[-1, x]))
+        if (chosen := asked.get("logprob_token_ids")) and self.mood != "other tokens":
+            assert asked["logprobs"] == len(chosen) and asked["return_tokens_as_token_ids"]
+            top = {f"token_id:{x}": float(log_probs[-1, x]) for x in {best, *chosen}}
         ended = "stop" if best == self.tokenizer.eos_token_id else "length"
         return {"finish_reason": ended, "logprobs": {"tokens": [self.tokenizer.decode([best])], "top_logprobs": [top]}}
 
@@ -87,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # nobody listens any more
             return None
         known = self.server.model is None or asked["model"] in self.server.model.peft_config
-        if self.path != "/v1/completions" or not known:
+        paths = ["/v1/completions", "/tokenize"] if mood != "no tokens" else ["/v1/completions"]
+        if self.path not in paths or not known:
             return self._send(404, b'{"error": {"message": "The model does not exist."}}')
         if isinstance(asked["prompt"], list) and len(asked["prompt"]) > 1024:
             return self._send(400, b'{"error": {"message": "prompt list length exceeds the maximum"}}')
@@ -98,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         if mood == "hangs up":
             self.close_connection = True
             return None
+        if self.path == "/tokenize":
+            assert self.server.tokenizer is not None
+            return self._send(200, json.dumps({"tokens": self.server.tokenizer(asked["prompt"])["input_ids"]}).encode())
         answer = self.server.answer(asked)
         if mood == "no logprobs":
             answer["choices"][0]["logprobs"] = None
@@ -178,9 +189,16 @@ def test_probabilities_of_answers_equal_the_librarys_own(exported: tuple[Path, P
     for name in ("probs", "entropy", "expected_entropy", "mutual_information"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
     assert float(found.mutual_information.max()) > 1e-4, "the points differ, or nothing was tested"
-    # One request for each point, whatever the number of prompts and answers.
-    assert sorted(asked["model"] for asked in server.asked) == ["point-00", "point-01", "point-02"]
-    assert all(len(asked["prompt"]) == 8 for asked in server.asked) and set(server.keys) == {"Bearer k"}
+    # Each answer is one token: one request for each point, whatever the number of prompts and answers.
+    assert sorted(asked["model"] for asked in server.completions) == ["point-00", "point-01", "point-02"]
+    assert all(len(asked["prompt"]) == 4 for asked in server.completions) and set(server.keys) == {"Bearer k"}
+    # A server that tells no tokens echoes each text with its answer.
+    server.mood, server.asked = "no tokens", []
+    torch.testing.assert_close(
+        client.choices(prompts, [" negative", " positive"]).probs, found.probs, atol=1e-5, rtol=0
+    )
+    echoed = [asked["prompt"] for asked in server.completions]
+    assert echoed == [prompt + answer for prompt in prompts for answer in (" negative", " positive")] * 3
 
 
 def test_unknowns_of_a_server_are_refused_where_they_are_asked_for(
@@ -274,7 +292,8 @@ def test_tokens_that_not_all_points_list_are_one_class(canned: Server, tmp_path:
         ("hangs up", "expected a server, found none"),
         ("slow", "expected an answer within 0.3 s, found none"),
         ("no logprobs", "found something else; does it give logprobs"),
-        ("one less", "expected 2 choices instead of 1 from point-0."),
+        ("other tokens", "expected top_logprobs of the tokens in logprob_token_ids from a point, found something else"),
+        ("one less", "expected 1 choices instead of 0 from point-0."),
     ],
 )
 def test_a_server_that_misbehaves_is_told_in_one_line(
@@ -321,11 +340,14 @@ def test_many_prompts_are_several_requests(
 ) -> None:
     client, texts = ServedCurve(server.url, exported[1]), [f"Text: a story of {i} parts\nLabel:" for i in range(5)]
     whole = client.choices(texts, [" no", " yes", " negative"]).probs
-    assert [len(asked["prompt"]) for asked in server.asked] == [15] * 3
+    assert [len(asked["prompt"]) for asked in server.completions] == [5] * 3
     server.asked = []
-    monkeypatch.setattr("loracurve.serving.multi_lora_client._MOST_PROMPTS", 7)  # two texts of three answers
+    monkeypatch.setattr("loracurve.serving.multi_lora_client._MOST_PROMPTS", 2)
     torch.testing.assert_close(client.choices(texts, [" no", " yes", " negative"]).probs, whole, atol=1e-9, rtol=0)
-    assert [len(asked["prompt"]) for asked in server.asked] == [6] * 6 + [3] * 3
+    assert [len(asked["prompt"]) for asked in server.completions] == [2] * 6 + [1] * 3
+    # More answers than tokens that a server lists.
+    monkeypatch.setattr("loracurve.serving.multi_lora_client._MOST_TOKENS", 2)
+    torch.testing.assert_close(client.choices(texts, [" no", " yes", " negative"]).probs, whole, atol=1e-5, rtol=0)
 
 
 def test_tokens_that_are_named_by_number_are_refused(canned: Server, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A client that averages the answers of a server which holds n points of a curve as LoRA adapters.
 
 The server speaks OpenAI's completions API with `logprobs` (vLLM does) and knows each point by the name of its folder,
-as `loracurve export` wrote them. Each question is one request for each point, all of them at once; many prompts are
-several.
+as `loracurve export` wrote them. What comes next is one request for each point, all of them at once; many prompts are
+several. Log-probabilities of the prompt itself are asked for one text at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ __all__ = ["NextToken", "ServedCurve", "ServedText"]
 _MOST_BYTES = 2**26  # of one answer
 
 _MOST_PROMPTS = 256  # in one request; vLLM takes 1024
+
+_MOST_TOKENS = 128  # whose log-probabilities vLLM lists by their ids
+
+_AT_ONCE = 16  # texts that are tokenised
+
+
+class _RefusedError(UserError):
+    """The server answered with a status."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class ServedCurve:
     """Points of a curve behind an OpenAI-style completions API.
 
     Args:
-        url: of the server, such as http://127.0.0.1:8000; /v1/completions is asked.
+        url: of the server, such as http://127.0.0.1:8000; /v1/completions and /tokenize are asked.
         index: index.json of `loracurve export`, or the folder that holds it. The folders' names are the models' names.
         api_key: sent as a bearer token where the server wants one.
         timeout: seconds that the server may be silent.
@@ -97,8 +105,9 @@ class ServedCurve:
     def choices(self, prompts: str | Sequence[str], answers: Sequence[str], unknowns: bool = False) -> Predictive:
         """Probabilities of answers as continuations of prompts, averaged over the points: exact, as in training.
 
-        At each point the softmax over the answers' log-likelihoods (sums over their tokens), which the server reads
-        off the echoed text. The part that all of them share is the same for each and cancels.
+        At each point the softmax over the answers' log-likelihoods (sums over their tokens). The part that all of them
+        share is the same for each and cancels. Where each answer is one token behind that part, these are the
+        log-probabilities of the next token, many prompts in one request; else they are read off the echoed text.
 
         Args:
             prompts: E prompts.
@@ -120,13 +129,17 @@ class ServedCurve:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or len(set(answers)) < 2 or len(set(answers)) < len(answers) or not all(answers):
             raise UserError(f"expected prompts and at least two different answers, found {len(texts)} and {answers}")
-        parts = []
-        step = max(_MOST_PROMPTS // len(answers), 1)
-        for some in (texts[i : i + step] for i in range(0, len(texts), step)):
-            whole = [text + answer for text in some for answer in answers]
-            asked = {"prompt": whole, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
-            parts.append(torch.stack([self._scores(c, len(some), len(answers)) for c in self._ask(asked, len(whole))]))
-        return Predictive.from_log_probs(torch.cat(parts, dim=1).log_softmax(-1), self.weights)
+        ids = self._tokenised([text + answer for text in texts for answer in answers])
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for e in range(len(texts)):
+            groups.setdefault(_last_tokens(ids[e * len(answers) : (e + 1) * len(answers)]), []).append(e)
+        scores = torch.empty(len(self.models), len(texts), len(answers), dtype=torch.float64)
+        for tokens, rows in groups.items():
+            if tokens:
+                scores[:, rows] = self._next_scores([ids[e * len(answers)][:-1] for e in rows], tokens)
+            else:
+                scores[:, rows] = self._echoed_scores([[texts[e] + answer for answer in answers] for e in rows])
+        return Predictive.from_log_probs(scores.log_softmax(-1), self.weights)
 
     def next_token(self, prompt: str) -> NextToken:
         """The averaged distribution of the token behind `prompt`; errors as `choices`."""
@@ -161,8 +174,9 @@ class ServedCurve:
     def generate(self, prompt: str, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> ServedText:
         """Continue a prompt by the most probable token of the average at each step, as `loracurve.generate` does.
 
-        The text goes back to the server at each step, which tokenises it anew: rarely that gives other tokens than
-        those it was made of. n requests for each token; servers with a prefix cache compute little twice.
+        The text goes back to the server at each step, which tokenises it anew. That may give other tokens than those it
+        was made of, at blank lines above all. n requests for each token; servers with a prefix cache compute little
+        twice.
 
         Args:
             stop: names of tokens that end the text, beside the one that the server itself stops at.
@@ -182,18 +196,58 @@ class ServedCurve:
             out.text += step.tokens[0]
         return out
 
-    def _scores(self, choices: list[dict[str, Any]], prompts: int, answers: int) -> Tensor:
-        """[E, C] log-likelihoods of the answers at one point, up to a constant for each prompt."""
+    def _tokenised(self, texts: Sequence[str]) -> list[list[int]]:
+        """The server's token ids of each text; of none, where it does not tell them."""
+        try:
+            first = self._token_ids(texts[0])
+        except _RefusedError:  # it knows no such question, or will refuse the next one too
+            return [[] for _ in texts]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return [first, *pool.map(self._token_ids, texts[1:])]
+
+    def _token_ids(self, text: str) -> list[int]:
+        model = self.models[0]
+        answer = self._post("/tokenize", {"model": model, "prompt": text})
+        try:
+            return [int(x) for x in answer["tokens"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unlike(model, "token ids of a text") from error
+
+    def _next_scores(self, prompts: list[list[int]], tokens: Sequence[int]) -> Tensor:
+        """[n, E, C] log-probabilities of C tokens behind E prompts, both given by ids."""
+        asked = {
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": len(tokens),
+            "logprob_token_ids": tokens,
+            "return_tokens_as_token_ids": True,
+        }
+        parts = []
+        for some in (prompts[i : i + _MOST_PROMPTS] for i in range(0, len(prompts), _MOST_PROMPTS)):
+            found = self._ask({"prompt": some, **asked}, len(some))
+            try:
+                listed = [[c["logprobs"]["top_logprobs"][0] for c in choices] for choices in found]
+                parts.append([[[float(one[f"token_id:{x}"]) for x in tokens] for one in point] for point in listed])
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                raise self._unlike("a point", "top_logprobs of the tokens in logprob_token_ids") from error
+        return torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=1)
+
+    def _echoed_scores(self, texts: list[list[str]]) -> Tensor:
+        """[n, E, C] log-likelihoods of the ends of E x C texts, up to a constant for each of the E."""
+        return torch.tensor([[self._ends(m, own) for own in texts] for m in self.models], dtype=torch.float64)
+
+    def _ends(self, model: str, texts: list[str]) -> list[float]:
+        """Of each text, the log-likelihood of what follows on the part that all share."""
+        # One text after the other, at all points: with adapters, vLLM's CPU engine (0.32) scores a prompt's own tokens
+        # only while no other sequence is in the batch, and ends where there is one.
+        asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        choices = [self._answers(model, {"prompt": text, **asked}, 1)[0] for text in texts]
         try:
             found = [(c["logprobs"]["tokens"], c["logprobs"]["token_logprobs"]) for c in choices]
-            scores = []
-            for e in range(prompts):
-                own = found[e * answers : (e + 1) * answers]
-                shared = common_prefix([tokens for tokens, _ in own])
-                scores.append([math.fsum(values[shared:]) for _, values in own])
+            shared = common_prefix([tokens for tokens, _ in found])
+            return [math.fsum(values[shared:]) for _, values in found]
         except (KeyError, TypeError, ValueError) as error:
-            raise self._unlike("a point", "token_logprobs of the echoed text") from error
-        return torch.tensor(scores, dtype=torch.float64)
+            raise self._unlike(model, "token_logprobs of the echoed text") from error
 
     def _ask(self, asked: dict[str, Any], count: int) -> list[list[dict[str, Any]]]:
         """The same question to every point at once: for each point `count` answers in the order of the prompts."""
@@ -201,7 +255,7 @@ class ServedCurve:
             return list(pool.map(lambda model: self._answers(model, asked, count), self.models))
 
     def _answers(self, model: str, asked: dict[str, Any], count: int) -> list[dict[str, Any]]:
-        answer = self._post({"model": model, **asked})
+        answer = self._post("/v1/completions", {"model": model, **asked})
         try:
             found = sorted(answer["choices"], key=lambda c: c["index"])
         except (KeyError, TypeError) as error:
@@ -210,8 +264,8 @@ class ServedCurve:
             raise self._unlike(model, f"{count} choices instead of {len(found)}")
         return found
 
-    def _post(self, asked: dict[str, Any]) -> Any:
-        address = f"{self.url}/v1/completions"
+    def _post(self, path: str, asked: dict[str, Any]) -> Any:
+        address = self.url + path
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -222,7 +276,8 @@ class ServedCurve:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read(500).decode(errors="replace").split())[:200]
             advice = f"; does it serve the adapter {asked['model']!r}?" if error.code == 404 else ""
-            raise UserError(f"{address} refuses {asked['model']!r} with status {error.code}: {said}{advice}") from error
+            message = f"{address} refuses {asked['model']!r} with status {error.code}: {said}{advice}"
+            raise _RefusedError(message) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
@@ -237,3 +292,10 @@ class ServedCurve:
 
     def _unlike(self, model: str, expected: str) -> UserError:
         return UserError(f"{self.url}: expected {expected} from {model}, found something else; does it give logprobs?")
+
+
+def _last_tokens(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The last tokens of the texts, where they differ in these alone; none where in others, or too many to ask for."""
+    shared = common_prefix(texts)
+    alone = shared > 0 and all(len(ids) == shared + 1 for ids in texts) and len(texts) <= _MOST_TOKENS
+    return tuple(ids[-1] for ids in texts) if alone else ()
