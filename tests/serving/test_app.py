@@ -53,7 +53,12 @@ def test_three_parts_and_two(client: Any, run: Run, tmp_path: Path) -> None:
         for asked, parts in ((client, ["within_points", "between_points"]), (other, ["mutual_information"])):
             described = asked.get("/run").json()
             assert described["parts"] == ["expected_entropy", *parts]
-            assert described["familiarity"] == described["calibrated"] == (asked is client)
+            assert described["familiarity"] == (described["calibration"] is not None) == (asked is client)
+            if asked is client:
+                stored = json.loads((run.folder / "calibration.json").read_text())
+                kept = {name: stored["selective"][name] for name in ("threshold", "coverage", "risk", "delta")}
+                kept |= {"temperature": stored["temperature"], "measure": stored["measure"]}
+                assert described["calibration"] == kept | {"foreign": stored["foreign"]["alpha"]}
             for found in asked.post("/predict", json={"rows": ROWS}).json()["predictions"]:
                 assert found["entropy"] == pytest.approx(sum(found[name] for name in described["parts"]), abs=3e-6)
                 assert (
@@ -261,7 +266,8 @@ def test_the_pages_load_nothing_from_elsewhere(client: Any) -> None:
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert "//" not in re.sub("</", "", answer.text.replace("<!doctype", "")), "no address of another host"
     api = client.get("/openapi.json").json()
-    assert set(api["paths"]) == {"/predict", "/generate", "/health", "/run", "/metrics"}
+    openai = {"/v1/completions", "/v1/chat/completions", "/v1/models"}
+    assert set(api["paths"]) == {"/predict", "/generate", "/health", "/run", "/metrics"} | openai
     page = client.get("/docs").text
     for name in (*api["paths"], "max_new_tokens", "mutual_information", "Most tokens to generate for each prompt."):
         assert name in page

@@ -62,7 +62,7 @@ def test_the_page_predicts_and_generates(tmp_path: Path) -> None:
             browser.run("at('field-text').value = 'the film is good'; at('asking').click()")
             browser.until("!at('answer').hidden")
             assert browser.run("at('said').textContent").startswith("Uncertain")
-            assert "more uncertain than the calibration lets through" in browser.run("at('why').textContent")
+            assert "calibration lets no text through" in browser.run("at('why').textContent")
             figures = "[...document.querySelectorAll('#%s .figure')].map((f) => parseFloat(f.textContent))"
             assert sum(browser.run(figures % "classes")) == pytest.approx(100, abs=0.2)
             found = json.loads(browser.run("at('json').textContent"))["predictions"][0]
@@ -72,6 +72,20 @@ def test_the_page_predicts_and_generates(tmp_path: Path) -> None:
             assert len(found["nearest"]) == 3 and {near["text"] for near in found["nearest"]} <= known
             named = browser.run("[...at('nearest').children].map((near) => near.firstChild.textContent)")
             assert named == [near["text"] for near in found["nearest"]]
+            # Held back for its entropy though a class is likely: by which threshold, and what share that lets through.
+            rule = {"temperature": 0.5, "measure": "entropy", "threshold": 0.0123, "coverage": 0.625, "risk": 0.05}
+            likely = {**found, "probs": [0.001, 0.999], "entropy": 0.5, "reasons": ["uncertain"]}
+            browser.run(f"Object.assign(known.calibration, {json.dumps(rule)})")
+            browser.run(f"answer({json.dumps(likely)}, known.classes)")
+            why = "Its entropy of 0.5000\u00a0nats is not below 0.0123\u00a0nats, this run's threshold."
+            assert browser.run("at('why').textContent").startswith(why)
+            said = browser.run("at('rule').textContent")
+            assert "62.5\u00a0% of the familiar rows" in said and "at most 5\u00a0% of the answers are wrong" in said
+            assert "a temperature of 0.50, which makes them bolder; the uncertainty is measured before it" in said
+            sure = likely | {"entropy": 0.01, "abstain": False, "reasons": []}
+            browser.run(f"answer({json.dumps(sure)}, known.classes)")
+            assert "0.0100\u00a0nats is below 0.0123\u00a0nats" in browser.run("at('why').textContent")
+            assert browser.run("at('said').textContent").startswith("Answer")
             browser.run("at('tab-one').focus()")
             arrow = "at('tabs').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))"
             assert browser.run(f"{arrow}; !at('many').hidden && document.activeElement.id") == "tab-many"

@@ -114,6 +114,7 @@ RUN_BY = {
     "docs/how-to/own-data.md": "tasks/test_own_data.py::test_the_example_of_the_page_runs",
     "docs/how-to/scikit-learn.md": "runs/test_classifier.py::test_the_examples_of_the_page_run",
     "docs/landscape.md": "runs/test_scan.py::test_the_notebook_example_runs",
+    "docs/serve.md": "serving/test_openai.py::test_the_example_of_the_page_runs",
     "docs/serving.md": "serving/test_multi_lora_client.py::test_the_example_of_the_page_runs",
     "docs/quickstart.md": "whole/test_documents.py::test_the_python_of_the_quickstart_page_runs",
     "docs/sharing.md": "runs/test_share.py::test_the_example_of_the_page_runs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from loracurve.curve.config import Rule
 from loracurve.system.errors import UserError
@@ -14,13 +14,16 @@ from loracurve.system.ranges import (
     Points,
     Positive,
     PositiveShare,
+    Range,
     Rows,
     Seed,
     check_ranges,
 )
 
-__all__ = ["EvaluationConfig", "GenerateConfig", "Measure", "TunnelConfig", "UnknownsConfig"]
+__all__ = ["MOST_ALTERNATIVES", "EvaluationConfig", "GenerateConfig", "Measure", "TunnelConfig", "UnknownsConfig"]
 
+
+MOST_ALTERNATIVES = 20
 
 Measure = Literal["mutual_information", "expected_entropy", "entropy"]
 """What is shown of a generated token's uncertainty."""
@@ -117,6 +120,8 @@ class GenerateConfig:
     """Prompts decoded together, each at all points."""
     seed: Seed = 0
     """Seed of the draws; prompts have streams of their own, whatever the batch size."""
+    alternatives: Annotated[int, Range(0, MOST_ALTERNATIVES)] = 0
+    """How many of the most probable tokens to name at each place, with their log-probabilities."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

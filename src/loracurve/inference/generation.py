@@ -55,6 +55,10 @@ class Generation:
     """weights of the points behind the last token"""
     finish: Literal["eos", "length"] = "length"
     """the text ended by itself, or was cut at max_new_tokens"""
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """the most probable tokens at each place and their log p under the average, where they were asked for"""
+    prompt_tokens: int = 0
+    """tokens of the prompt, those put in front included"""
 
     def record(self) -> dict[str, Any]:
         """The same for JSON, figures rounded to six places."""
@@ -62,6 +66,7 @@ class Generation:
         for name, value in values.items():
             if isinstance(value, list) and value and isinstance(value[0], float):
                 values[name] = [round(v, 6) for v in value]
+        values["alternatives"] = [[(token, round(v, 6)) for token, v in place] for place in self.alternatives]
         return values
 
 
@@ -152,7 +157,9 @@ class _Batch:
         config: GenerateConfig,
     ) -> None:
         self.sequences, self.numbers, self.tokenizer, self.config = sequences, numbers, tokenizer, config
-        self.generations = [Generation(prompt) for prompt in prompts]
+        self.generations = [
+            Generation(prompt, prompt_tokens=len(ids)) for prompt, ids in zip(prompts, sequences, strict=True)
+        ]
         self.streams = [DecodeStream(ids=list(ids), skip_special_tokens=True) for ids in sequences]
 
     def decode(
@@ -185,9 +192,15 @@ class _Batch:
                 of_token = log_probs.gather(-1, chosen.expand(len(t), -1)[..., None])[..., 0]
                 log_weights = (log_weights + of_token).log_softmax(0)
             columns = torch.stack([log_prob, total, expected, total - expected]).tolist()
+            best = average.topk(min(config.alternatives, average.shape[-1]))
+            alternatives = [
+                list(zip(*both, strict=True)) for both in zip(best[1].tolist(), best[0].tolist(), strict=True)
+            ]
             for row, (generation, token) in enumerate(zip(self.generations, chosen.tolist(), strict=True)):
                 if generation.finish == "length":
                     self._append(row, token, [column[row] for column in columns], log_weights[:, row], ends)
+                    if config.alternatives:
+                        generation.alternatives.append(alternatives[row])
             if progress is not None:
                 progress(step + 1)
             if all(generation.finish == "eos" for generation in self.generations):

@@ -25,7 +25,9 @@ from loracurve.runs.run import Run
 from loracurve.serving.batcher import Batcher, Closed, Job, QueueFull
 from loracurve.serving.config import ServeConfig
 from loracurve.serving.engine import Engine
+from loracurve.serving.failure import failure_of
 from loracurve.serving.middleware import Guard
+from loracurve.serving.openai_api import ChatRequest, CompletionRequest, chat_prompt, completion, decoding, models
 from loracurve.serving.prometheus import Figures
 from loracurve.serving.schemas import (
     Description,
@@ -70,6 +72,8 @@ def make_app(
         token: what clients must send as a bearer token, if anything.
     """
     paths = frozenset({"/", "/docs", "/openapi.json", "/health", "/metrics", "/run", "/predict", "/generate"})
+    paths |= {"/v1/completions", "/v1/chat/completions", "/v1/models"}
+    name, created = run.folder.resolve().name, int(time.time())
     figures = Figures(paths, lambda: len(batcher), lambda: batcher.rows)
     engine = Engine(run, options, evaluation, figures.count, figures.together.observe)
     batcher = Batcher(engine.work, engine.weigh, options.max_queue)
@@ -95,7 +99,7 @@ def make_app(
     async def predict(body: PredictRequest, request: Request) -> Response:
         """Probabilities and uncertainty of rows, as the command predict gives them."""
         rows = engine.rows(body.rows)
-        return await answer(request, engine.key(body.nearest), rows)
+        return JSONResponse(await answer(request, engine.key(body.nearest), rows))
 
     @app.post("/generate", summary="Continue prompts", response_model=GenerateAnswer, responses=REFUSALS)
     async def generate(body: GenerateRequest, request: Request) -> Response:
@@ -107,7 +111,24 @@ def make_app(
             values["max_new_tokens"] = min(values["max_new_tokens"], options.max_new_tokens)
         config = GenerateConfig(**values)
         prompts = engine.prompts(asked.prompts, config)
-        return await answer(request, config, prompts)
+        return JSONResponse(await answer(request, config, prompts))
+
+    @app.post("/v1/completions", summary="Continue texts, for OpenAI's clients", responses=REFUSALS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """As OpenAI's API, without streams and stops; each choice has its uncertainty."""
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        return await complete(body, prompts, request)
+
+    @app.post("/v1/chat/completions", summary="Continue a conversation, for OpenAI's clients", responses=REFUSALS)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """As OpenAI's API, by the tokenizer's chat template, without streams, stops and tools."""
+        engine.check_generates()
+        return await complete(body, [chat_prompt(run.task.tokenizer, body.messages)], request)
+
+    @app.get("/v1/models", summary="The run, for OpenAI's clients")
+    async def listed() -> Response:
+        """A list of one model, the run."""
+        return JSONResponse(models(name, created))
 
     @app.get("/health", summary="Whether the server runs", response_model=Health)
     async def health() -> Response:
@@ -137,7 +158,14 @@ def make_app(
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(_read("docs.html")).render(api=app.openapi())
 
-    async def answer(request: Request, key: Hashable, work: Sequence[Any]) -> Response:
+    async def complete(body: CompletionRequest | ChatRequest, prompts: Sequence[str], request: Request) -> Response:
+        """One text for each prompt, or `n` of them, each with a stream of draws of its own."""
+        config = decoding(body, name, options.max_new_tokens)
+        engine.check_count(len(prompts) * (body.n or 1), "prompts times n")
+        made = await answer(request, config, engine.prompts([p for p in prompts for _ in range(body.n or 1)], config))
+        return JSONResponse(completion(body, name, config, run.task.tokenizer, made["generations"]))
+
+    async def answer(request: Request, key: Hashable, work: Sequence[Any]) -> dict[str, Any]:
         """Queue a job and wait for what comes first: its answer, the client's leaving, or the end of its time."""
         job = Job(key, work, len(work), time.monotonic() + options.timeout_s)
         try:
@@ -155,7 +183,8 @@ def make_app(
                 left = options.timeout_s - first
                 await asyncio.wait({future, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
-                return JSONResponse(future.result())
+                done: dict[str, Any] = future.result()
+                return done
         except Closed:
             raise HTTPException(503, "the server stops") from None
         finally:
@@ -184,15 +213,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def wrong(request: Request, error: UserError) -> Response:
-        return _failure(422, str(error))
+        return _failure(request, 422, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", first["msg"])
-            return _failure(400, f"expected a JSON body, found broken JSON ({reason})")
-        return _failure(422, _said(first["loc"], first["msg"]))
+            return _failure(request, 400, f"expected a JSON body, found broken JSON ({reason})")
+        return _failure(request, 422, _said(first["loc"], first["msg"]))
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
@@ -200,11 +229,11 @@ def _add_errors(app: FastAPI) -> None:
             400: "expected a JSON body, found one that cannot be read",
             404: "expected a path of this server, found another; /docs lists them",
         }
-        return _failure(error.status_code, told.get(error.status_code, str(error.detail)), error.headers)
+        return _failure(request, error.status_code, told.get(error.status_code, str(error.detail)), error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _failure(500, "a fault of the server; its log says more")  # the guard logs it
+        return _failure(request, 500, "a fault of the server; its log says more")  # the guard logs it
 
 
 def _said(where: Sequence[Any], message: str) -> str:
@@ -212,8 +241,9 @@ def _said(where: Sequence[Any], message: str) -> str:
     return f"{place[:200]}: {message}"
 
 
-def _failure(status: int, message: str, headers: Any = None) -> Response:
-    return JSONResponse({"error": " ".join(message.split())[:MOST_CHARACTERS]}, status, headers)
+def _failure(request: Request, status: int, message: str, headers: Any = None) -> Response:
+    status, body = failure_of(request.url.path, status, " ".join(message.split())[:MOST_CHARACTERS])
+    return JSONResponse(body, status, headers)
 
 
 @cache

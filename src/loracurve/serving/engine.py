@@ -106,7 +106,7 @@ class Engine:
             "predict": self.predicts,
             "generate": self.generates,
             "points": len(self.average.weights),
-            "calibrated": self.calibration is not None,
+            "calibration": None if self.calibration is None else self.calibration.rule,
             "parts": list(parts_of(self.average)),
             "familiarity": known is not None and known.familiarity is not None,
             "nearest": bool(self.training),
@@ -119,7 +119,7 @@ class Engine:
         if not self.predicts:
             raise UserError("this run is of language modelling, which has no classes to predict; use /generate")
         dataset = self.run.task.dataset
-        self._check_count(len(records), "rows")
+        self.check_count(len(records), "rows")
         for i, record in enumerate(records):
             if len(record) > MOST_FIELDS:
                 raise UserError(f"row {i + 1}: expected at most {MOST_FIELDS} fields, found {len(record)}")
@@ -138,9 +138,8 @@ class Engine:
 
     def prompts(self, prompts: Sequence[str], config: GenerateConfig) -> list[str]:
         """Prompts, checked against the limits. Raises UserError."""
-        if not self.generates:
-            raise UserError("this run is of a classifier, which has no text to continue; use /predict")
-        self._check_count(len(prompts), "prompts")
+        self.check_generates()
+        self.check_count(len(prompts), "prompts")
         _check_text(prompts, "prompt")
         if config.max_new_tokens > self.options.max_new_tokens:
             raise UserError(
@@ -148,7 +147,13 @@ class Engine:
             )
         return list(prompts)
 
-    def _check_count(self, count: int, what: str) -> None:
+    def check_generates(self) -> None:
+        """Raise UserError where the run has no text to continue."""
+        if not self.generates:
+            raise UserError("this run is of a classifier, which has no text to continue; use /predict")
+
+    def check_count(self, count: int, what: str) -> None:
+        """Raise UserError where a request has more than it may, or nothing."""
         if not 1 <= count <= self.options.max_rows:
             raise UserError(f"{what}: expected 1 to {self.options.max_rows}, found {count}; send several requests")
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from loracurve.serving.config import ServeConfig, is_loopback
+from loracurve.serving.failure import failure_of
 
 __all__ = ["OPEN", "Guard"]
 
@@ -81,13 +82,13 @@ class Guard:
                 receive = await self._read(headers, receive)
             await self.app(scope, receive, watched)
         except _Refused as refused:
-            await _answer(watched, refused.status, str(refused))
+            await _answer(watched, scope["path"], refused.status, str(refused))
         except ConnectionError:
             status = 499  # the client has gone
         except Exception:
             logger.exception("%r failed", scope["path"])
             if not status:
-                await _answer(watched, 500, "a fault of the server; its log says more")
+                await _answer(watched, scope["path"], 500, "a fault of the server; its log says more")
             status = 500
         finally:
             self.finished(scope["path"], status or 499, time.perf_counter() - started)
@@ -168,9 +169,10 @@ def _headers(sent: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return found
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
+async def _answer(send: Send, path: str, status: int, message: str) -> None:
     """A JSON error; the connection is closed behind it, because its body may not have been read."""
-    body = json.dumps({"error": message}).encode()
+    status, failure = failure_of(path, status, message)
+    body = json.dumps(failure).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     head.append((b"connection", b"close"))
     if status == 401:

@@ -107,6 +107,18 @@ class GenerateAnswer(BaseModel):
     generations: list[Generation]
 
 
+class CalibrationRule(BaseModel):
+    """When the run answers: where `measure` is below `threshold`, and familiarity not below `foreign`."""
+
+    temperature: float = Field(description="Of the probabilities; the uncertainties are measured before it.")
+    measure: str = Field(description="entropy or mutual_information, in nats.")
+    threshold: float | None = Field(description="null: none was certified, and nothing is answered.")
+    coverage: float = Field(description="Share of the familiar rows it was calibrated on that are answered.")
+    risk: float = Field(description="Share of the answers that may be wrong.")
+    delta: float = Field(description="Probability that more are, over draws of the calibration rows.")
+    foreign: float | None = Field(description="Familiarity below which a row is foreign; null: none is.")
+
+
 class Description(BaseModel):
     """What a run can do."""
 
@@ -118,7 +130,7 @@ class Description(BaseModel):
     predict: bool
     generate: bool
     points: int = Field(description="Points of the curve that are averaged.")
-    calibrated: bool
+    calibration: CalibrationRule | None = Field(description="null for a run that was not calibrated.")
     parts: list[str] = Field(description="Fields of a prediction that add up to its entropy: two, or three.")
     familiarity: bool = Field(description="Whether predictions say how familiar a row is.")
     nearest: bool = Field(description="Whether predictions can name the nearest training texts.")
