@@ -80,6 +80,9 @@ def test_fit_writes_a_whole_run_directory(kind: str, scoring: str, fitted: Maker
     assert list(metrics["methods"]) == [*others, "curve"]
     compared = [name for name in others if not name.startswith("adapter ")]
     single = ["single adapter (mean of 2)"] if kind == "anchored" else []
+    if single and scoring != "lm":
+        nll = {m: metrics["methods"][m]["tempered"]["validation_nll"] for m in ("adapter 0", "adapter 1")}
+        single.append(f"{min(nll, key=nll.__getitem__)} (best on validation)")
     assert [c["second"] for c in metrics["comparisons"]] == single + compared
     assert metrics["average"]["t"] == [0.0, 0.5, 1.0] and sum(metrics["average"]["w"]) == pytest.approx(1)
     assert metrics["task"]["sizes"] == {"train": 40, "validation": 24, "test": 17}

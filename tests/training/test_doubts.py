@@ -36,7 +36,8 @@ def test_a_fit_that_learnt_nothing_is_told_with_both_figures() -> None:
     assert words.startswith("curve: learnt nothing: validation NLL 0.700, ")
     assert "is 0.693; lower learning_rate (now 0.002)" in words
     # One of two adapters is enough.
-    assert "learnt nothing" in doubts(result([0.3, 0.75], [0.2, 0.70]), rows([0, 1]), "anchors", 1e-3)[0]
+    (words,) = doubts(result([0.3, 0.75], [0.2, 0.70]), rows([0, 1]), "anchors", 1e-3)
+    assert words.startswith("anchors: learnt nothing: validation NLL, the worst of 2 adapters: 0.700, that of guessing")
 
 
 def test_a_fit_that_was_cut_off_is_told_and_one_that_had_settled_is_not() -> None:
@@ -44,5 +45,7 @@ def test_a_fit_that_was_cut_off_is_told_and_one_that_had_settled_is_not() -> Non
     assert words == (
         "curve: still getting better at the last of 20 steps (validation NLL 0.500, then 0.400); more steps would help"
     )
+    (words,) = doubts(result([0.5, 0.3], [0.4, 0.2]), rows([0, 1]), "anchors", 1e-3)
+    assert "(validation NLL, the mean of 2 adapters: 0.400, then 0.300)" in words
     for settled in (result([0.5], [0.495]), result([0.4], [0.5]), result([0.5, 0.4], [0.4, 0.5]), result([0.4])):
         assert doubts(settled, rows([0, 1]), "curve", 1e-3) == []

@@ -118,8 +118,8 @@ class CurveConfig:
 
     @classmethod
     def of(cls, spec: CurveSpec) -> CurveConfig:
-        """The options of a shape; of one that no options make, with other frozen points, those of its segments, and of a
-        single adapter the defaults."""
+        """The options of a shape; of one that no options make, with other frozen points, those of its segments, and of
+        a single adapter the defaults."""
         if spec.degree == 0:
             return cls()
         shape: dict[str, Any] = {"degree": spec.degree, "closed": spec.closed}

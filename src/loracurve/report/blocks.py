@@ -79,3 +79,5 @@ class Section:
     make: Callable[[RunData], Block]
     evaluation: bool = False
     """whether it is about a run's evaluation, which the scan of adapters without a run does not have"""
+    of_scan: bool = False
+    """whether `lead` speaks of a scan, and is left out where none was made"""

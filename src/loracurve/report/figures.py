@@ -24,24 +24,41 @@ from PIL import Image
 from loracurve.system.escaping import inline
 from loracurve.system.files import atomic_write
 
-__all__ = ["GREY", "drawing", "embedded", "figure_of", "label", "panels", "save", "steady", "styles"]
+__all__ = [
+    "COLOURS",
+    "DOTTED",
+    "GREY",
+    "drawing",
+    "embedded",
+    "figure_of",
+    "label",
+    "panels",
+    "save",
+    "steady",
+    "styles",
+]
 
 
-# Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe & Ito 2008 without yellow, which is too light for lines on white; dark and light alternate. Wine and a brown
+# for more.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#8A6D1D")
+
+DOTTED = (0, (1, 1.3))
 
 _DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
-    (0, (1, 1.3)),
+    DOTTED,
     (0, (6, 2, 1, 2)),
     (0, (3, 1)),
     (0, (5, 2, 1, 2, 1, 2)),
     (0, (1, 3)),
     (0, (9, 2)),
+    (0, (3, 1, 1, 1)),
+    (0, (12, 2, 2, 2)),
 )
 
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 
 GREY = "#666666"
 
@@ -170,7 +187,7 @@ def label(name: object, most: int = 60) -> str:
 
 def styles() -> Iterator[dict[str, Any]]:
     """Colour, line style and marker of the first, second, ... line; of different cycle length."""
-    for colour, dashes, marker in zip(cycle(_COLOURS), cycle(_DASHES), cycle(_MARKERS), strict=False):
+    for colour, dashes, marker in zip(cycle(COLOURS), cycle(_DASHES), cycle(_MARKERS), strict=False):
         yield {"color": colour, "linestyle": dashes, "marker": marker}
 
 

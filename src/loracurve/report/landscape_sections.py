@@ -8,10 +8,11 @@ from typing import Literal
 import pandas as pd
 
 from loracurve.report import figures, plots
+from loracurve.report.adapters import single_adapters
 from loracurve.report.blocks import Block, Sheet
 from loracurve.report.numbers import number, rounded, star
 from loracurve.report.run_data import RunData
-from loracurve.report.short import nll_of_test
+from loracurve.report.short import ANCHORS, JOINTS, adapters_of, nll_of_test
 
 __all__ = ["diversity", "landscape", "loss_paths"]
 
@@ -30,11 +31,13 @@ def loss_paths(run: RunData) -> Block:
         ("scan_paths", "nll", "NLL"),
         ("scan_accuracy", "acc", "Accuracy"),
     )
+    joints = scan["subject"].get("anchors_from") == "joints of the curve"
+    marks = {"anchors": scan["anchors"], "marked": JOINTS if joints else ANCHORS}
     for name, measure, words in drawings:
-        draws = [partial(plots.paths, frame, split=s, anchors=scan["anchors"], measure=measure) for s in splits]
+        draws = [partial(plots.paths, frame, split=s, measure=measure, **marks) for s in splits]
         drawn = figures.panels(draws, (5.2, 6.0), sharex=True)
         shown = " and ".join(splits)
-        block.figures.append((name, f"{words} on {shown} rows along the paths; dotted lines are anchors", drawn))
+        block.figures.append((name, f"{words} on {shown} rows along the paths; triangles: {marks['marked']}", drawn))
     rows = [
         [
             f"{_label(b['path'])}, {b['segment']}–{b['segment'] + 1}",
@@ -78,9 +81,13 @@ def _points_of_averages(run: RunData) -> Block:
         for t, nll in zip(method["t"], method["point_nll"], strict=True)
     ]
     if rows:
-        frame = pd.DataFrame(rows, columns=["path", "split", "t", "nll"])
-        drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run))
+        frame, marks = pd.DataFrame(rows, columns=["path", "split", "t", "nll"]), adapters_of(run)
+        drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), **marks)
         words = "Test NLL at the points of each average; band: 95 % interval of the curve's average over test rows"
+        if marks:
+            words += f"; triangles: {marks['marked']}"
+        if count := len(single_adapters(run.metrics["methods"])):
+            words += f"; lines run through {count} adapters at equal distances"
         block.figures.append(("loss_along_path", words, drawn))
         table = []
         for name, part in frame.groupby("path", sort=False):
@@ -150,8 +157,9 @@ def landscape(run: RunData) -> Block:
         drawn = figures.figure_of(plots.plane, *frames, size=(5.2, 4.2))
         block.figures.append(("plane", "Loss over the plane through three control points", drawn))
         block.notes.append(
-            f"The curve leaves the plane: of its distance to the first corner at most "
-            f"{plane['largest_outside']:.0%} is outside, {plane['mean_outside']:.0%} on average. Loss of {rows} rows."
+            "The curve leaves the plane: of its distance to the first corner at most "
+            f"{100 * plane['largest_outside']:.0f} % is outside, {100 * plane['mean_outside']:.0f} % on average. Loss "
+            f"of {rows} rows."
         )
     elif plane:
         block.notes.append(f"No plane: {plane['missing']}.")

@@ -58,7 +58,7 @@ def _write_page(runs: Sequence[RunData], out: Path, place: Path) -> Path:
     numbers: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
     with fitting_files([run.folder for run in runs]):
         parts = {
-            "title": ", ".join(run.name for run in runs),
+            "title": _title(runs),
             "runs": [{"name": run.name, "line": about(run)} for run in runs],
             "together": side_by_side(runs),
             "sections": _sections(runs, numbers, places),
@@ -98,8 +98,22 @@ def _sections(
                 continue
             blocks.append({"run": run.name, "block": block, "images": images_of(places[run.name], block)})
         if blocks:
-            sections.append({"title": section.title, "lead": section.lead, "blocks": blocks})
+            led = not section.of_scan or any(run.scan is not None for run in concerned)
+            sections.append({"title": section.title, "lead": section.lead if led else "", "blocks": blocks})
     return sections
+
+
+def _title(runs: Sequence[RunData]) -> str:
+    """The tasks, and the folders of the runs."""
+    tasks = dict.fromkeys(_task(run) for run in runs)
+    return f"{', '.join(tasks)}: {', '.join(run.name for run in runs)}"
+
+
+def _task(run: RunData) -> str:
+    if run.metrics:
+        return str(run.metrics["task"]["name"])
+    assert run.scan is not None  # `read_run` finds one of both
+    return Path(run.scan["subject"]["task"]).name
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -128,9 +142,7 @@ def about(run: RunData) -> str:
     """What was fitted to what, in a line."""
     if run.scan is not None and not run.metrics:
         subject = run.scan["subject"]
-        between = (
-            f"{Path(subject['task']).name} between {len(run.scan['anchors'])} adapters of {Path(subject['base']).name}"
-        )
+        between = f"{_task(run)} between {len(run.scan['anchors'])} adapters of {Path(subject['base']).name}"
         return f"{between}; nothing was trained" if "adapters" in subject else f"{between}, and a curve through them"
     config, task = run.config, run.metrics["task"]
     curve, lora = config.get("curve", {}), config.get("lora", {})

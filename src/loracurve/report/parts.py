@@ -22,8 +22,8 @@ HEADINGS = {
 }
 
 EXPLAINED = (
-    "Entropy has three parts: expected, what the data leave open; within points, large far from the training data; "
-    "between points, where the fine-tunes disagree. MI is the sum of the last two."
+    "Entropy has three parts: expected (aleatoric), what the data leave open; within points, large far from the "
+    "training data; between points, where the fine-tunes disagree. MI (epistemic) is the sum of the last two."
 )
 
 DETECTORS = {"entropy": "entropy", "mi": "MI", "within": "within points", "distance": "distance"}

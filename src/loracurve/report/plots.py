@@ -7,14 +7,14 @@ style stays; `figures.figure_of` makes a figure in the package's style. pyplot i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loracurve.landscape.config import PATHS
 from loracurve.report.figures import GREY, label, steady, styles
+from loracurve.report.looks import RUN, looks_of
 
 __all__ = [
     "PATH_LABELS",
@@ -47,22 +47,40 @@ def paths(
     split: str = "test",
     anchors: Sequence[float] = (),
     measure: Literal["nll", "acc"] = "nll",
+    marked: str = "adapters",
 ) -> Axes:
-    """NLL or accuracy along every path of `Scan.frame` on one split; dotted vertical lines are anchors."""
+    """NLL or accuracy along every path of `Scan.frame` on one split.
+
+    Args:
+        anchors: positions of adapters that the paths run through: dotted lines with triangles on the axis.
+        marked: what stands there, for the legend.
+    """
     for position in anchors:
         ax.axvline(position, color=GREY, linewidth=1, linestyle=":")
+    if len(anchors):
+        on_axis = ax.get_xaxis_transform()
+        mark: dict[str, Any] = {"color": GREY, "linestyle": "", "marker": "^", "markersize": 7}
+        ax.plot(anchors, [0] * len(anchors), label=marked, transform=on_axis, clip_on=False, zorder=3, **mark)
     _lines(frame[frame["split"] == split], measure, ax)
     ax.set(ylabel=f"{label(split)} NLL (nats)" if measure == "nll" else f"{label(split)} accuracy (fraction)")
     steady(ax, *((0.0, 0.2) if measure == "nll" else (0.1, 0.0)), top=None if measure == "nll" else 1.0)
     return ax
 
 
-def points_and_average(frame: pd.DataFrame, ax: Axes, average: tuple[float, float, float] | None = None) -> Axes:
-    """Test NLL of single points (path, split, t, nll), and of the curve's average: estimate and 95 % interval."""
+def points_and_average(
+    frame: pd.DataFrame, ax: Axes, average: tuple[float, float, float] | None = None, **marks: Any
+) -> Axes:
+    """Test NLL of single points (path, split, t, nll), and of the curve's average: estimate and 95 % interval.
+
+    Args:
+        marks: `anchors` and `marked` of `paths`.
+    """
     if average is not None:
-        ax.axhspan(*average[1:], color=GREY, alpha=0.15, linewidth=0)
-        ax.axhline(average[0], color="black", linewidth=1, label="average, 95 % interval")
-    return paths(frame, ax)
+        colour = RUN["curve"]["color"]
+        ax.axhspan(*average[1:], color=colour, alpha=0.12, linewidth=0)
+        words = "curve's average, 95 % interval"
+        ax.axhline(average[0], color=colour, linewidth=1.2, linestyle=(0, (5, 2)), label=words)
+    return paths(frame, ax, **marks)
 
 
 def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
@@ -73,15 +91,10 @@ def speed(frame: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-# A path looks the same in every figure, whichever others are drawn; further names are those of `runs.evaluate`.
-_STYLED = dict(zip(("curve", *(p for p in PATHS if p != "curve")), styles(), strict=False))
-
-_STYLED |= {"straight line": _STYLED["straight"], "aligned line": _STYLED["balanced+procrustes"]}
-
-
 def _lines(frame: pd.DataFrame, column: str, ax: Axes) -> None:
+    looks = looks_of(map(str, frame["path"]))
     for name, line in frame.groupby("path", sort=False):
-        style = dict(_STYLED.get(str(name), {"color": GREY, "linestyle": "-", "marker": "."}))
+        style = dict(looks[str(name)])
         line = line.sort_values("t")
         marker = style.pop("marker") if len(line) <= 25 else ""
         width = 2.6 if name == "curve" else 1.6
@@ -135,7 +148,7 @@ def information(frame: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(
             part["n"], part["pairwise_jsd"], marker=marker, fillstyle="none", label=f"{label(split)}, pairwise", **faint
         )
-    ax.set(xlabel="points n of the average", ylabel="nats", title="Information by number of points")
+    ax.set(xlabel="points n of the average", ylabel="nats", title="Epistemic: information by number of points")
     ax.set_xscale("log")
     ticks = sorted(set(frame["n"]))
     ax.set_xticks(ticks, [str(n) for n in ticks])

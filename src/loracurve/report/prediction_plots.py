@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from loracurve.report.figures import GREY, label, steady, styles
+from loracurve.report.figures import DOTTED, GREY, label, steady, styles
+from loracurve.report.looks import RUN, Look, looks_of
 
 __all__ = ["differences", "posterior_over_t", "reliability", "selective_prediction", "uncertainty"]
 
@@ -23,14 +25,15 @@ _HEADINGS = {
 }
 
 
-def reliability(frame: pd.DataFrame, ax: Axes) -> Axes:
+def reliability(frame: pd.DataFrame, ax: Axes, known: Mapping[str, Look] = RUN) -> Axes:
     """Accuracy against confidence of `reliability_frame`, for each method, with intervals."""
+    looks = looks_of(frame["method"], known)
     lowest = max(0, min(frame["confidence"].min(), frame["low"].min()) - 0.02)
     ax.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-    for (name, part), style in zip(frame.groupby("method", sort=False), styles(), strict=False):
+    for name, part in frame.groupby("method", sort=False):
         ends = np.clip([part["accuracy"] - part["low"], part["high"] - part["accuracy"]], 0, None)
         thin: dict[str, Any] = {"capsize": 2, "elinewidth": 0.8, "linewidth": 1.2}
-        ax.errorbar(part["confidence"], part["accuracy"], ends, label=label(name), **thin, **style)
+        ax.errorbar(part["confidence"], part["accuracy"], ends, label=label(name), **thin, **looks[str(name)])
     ax.set(xlabel="confidence (mean of a group of like rows)", ylabel="accuracy, 95 % interval", title="Reliability")
     ax.set(xlim=(lowest, 1.01), ylim=(lowest, 1.01))
     return ax
@@ -51,9 +54,11 @@ def uncertainty(frame: pd.DataFrame, ax: Axes, measure: str) -> Axes:
 
 def selective_prediction(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Accuracy among the items answered when the most uncertain ones are left out, of `selective_frame`."""
-    for (key, part), style in zip(frame.groupby(["method", "measure"], sort=False), styles(), strict=False):
-        method, measure = key
-        style.pop("marker")
+    looks = looks_of(frame["method"])
+    for (method, measure), part in frame.groupby(["method", "measure"], sort=False):
+        style = {key: looks[method][key] for key in ("color", "linestyle")}
+        if measure != "entropy":
+            style["linestyle"] = DOTTED
         if (method, measure) == ("curve", "entropy"):
             ax.fill_between(part["coverage"], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0)
         ax.plot(
@@ -70,23 +75,24 @@ def differences(
     frame: pd.DataFrame,
     ax: Axes,
     words: str = "curve minus other: test NLL (nats)\n← curve better      curve worse →",
+    known: Mapping[str, Look] = RUN,
 ) -> Axes:
     """Differences of NLL from one method, with intervals: method, difference, low, high; one line each.
 
     Args:
         words: what the axis shows, and on which side the better ones are.
     """
-    style = next(styles())
+    looks = looks_of(frame["method"], known)
     places = np.arange(len(frame))[::-1]
     ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
     for place, row in zip(places, frame.itertuples(index=False), strict=True):
-        told = not row.low <= 0 <= row.high
+        told, colour = not row.low <= 0 <= row.high, looks[row.method]["color"]
         ends = [[max(row.difference - row.low, 0)], [max(row.high - row.difference, 0)]]
         ax.errorbar(
-            [row.difference], [place], xerr=ends, color=style["color"], marker="o", capsize=3, linewidth=1.6,
-            markerfacecolor=style["color"] if told else "white",
+            [row.difference], [place], xerr=ends, color=colour, marker="o", capsize=3, linewidth=1.6,
+            markerfacecolor=colour if told else "white",
         )  # fmt: skip
-    ax.set_yticks(places, [label(name, 28) for name in frame["method"]])
+    ax.set_yticks(places, [label(name, 32) for name in frame["method"]])
     ax.set(xlabel=words)
     ax.set_ylim(-0.6, len(frame) - 0.4)
     ax.grid(visible=False, axis="y")

@@ -43,6 +43,7 @@ _METHOD = {
     },
     "t?": ([float], None),
     "point_nll?": ([float], None),
+    "tempered?": {"validation_nll?": float},
 }
 _INTERVAL = {"estimate": float, "low": _NUMBER, "high": _NUMBER, "distinguishable": bool}
 _METRICS: Shape = {

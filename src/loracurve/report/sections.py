@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from loracurve.report import figures, frames, prediction_plots
+from loracurve.report.adapters import chosen_adapter, chosen_name
 from loracurve.report.blocks import Block, Section, Sheet
 from loracurve.report.landscape_sections import diversity, landscape, loss_paths
 from loracurve.report.numbers import number, rounded, star
@@ -22,6 +23,9 @@ from loracurve.system.tables import records
 
 __all__ = ["SECTIONS", "side_by_side"]
 
+
+COUNTS = 0.1
+"""Share of an example's entropy below which a part of it is negligible."""
 
 COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
@@ -66,7 +70,8 @@ def side_by_side(runs: Sequence[RunData]) -> Sheet | None:
 
 def _summary_sheet(caption: str, first: str, methods: Mapping[str, Mapping[str, Any]]) -> Sheet:
     columns = _columns(methods.values())
-    rows = [[name, *_method_row(method, columns)] for name, method in methods.items()]
+    named = {best: chosen_name(best)} if (best := chosen_adapter(methods)) else {}
+    rows = [[named.get(name, name), *_method_row(method, columns)] for name, method in methods.items()]
     return Sheet(caption, [first, "passes", *columns.values()], rows)
 
 
@@ -193,7 +198,7 @@ def selective(run: RunData) -> Block:
         name = f"{method}, {prediction_plots.MEASURE_LABELS[measure]}"
         kept[name] = dict(zip(map(str, COVERAGES), at, strict=True))
         rows.append([name, *(number(a) for a in at)])
-    heads = ["ranked by", *(f"{c:.0%}" for c in COVERAGES)]
+    heads = ["ranked by", *(f"{100 * c:.0f} %" for c in COVERAGES)]
     block = Block()
     # The accuracy of a handful of answers is noise.
     firm = frame[frame["items"] >= frames.LEAST]
@@ -209,27 +214,32 @@ def selective(run: RunData) -> Block:
 
 
 def examples(run: RunData, count: int = 6) -> Block:
-    """Where the parts of the uncertainty rank examples most differently, in the more uncertain half."""
+    """Among the more uncertain half the rows of which one part of the uncertainty is an unusually large share."""
     if run.predictions is None:
         return Block(notes=[_NO_PREDICTIONS])
     table = run.predictions[run.predictions["method"] == "curve"].reset_index(drop=True)
     measures = frames.measures_of(table)
     texts = texts_of(run)
-    # Parts with parts, never with the total: they would hide in it. Ranks of rows of which every point is certain say
-    # nothing.
-    uncertain = table[table["entropy"] >= table["entropy"].median()]
-    rank = {name: uncertain[name].rank(pct=True) for name in measures[1:]}
-    disagreement, within = measures[-1], rank.get("within_points")
-    gap = rank[disagreement] - rank["expected_entropy"]
-    name = HEADINGS[disagreement]
-    chosen = {
-        f"The points disagree more than the text is ambiguous (high {name}, low expected entropy)": gap.nlargest(count),
-        f"The text is ambiguous and the points agree on it (low {name}, high expected entropy)": gap.nsmallest(count),
-    }
-    if within is not None:
-        far = within - rank["expected_entropy"]
-        chosen["Far from the training data (high within points, low expected entropy)"] = far.nlargest(count)
+    # Shares of rows of which every point is certain say nothing.
+    uncertain = table[(table["entropy"] >= table["entropy"].median()) & (table["entropy"] > 0)]
+    share = {name: uncertain[name] / uncertain["entropy"] for name in measures[1:]}
+    disagreement = measures[-1]
+    titles = {disagreement: "The points disagree", "within_points": "Far from the training data"}
+    chosen, absent = {}, []
+    for part in [name for name in titles if name in share]:
+        large = share[part][share[part] >= COUNTS].nlargest(count)
+        if large.empty:
+            absent.append(HEADINGS[part])
+        else:
+            chosen[f"{titles[part]}: {HEADINGS[part]} is the largest share of the entropy"] = large
+    agreed = uncertain[share[disagreement] < COUNTS]
+    if len(agreed):
+        caption = f"The text is ambiguous and the points agree on it: little {HEADINGS[disagreement]}"
+        chosen[caption] = agreed["expected_entropy"].nlargest(count)
     block = Block(notes=[] if texts else ["The data set cannot be opened here, so ids stand for texts."])
+    if absent:
+        parts = " or ".join(absent)
+        block.notes.append(f"No row has {100 * COUNTS:.0f} % of its entropy or more {parts}: no list of these.")
     kept = block.numbers["examples"] = {}
     for caption, order in chosen.items():
         rows, kept[caption] = [], []
@@ -293,6 +303,7 @@ SECTIONS = (
         "A barrier on the straight line in (A, B) that the line in ΔW and the aligned lines (balanced, Procrustes, "
         "both alignments) do not have comes from the adapters' rescaling freedom (gauge), not from the loss.",
         loss_paths,
+        of_scan=True,
     ),
     Section(
         "Reliability",
@@ -302,7 +313,8 @@ SECTIONS = (
     ),
     Section(
         "Uncertainty by set",
-        "Total uncertainty is what the data leave open (expected entropy) plus what more data could settle (MI).",
+        "Total uncertainty is what the data leave open (aleatoric: expected entropy) plus what more data could settle "
+        "(epistemic: MI).",
         uncertainty,
         evaluation=True,
     ),
@@ -318,7 +330,7 @@ SECTIONS = (
     Section("Around the curve", "Train loss over a plane, slopes and their bound, sharpness.", landscape),
     Section(
         "Examples",
-        "Where the parts of the uncertainty rank an example most differently, among the more uncertain half.",
+        "Rows whose uncertainty comes from one part more than that of others, among the more uncertain half.",
         examples,
         evaluation=True,
     ),

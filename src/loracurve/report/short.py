@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from loracurve.curve.config import CurveConfig
 from loracurve.inference.intervals import Interval, bootstrap_interval
 from loracurve.report import figures, frames, plots, prediction_plots
 from loracurve.report.blocks import Block, Tile
 from loracurve.report.run_data import RunData
 
-__all__ = ["nll_of_test", "short", "verdict"]
+__all__ = ["ANCHORS", "JOINTS", "adapters_of", "nll_of_test", "short", "unequal_passes", "verdict"]
 
 
 KEPT = 0.8
@@ -52,7 +54,7 @@ def _points(run: RunData) -> tuple[str, str, Figure] | None:
     if not (points := curve.get("point_nll")):
         return None
     frame = pd.DataFrame({"path": "curve", "split": "test", "t": curve["t"], "nll": points})
-    drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), size=(5.2, 3.6))
+    drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), **adapters_of(run))
     words = "Test NLL of each single point of the curve, and of their average with its 95 % interval"
     return "points_and_average", words, drawn
 
@@ -66,11 +68,13 @@ def verdict(run: RunData) -> str:
             f"The curve ({_passes(run, 'curve')}) has a test NLL {_told(found['ensemble'])} that of the ensemble of "
             f"separate fine-tunes ({_passes(run, 'ensemble')})."
         )
+        said += _unequal(run, "ensemble")
     elif "best point" in found:
         said = (
             f"The curve's average ({_passes(run, 'curve')}) has a test NLL {_told(found['best point'])} that of its "
             f"best single point, which validation rows chose ({_passes(run, 'best point')})."
         )
+        said += _unequal(run, "best point")
     else:
         said = _among_points(run)
     if "base model" in found:
@@ -110,6 +114,38 @@ def _among_points(run: RunData) -> str:
 def _passes(run: RunData, method: str) -> str:
     count = run.metrics["methods"][method]["passes"]
     return f"{count} pass" if count == 1 else f"{count} passes"
+
+
+def _unequal(run: RunData, other: str) -> str:
+    methods = run.metrics["methods"]
+    return unequal_passes(methods["curve"]["passes"], methods[other]["passes"])
+
+
+def unequal_passes(first: int, second: int) -> str:
+    """What a verdict on two methods has to say of their passes; empty where these are as many."""
+    return "" if first == second else f" This is not at equal cost: an answer takes {first} passes against {second}."
+
+
+ANCHORS, JOINTS = "anchors (adapters)", "control points (joints of the curve)"
+"""What lies on a curve: of an anchored one, of a free one."""
+
+
+def adapters_of(run: RunData) -> dict[str, Any]:
+    """Where adapters lie on the curve, for `plots.paths`: `anchors`, their t, and `marked`, what they are.
+
+    An anchored curve runs through its anchors; of a free one the joints of its segments are control points that lie on
+    the curve. Empty where the options are unknown.
+    """
+    options = run.config.get("curve", {})
+    known = {f.name: options[f.name] for f in fields(CurveConfig) if f.name in options}
+    if not known:
+        return {}
+    config = CurveConfig(**known)
+    spec = config.spec(len(run.config.get("adapters") or range(config.anchors)))
+    if config.kind == "anchored":
+        return {"anchors": spec.anchor_times, "marked": ANCHORS}
+    joints = [i / spec.segments for i in range(spec.segments + 1)]
+    return {"anchors": joints, "marked": JOINTS}
 
 
 def _comparisons(run: RunData) -> list[dict[str, Any]]:

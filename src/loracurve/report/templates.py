@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -20,4 +21,5 @@ def render_html(name: str, **values: Any) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    return visible(value) if type(value) is str else value
+    """A number and its percent sign stay in one line."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", visible(value)) if type(value) is str else value

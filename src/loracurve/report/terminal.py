@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from loracurve.report.adapters import chosen_adapter, chosen_name, mean_name, single_adapters
 from loracurve.report.numbers import number, rounded, star
 from loracurve.report.parts import DETECTORS, EXPLAINED, HEADINGS, THREE, detectors_of, has_three, parts_of
 from loracurve.system.escaping import inline, visible
@@ -21,23 +21,25 @@ COLUMNS = {"acc": "ACC", "nll": "NLL", "ece": "ECE", "mutual_information": "MI"}
 
 
 def method_rows(methods: Mapping[str, Any], split: str = "test") -> list[dict[str, Any]]:
-    """Rows of the summary: single adapters are averaged into one row, the others stand as they are."""
-    singles = [m for name, m in methods.items() if re.fullmatch(r"adapter \d+", name)]
-    scores = detectors_of(methods.values())
-    rows = []
+    """Rows of the summary: single adapters are averaged into one row, and the one that validation rows choose stands
+    below it; the others stand as they are."""
+    singles, scores, rows = single_adapters(methods), detectors_of(methods.values()), []
     if singles:
-        figures = {k: _mean([m["sets"][split][k] for m in singles]) for k in singles[0]["sets"][split] if k in COLUMNS}
-        found = {s: _detection([m["detection"].get(s) for m in singles], scores) for s in singles[0]["detection"]}
+        each = [methods[name] for name in singles]
+        figures = {k: _mean([m["sets"][split][k] for m in each]) for k in each[0]["sets"][split] if k in COLUMNS}
+        found = {s: _detection([m["detection"].get(s) for m in each], scores) for s in each[0]["detection"]}
         figures, found = _without_information(figures, found)
-        rows.append({"method": f"single adapter (mean of {len(singles)})", "passes": 1, **figures, "detection": found})
-    for name, m in methods.items():
-        if m in singles:
-            continue
+        rows.append({"method": mean_name(len(singles)), "passes": 1, **figures, "detection": found})
+    shown = {name: name for name in methods if name not in singles}
+    if chosen := chosen_adapter(methods):
+        shown = {chosen: chosen_name(chosen)} | shown
+    for name, words in shown.items():
+        m = methods[name]
         figures = dict(m["sets"][split])
         found = {s: _detection([d], scores) for s, d in m["detection"].items()}
         if m["passes"] == 1 and not has_three(figures):
             figures, found = _without_information(figures, found)
-        rows.append({"method": name, "passes": m["passes"], **figures, "detection": found})
+        rows.append({"method": words, "passes": m["passes"], **figures, "detection": found})
     return rows
 
 

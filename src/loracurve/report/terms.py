@@ -25,10 +25,10 @@ _TERMS = (
      "how many of the surest rows are answered. Lower is better."),
     ("AUROC", r"\bAUROC\b", "How well a score tells two groups of rows apart: .5 is chance, 1 perfect."),
     ("entropy", r"\bentropy\b", "Total uncertainty of an answer, in nats: 0 where one class has all the probability."),
-    ("expected", r"\bexpected\b(?! calibration)", "Expected entropy, the uncertainty that each point has by itself: "
-     "what the data leave open, such as an ambiguous text."),
+    ("expected", r"\bexpected\b(?! calibration)", "Expected entropy, the uncertainty that each point has by itself "
+     "(aleatoric): what the data leave open, such as an ambiguous text."),
     ("MI", r"\bMI\b|\bmutual information\b", "Mutual information, the part of the uncertainty that more training data "
-     "could settle: points of the curve would answer differently."),
+     "could settle (epistemic): points of the curve would answer differently."),
     ("within points", r"\bwithin points\b", "Part of MI that is large far from the training data."),
     ("between points", r"\bbetween points\b", "Part of MI that says that the fine-tunes along the curve disagree."),
     ("JSD", r"\bJSD\b", "Jensen-Shannon divergence: how far two answers' probabilities lie apart, in nats. 0 is the "

@@ -52,6 +52,12 @@ class Calibration:
     foreign_tolerance: float = 0.0
     """by how much a distance may differ between batches"""
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """When a row is answered, for those who ask: `CalibrationRule` of the server."""
+        chosen = {name: getattr(self.selective, name) for name in ("threshold", "coverage", "risk", "delta")}
+        return {"temperature": self.temperature, "measure": self.measure, **chosen, "foreign": self.foreign}
+
 
 def read_calibration(run: Path) -> Calibration | None:
     """What `calibrate_run` wrote into a run directory; None where it has not. Raises UserError for something else."""

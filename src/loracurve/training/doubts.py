@@ -46,18 +46,19 @@ def doubts(result: FitResult, validation: Encoded, label: str, rate: float) -> l
     """
     found = []
     constant = constant_nll(validation)
-    worst = max(result.validation_nll)
+    worst, count = max(result.validation_nll), len(result.validation_nll)
+    worst_of, mean_of = (f", the {of} of {count} adapters:" if count > 1 else "" for of in ("worst", "mean"))
     if constant is not None and worst >= constant:
         found.append(
-            f"{label}: learnt nothing: validation NLL {worst:.3f}, that of guessing by the classes' frequencies is "
-            f"{constant:.3f}; lower learning_rate (now {rate:g}) or take more steps"
+            f"{label}: learnt nothing: validation NLL{worst_of} {worst:.3f}, that of guessing by the classes' "
+            f"frequencies is {constant:.3f}; lower learning_rate (now {rate:g}) or take more steps"
         )
     validated = [entry["validation_nll"] for entry in result.history if "validation_nll" in entry]
     if len(validated) > 1 and not found and all(step == result.steps for step in result.best_step):
         before, last = (sum(nll) / len(nll) for nll in validated[-2:])
         if before - last > STILL * before:
             found.append(
-                f"{label}: still getting better at the last of {result.steps} steps (validation NLL {before:.3f}, then "
-                f"{last:.3f}); more steps would help"
+                f"{label}: still getting better at the last of {result.steps} steps (validation NLL{mean_of} "
+                f"{before:.3f}, then {last:.3f}); more steps would help"
             )
     return found

@@ -406,7 +406,7 @@ def _bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(f"{nll} {{task.fields[loss]:.3f}}, best validation NLL {{task.fields[best]:.3f}}"),
+        TextColumn(f"{nll} {{task.fields[loss]:.3f}}, best validation {{task.fields[best]:.3f}}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -30,7 +30,8 @@ def test_the_first_curve_against_the_first_reference(
         words = "is better than" if found.estimate < 0 else "is worse than"
     (said,) = block.findings
     assert said.startswith("“curve” (") and f") {words} “ensemble 3” (3 passes" in said
-    assert "training worth 5 fine-tunes" in said and said.endswith(", on 1 data set.")
+    assert "training worth 5 fine-tunes" in said and ", on 1 data set." in said
+    assert said.endswith(" This is not at equal cost: an answer takes 5 passes against 3.")
     expected = [rows[m, "curve"] for m in ("nll_ts", "acc", "brier_ts")]
     assert [Interval(**tile.found) for tile in block.tiles] == expected
     ((name, caption, drawn),) = block.figures

@@ -10,13 +10,15 @@ from typing import Any
 import pandas as pd
 
 from loracurve.baselines.curve import Curve
-from loracurve.bench.results import Results, mean_of, references_of
+from loracurve.bench.results import CellResult, Results, mean_of, references_of
 from loracurve.bench.tables.table import Table
 from loracurve.inference.intervals import Interval
 from loracurve.report import figures, prediction_plots
 from loracurve.report.blocks import Block, Tile
+from loracurve.report.looks import RUN, Look
+from loracurve.report.short import unequal_passes
 
-__all__ = ["inside", "short"]
+__all__ = ["first_curve", "inside", "short"]
 
 
 MOST = 14
@@ -29,18 +31,19 @@ _MEASURES = {
 }
 
 
-def short(results: Results, named: Mapping[str, Table]) -> Block:
+def short(results: Results, named: Mapping[str, Table], looks: Mapping[str, Look] = RUN) -> Block:
     """The verdict, differences in NLL, accuracy and Brier, and every method's NLL beside the reference's.
 
     Numbers are those of the table `differences`, with its intervals over rows and seeds.
 
     Args:
         named: tables by name.
+        looks: of the page's methods.
 
     Returns:
         Empty for a suite that has no curve, or nothing to compare it with.
     """
-    reference, method = references_of(results.suite)[0], _first_curve(results)
+    reference, method = references_of(results.suite)[0], first_curve(results)
     rows = [dict(zip(named["differences"].columns, r, strict=True)) for r in _rows(named)]
     rows = [r for r in rows if r["reference"] == reference]
     own = {r["measure"]: r for r in rows if r["method"] == method}
@@ -59,7 +62,7 @@ def short(results: Results, named: Mapping[str, Table]) -> Block:
         [(r["method"], *r["seeds too"]) for r in chosen], columns=["method", "difference", "low", "high"]
     )
     axis = f"method minus {reference}: test NLL (nats)\n← method better      method worse →"
-    draw = partial(prediction_plots.differences, words=axis)
+    draw = partial(prediction_plots.differences, words=axis, known=looks)
     drawn = figures.figure_of(draw, frame, size=(5.2, 1.3 + 0.32 * len(frame)), legend=False)
     caption = (
         f"Test NLL of each method minus that of {reference}, after temperature scaling, with 95 % intervals over rows "
@@ -78,7 +81,7 @@ def inside(method: Any) -> Any:
     return inside(method.of) if hasattr(method, "of") else method
 
 
-def _first_curve(results: Results) -> str | None:
+def first_curve(results: Results) -> str | None:
     """A curve by itself, or else the first method that is built upon one."""
     methods = results.suite.methods.items()
     plain, any_of = ([n for n, m in methods if isinstance(look(m), Curve)] for look in (lambda m: m, inside))
@@ -95,6 +98,7 @@ def _verdict(results: Results, method: str, reference: str, row: Mapping[str, An
         f"“{method}” ({_price(results, method)}) {words} “{reference}” ({_price(results, reference)}) by how well it "
         f"predicts test rows (NLL), on {sets}."
     )
+    said += unequal_passes(*(_passes(results, name) for name in (method, reference)))
     if found.distinguishable and row["sets too"] is not None and not row["sets too"].distinguishable:
         said += " Whether that holds on other data sets these cannot tell."
     return said
@@ -102,7 +106,14 @@ def _verdict(results: Results, method: str, reference: str, row: Mapping[str, An
 
 def _price(results: Results, method: str) -> str:
     """Passes for an answer, and what training costs."""
-    done = [r for task in results.counting for r in results.seeds(task, method)]
-    passes, cost = done[0].record["passes"], mean_of(done, "cost")
+    passes, cost = _passes(results, method), mean_of(_done(results, method), "cost")
     times = "1 pass" if passes == 1 else f"{passes} passes"
     return f"{times}, training worth {cost:.3g} fine-tune{'' if cost == 1 else 's'}"
+
+
+def _passes(results: Results, method: str) -> int:
+    return int(_done(results, method)[0].record["passes"])
+
+
+def _done(results: Results, method: str) -> list[CellResult]:
+    return [r for task in results.counting for r in results.seeds(task, method)]
