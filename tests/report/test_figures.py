@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.made_frames import path_frame, predictions
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from PIL import Image
 
 from loracurve.report import figures, frames, plots, prediction_plots
 from loracurve.system.errors import UserError
@@ -86,3 +90,18 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         figures.save(EVERY["path"](), tmp_path / "file" / "folder", "name")
+
+
+def test_the_page_s_copy_keeps_the_colour_of_every_line(tmp_path: Path) -> None:
+    def draw(ax: Axes) -> Axes:
+        for i, colour in enumerate(figures.COLOURS):
+            ax.plot([0, 1], [i, i + 1], color=colour)
+        return ax
+
+    png, _ = figures.save(figures.figure_of(draw, legend=False), tmp_path, "lines")
+    with Image.open(BytesIO(figures.embedded(png))) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(float) / 255
+    for colour in (*figures.COLOURS, "white"):
+        near = np.abs(pixels - to_rgb(colour)).max(1).min()
+        assert near <= 8 / 255, f"{colour} is off by {255 * near:.0f}"
+    assert len(figures.embedded(png)) < png.stat().st_size / 2

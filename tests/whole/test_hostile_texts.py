@@ -169,8 +169,8 @@ def test_the_terminal_shows_hostile_names(
     capsys.readouterr()
     print_report(metrics)
     shown = capsys.readouterr().out
-    # A method in two tables, the other set in one of parts and in the line of each of four methods.
-    assert harmless_terminal(shown) and shown.count(inline(NAME)) == 7
+    # A method in two tables, the other set in one of parts and in the line of each of five methods.
+    assert harmless_terminal(shown) and shown.count(inline(NAME)) == 8
 
 
 METHODS = {f"{NAME}{SCRIPT}": Single(), "_@SUM(1)|*a*, ": Ensemble(2), "-1+1 &amp; `x`": Single(keep="last")}

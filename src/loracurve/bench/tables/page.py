@@ -84,8 +84,9 @@ def _looks(results: Results) -> dict[str, Look]:
     first |= {name: "single adapter" for name in _single(results)}
     known = {name: RUN[of] for name, of in first.items() if name is not None}
     # Those that share figures come first: colours are fewer than methods.
-    curves = [name for name, method in suite.methods.items() if isinstance(method, Curve)]
-    return looks_of([*known, *curves, *suite.methods], known) | {"ensembles": RUN["ensemble"]}
+    methods = suite.methods.items()
+    curves, lines = ([n for n, m in methods if method_name(m) == kind] for kind in ("curve", "line"))
+    return looks_of([*known, *curves, *lines, *suite.methods], known) | {"ensembles": RUN["ensemble"]}
 
 
 def _single(results: Results) -> list[str]:
