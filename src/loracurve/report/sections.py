@@ -231,7 +231,7 @@ def examples(run: RunData, count: int = 6) -> Block:
         if large.empty:
             absent.append(HEADINGS[part])
         else:
-            chosen[f"{titles[part]}: {HEADINGS[part]} is the largest share of the entropy"] = large
+            chosen[f"{titles[part]}: the rows with the largest share of {HEADINGS[part]} in their entropy"] = large
     agreed = uncertain[share[disagreement] < COUNTS]
     if len(agreed):
         caption = f"The text is ambiguous and the points agree on it: little {HEADINGS[disagreement]}"

@@ -13,6 +13,7 @@ import torch
 from loracurve.curve.lora_space import adapter_at, stack_adapters
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.metrics import accuracy
 from loracurve.inference.model_average import average_of
 from loracurve.inference.prediction import point_nll
 from loracurve.inference.predictive import Predictive
@@ -93,7 +94,7 @@ def _distill(opened: Run, out: Path, input: str | None, steps: int | None, learn
     result = run_loop(model, program, training, label="distill")
 
     one = EvaluationConfig(points=1)
-    write_run(model, task, out, one, opened.config.model.name)
+    write_run(model, task, out, one)
     alone = average_of(model, one, task)
     unknowns = build_unknowns(model, task, alone, opened.config.unknowns, out)
     found = replace(alone, unknowns=unknowns).predict(model, sets["validation"])
@@ -123,11 +124,10 @@ def _together(sets: Mapping[str, Encoded], taught: Mapping[str, Predictive]) -> 
 def _compared(curve: Predictive, alone: Predictive, labels: torch.Tensor) -> dict[str, Any]:
     """NLL and accuracy of both, and the mean KL divergence of the adapter's probabilities from the curve's, in nats."""
     both = {"curve": curve, "distilled": alone}
-    of_curve = soft_cross_entropy(curve.log_probs.double(), curve.probs.double())
-    kl = soft_cross_entropy(alone.log_probs.double(), curve.probs.double()) - of_curve
+    kl = soft_cross_entropy(alone.log_probs.double(), curve.probs.double()) - curve.entropy
     return {
         "nll": {name: float(p.negative_log_likelihood(labels).mean()) for name, p in both.items()},
-        "accuracy": {name: float((p.probs.argmax(1) == labels).double().mean()) for name, p in both.items()},
+        "accuracy": {name: accuracy(p.probs, labels) for name, p in both.items()},
         "kl": float(kl.mean()),
     }
 
@@ -139,11 +139,11 @@ def _write(opened: Run, out: Path, record: Mapping[str, Any]) -> None:
 
 def _lines(record: Mapping[str, Any], out: Path) -> list[str]:
     found, rows = record["validation"], sum(n for name, n in record["rows"].items() if name != "validation")
-    nll, accuracy = found["nll"], found["accuracy"]
+    nll, right = found["nll"], found["accuracy"]
     return [
         f"{record['steps']:,} steps on {rows:,} texts; kept: step {record['best_step']:,}",
         f"validation NLL: curve ({record['passes']} passes) {nll['curve']:.3f}, one adapter {nll['distilled']:.3f}; "
-        f"accuracy {accuracy['curve']:.3f} and {accuracy['distilled']:.3f}; mean KL divergence {found['kl']:.4f}",
+        f"accuracy {right['curve']:.3f} and {right['distilled']:.3f}; mean KL divergence {found['kl']:.4f}",
         f"The adapter is in {out / 'adapter'}; {out} is a run of it, which loracurve calibrate, predict, evaluate and "
         "serve take",
     ]

@@ -12,6 +12,7 @@ from loracurve.inference.information import negative_log_likelihood
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.distributed import share
 from loracurve.system.randomness import stream_seed
+from loracurve.tasks.batching import Batch
 from loracurve.tasks.encoding import Encoded
 from loracurve.training.config import LoopConfig
 from loracurve.training.loop import batch_numbers
@@ -65,9 +66,13 @@ class AnchorsObjective:
 
     def loss(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         log_probs = self.model.runner.scores(part.batch, part.coefficients, part.layout).log_softmax(-1)
-        nll = negative_log_likelihood(log_probs, part.batch.labels)[0]
-        loss = (nll * part.share.to(nll.dtype)).sum()
+        each = self.of_examples(log_probs, part.batch)[0]
+        loss = (each * part.share.to(each.dtype)).sum()
         return loss, loss.detach()[None] / self.groups
+
+    def of_examples(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        """Loss ``[1, E]`` of each example, of log-probabilities ``[1, E, C]``."""
+        return negative_log_likelihood(log_probs, batch.labels)
 
     def validate(self) -> list[float]:
         predictive = self.validation.predictive(slot_times(self.groups))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from loracurve.model.curve_model import CurveModel
+from loracurve.tasks.batching import Batch
 from loracurve.tasks.encoding import Encoded
 from loracurve.training.anchors import AnchorsObjective
 from loracurve.training.config import LoopConfig
-from loracurve.training.micro_batches import MicroBatch
 
 __all__ = ["DistilledObjective", "soft_cross_entropy"]
 
@@ -38,8 +38,5 @@ class DistilledObjective(AnchorsObjective):
         super().__init__(model, rows, validation, config, 1)
         self.targets = targets.to(model.device, torch.float32)
 
-    def loss(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        log_probs = self.model.runner.scores(part.batch, part.coefficients, part.layout).float().log_softmax(-1)
-        each = soft_cross_entropy(log_probs[0], self.targets[part.batch.index])
-        loss = (each * part.share.to(each.dtype)).sum()
-        return loss, loss.detach()[None]
+    def of_examples(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        return soft_cross_entropy(log_probs, self.targets[batch.index])
