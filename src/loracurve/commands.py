@@ -89,7 +89,7 @@ def bench_command(
 
 
 def quickstart_command(out: str = "runs/quickstart", resume: bool = False, seed: Seed = 0) -> None:
-    """Fit a curve to a real 135M model on word sentiment and judge it: about two minutes on two CPU cores.
+    """Fit a curve to a real 135M model on word sentiment and judge it: two to four minutes on two CPU cores.
 
     Args:
         out: new folder for the run.

@@ -51,7 +51,7 @@ RIVALS, STEPS = 3, 40
 
 
 def quickstart_config(seed: int = 0) -> RunConfig:
-    """Settings that take some two minutes on two CPU cores, in the precision that the processor is fast in.
+    """Settings that take two to four minutes on two CPU cores, in the precision that the processor is fast in.
 
     The answers are letters, so that the base knows nothing of the task before it is trained. Only the upper third of
     the layers is adapted: all points share the lower ones. The curve costs as much as the fine-tunes beside it.
