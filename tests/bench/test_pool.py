@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.suites import anchored, killed_or_done, little
+from helpers.suites import anchored, breaks_once_used, killed_or_done, little
 
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
@@ -50,6 +50,13 @@ def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(tmp_path: Path)
         f"{cells[1]}: its process is gone; once more in a new one",
         f"{cells[0]}: its process is gone; once more in a new one",
     ]
+
+
+def test_a_process_in_which_a_cell_broke_gets_no_other() -> None:
+    cells = [Cell("made", 0, name) for name in "abcd"]
+    with _processes([""], 1) as submit:
+        found = spread(cells, 1, lambda p, cell: submit(p, breaks_once_used, cell), None, lambda _: None)
+    assert found == dict(zip(cells, ("done", "broken", "done", "broken"), strict=True))
 
 
 def test_a_place_stays_with_what_it_has_loaded() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -177,6 +178,25 @@ def test_anchors_that_fail_are_tried_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 failed"):
         run_suite(suite, tmp_path / "out", jobs=1, retry=True, say=said.append)
     assert json.loads(failed.read_text())["reason"] == reason and len(said) == 9
+
+
+def test_a_store_without_its_anchors_takes_further_methods(
+    finished: tuple[SuiteConfig, Path], tmp_path: Path
+) -> None:
+    suite, whole = finished
+    out = shutil.copytree(whole, tmp_path / "out")
+    there = bytes_of(out)
+    for tensors in out.glob("anchors/*/*/anchors.safetensors"):
+        tensors.unlink()
+    run_suite(replace(suite, methods=suite.methods | {"again": Single()}), out, jobs=1, say=str)
+    for seed in suite.seeds:
+        one, again = (
+            read_predictions(Cell("made", seed, name).folder(out) / "predictions.parquet").sets
+            for name in ("one", "again")
+        )
+        torch.testing.assert_close({n: p.probs for n, p in again.items()}, {n: p.probs for n, p in one.items()})
+    after = bytes_of(out)
+    assert all(after[name] == value for name, value in there.items() if name != "suite.yaml")
 
 
 def test_time_that_is_up_leaves_cells_for_later(tmp_path: Path) -> None:

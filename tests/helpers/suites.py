@@ -89,3 +89,13 @@ def killed_or_done(cell: Cell, marks: str) -> Result:
     if cell.method == "always" or (cell.method == "first" and not seen):
         os.kill(os.getpid(), signal.SIGKILL)
     return "done", [f"{cell}: done"]
+
+
+_cells_here = 0
+
+
+def breaks_once_used(cell: Cell) -> Result:
+    """A process that is fit for one cell."""
+    global _cells_here
+    _cells_here += 1
+    return ("done", [f"{cell}: done"]) if _cells_here == 1 else ("broken", [f"{cell}: broken"])

@@ -59,19 +59,25 @@ def _in_processes(
 def _processes(gpus: list[str], threads: int) -> Iterator[Callable[..., Future[Result]]]:
     """One process for each place, by its GPU ("": none): gives `submit(place, function, *arguments)`.
 
-    Each process is a pool of its own: one that is killed takes no other with it, and its place gets a new one.
+    Each process is a pool of its own: one that is killed takes no other with it, and its place gets a new one. So does
+    one in which a cell broke: what broke it (CUDA's state, say) may break all that come after.
     """
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
     pools: dict[int, ProcessPoolExecutor] = {}
+    last: dict[int, Future[Result]] = {}
 
     def submit(place: int, *call: object) -> Future[Result]:
+        before = last.get(place)
+        if before is not None and before.exception() is None and before.result()[0] == "broken":
+            pools.pop(place).shutdown(wait=False)
         with _without_interrupts():
             try:
-                return pools[place].submit(*call)  # type: ignore[arg-type]
+                last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
             except (KeyError, BrokenExecutor):
                 pools[place] = ProcessPoolExecutor(1, context, _start, (gpus[place], threads, os.getpid()))
-                return pools[place].submit(*call)  # type: ignore[arg-type]
+                last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
+        return last[place]
 
     try:
         yield submit

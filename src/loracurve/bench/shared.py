@@ -125,18 +125,22 @@ def anchors_folder(out: Path, name: str, seed: int) -> Path:
 def train_anchors(
     suite: SuiteConfig, shared: Shared, name: str, seed: int, out: Path, progress: bool = False
 ) -> ControlPoints:
-    """The anchors of a task and seed: from the store, or trained side by side and stored.
+    """The anchors of a task and seed: from the store, or trained side by side (once more, if only their record is there)
+    and stored.
 
     Raises:
         UserError: the stored ones were made with other options; training fails, or failed before (`failed.json`).
     """
     folder = anchors_folder(out, name, seed)
     options = options_of(suite, task=name, seed=seed)
-    if is_file(folder / "anchors.json"):
+    stored = is_file(folder / "anchors.json")
+    if stored:
         if not made_with(_options_in(folder / "anchors.json"), suite, task=name, seed=seed):
             raise UserError(f"{folder}: the anchors were trained with other options; choose another --out")
         remove_work(folder)
-        return read_tensors(folder / "anchors.safetensors")
+        if is_file(folder / "anchors.safetensors"):
+            return read_tensors(folder / "anchors.safetensors")
+        # A store that was given away without its tensors takes further methods; the record is that of its first cells.
     failed = folder / "failed.json"
     if is_file(failed) and _options_in(failed) == options:
         raise UserError(str(read_json(failed).get("reason")))
@@ -157,6 +161,9 @@ def train_anchors(
         raise UserError(f"the anchors: {error}") from error
     points = shared.model.control_points()
     write_tensors(folder / "anchors.safetensors", points)
+    if stored:
+        remove_work(folder)
+        return points
     record = {
         "options": options,
         "seconds": result.seconds,

@@ -6,8 +6,10 @@ call to call is copied into tensors of fixed place. Such a function looks at no 
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -131,14 +133,37 @@ class Captured:
         # Threads that watch over other processes ask for events meanwhile.
         mode = "global" if world()[1] == 1 else "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
+            with _no_garbage(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 output = self.function(inputs)
         except RuntimeError as error:
             logger.warning("running without CUDA graphs: %s", str(error).splitlines()[0])
             self.enabled = False
             torch.cuda.synchronize()
+            self._release_generators()
             return self.function(inputs)
         self.pool = graph.pool()
         self.graphs[key] = _Graph(graph, _tensors(inputs), output)
         graph.replay()
         return map_tensors(output, torch.clone)
+
+    def _release_generators(self) -> None:
+        """A capture that failed leaves its generators waiting for its end, and they draw nothing before: an empty one
+        that succeeds ends it."""
+        empty = torch.cuda.CUDAGraph()
+        for generator in self.generators():
+            empty.register_generator_state(generator)
+        with _no_garbage(), torch.cuda.graph(empty, stream=self.stream):
+            pass
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Graphs that nobody holds any more may not be destroyed while another is captured."""
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
