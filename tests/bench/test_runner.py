@@ -180,9 +180,7 @@ def test_anchors_that_fail_are_tried_once(tmp_path: Path) -> None:
     assert json.loads(failed.read_text())["reason"] == reason and len(said) == 9
 
 
-def test_a_store_without_its_anchors_takes_further_methods(
-    finished: tuple[SuiteConfig, Path], tmp_path: Path
-) -> None:
+def test_a_store_without_its_anchors_takes_further_methods(finished: tuple[SuiteConfig, Path], tmp_path: Path) -> None:
     suite, whole = finished
     out = shutil.copytree(whole, tmp_path / "out")
     there = bytes_of(out)

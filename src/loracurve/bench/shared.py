@@ -125,8 +125,9 @@ def anchors_folder(out: Path, name: str, seed: int) -> Path:
 def train_anchors(
     suite: SuiteConfig, shared: Shared, name: str, seed: int, out: Path, progress: bool = False
 ) -> ControlPoints:
-    """The anchors of a task and seed: from the store, or trained side by side (once more, if only their record is there)
-    and stored.
+    """The anchors of a task and seed: from the store, or trained side by side and stored.
+
+    A store that came without its tensors has them trained once more.
 
     Raises:
         UserError: the stored ones were made with other options; training fails, or failed before (`failed.json`).
@@ -140,7 +141,6 @@ def train_anchors(
         remove_work(folder)
         if is_file(folder / "anchors.safetensors"):
             return read_tensors(folder / "anchors.safetensors")
-        # A store that was given away without its tensors takes further methods; the record is that of its first cells.
     failed = folder / "failed.json"
     if is_file(failed) and _options_in(failed) == options:
         raise UserError(str(read_json(failed).get("reason")))
@@ -161,7 +161,7 @@ def train_anchors(
         raise UserError(f"the anchors: {error}") from error
     points = shared.model.control_points()
     write_tensors(folder / "anchors.safetensors", points)
-    if stored:
+    if stored:  # the record is that of the fit which earlier cells used
         remove_work(folder)
         return points
     record = {
