@@ -165,6 +165,8 @@ def collate(
             for places in of_slots:
                 packed = pack(encoded, [numbers[p] for p in places], row_tokens, not own_points)
                 groups += [[places[p] for p in group] for group in packed]
+        if len(groups) == len(numbers):  # a row each, in the order of whatever belongs to them
+            groups.sort()
         batch = _collate_rows(encoded, numbers, labels, groups, packing, pad_to, own_points, whole)
     if slots:
         of_examples = torch.tensor(slots)

@@ -38,14 +38,15 @@ def pack(encoded: Encoded, numbers: Sequence[int], row_tokens: int, share_prefix
     return rows
 
 
-def packed_rows(encoded: Encoded, examples: int, row_tokens: int) -> int:
+def packed_rows(encoded: Encoded, examples: int, row_tokens: int, share_prefix: bool = True) -> int:
     """How many rows of about `row_tokens` so many examples of a split fill on average; one each where packing them
     would save little. The same for all batches of a size, so that few shapes occur."""
-    own = encoded.total_size / len(encoded) - encoded.prefix
-    rows = max(round(examples * own / max(row_tokens - encoded.prefix, own)), 1)
+    prefix = encoded.prefix if share_prefix else 0
+    own = encoded.total_size / len(encoded) - prefix
+    rows = max(round(examples * own / max(row_tokens - prefix, own)), 1)
     # What the longest of so many examples has, typically: rows of one example would all be padded to it.
     longest = encoded.sorted_sizes[len(encoded) * (examples - 1) // examples]
-    packed = rows * encoded.prefix + examples * own
+    packed = rows * prefix + examples * own
     return rows if rows < examples and packed < (1 - WORTH_PACKING) * examples * longest else examples
 
 

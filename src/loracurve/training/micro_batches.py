@@ -74,13 +74,12 @@ def training_batch(
     if not (captured or even_rows):
         packing = model.runner.takes_trees(encoded, config.row_tokens)
         return collate(encoded, numbers, config.row_tokens, packing, slots, own_points=own_points)
-    # Captured, an example with a point of its own has a row of its own; so has a text, with any number of read-outs.
-    apart = captured and (encoded.scoring == "lm" or own_points)
-    row_tokens = 1 if apart else config.row_tokens
     examples = -(-config.batch_size // (config.accumulation * world()[1]))
-    rows = packed_rows(encoded, examples, row_tokens)
-    pad_to = CAPTURED_LENGTHS if captured else 1
-    return collate(encoded, numbers, row_tokens, model.runner.takes_trees(encoded, row_tokens), slots, pad_to, rows)
+    # Captured, a text has a row of its own, with any number of read-outs.
+    row_tokens = 1 if captured and encoded.scoring == "lm" else config.row_tokens
+    rows = packed_rows(encoded, examples, row_tokens, not own_points)
+    packing, pad_to = model.runner.takes_trees(encoded, row_tokens), CAPTURED_LENGTHS if captured else 1
+    return collate(encoded, numbers, row_tokens, packing, slots, pad_to, rows, own_points)
 
 
 def micro_batch_of(model: CurveModel, batch: Batch, coefficients: Tensor, share: Tensor) -> MicroBatch:
