@@ -64,6 +64,15 @@ ROWS: list[tuple[str, str, str, str, str, float]] = [
     ("", "the same with the base's states", "unknowns-small-cpu", "build_base_share", "<=", 0.25),
     ("P14", "predictions with them / without", "unknowns-small-cpu", "predict_curve_over_without", "<=", 1.05),
     ("", "the same with the base's states", "unknowns-small-cpu", "predict_base_over_without", "<=", 1.15),
+    (
+        "P15",
+        "step of 32 SST-2 texts at points of their own: packed / a row each",
+        "real_lengths-smollm2-cuda",
+        "sst2/packed_over_a_row_each",
+        "<=",
+        0.6,
+    ),
+    ("", "the same, AG News", "real_lengths-smollm2-cuda", "ag_news/packed_over_a_row_each", "<=", 0.7),
 ]
 
 

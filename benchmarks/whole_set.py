@@ -59,8 +59,8 @@ def texts(folder: Path | None, rows: int) -> list[str]:
     return [" ".join(f"w{int(torch.randint(5000, (1,), generator=draw))}" for _ in range(size)) for size in sizes]
 
 
-def encode(found: Sequence[str], vocabulary: int) -> Encoded:
-    start, end = words_to_tokens(TEMPLATE, vocabulary), words_to_tokens("Answer :", vocabulary)
+def encode(found: Sequence[str], vocabulary: int, template: str = TEMPLATE) -> Encoded:
+    start, end = words_to_tokens(template, vocabulary), words_to_tokens("Answer :", vocabulary)
     prompts = [(*start, *words_to_tokens(text, vocabulary)[:1500], *end) for text in found]
     examples = [Example(str(i), p, (), i % 4, 4) for i, p in enumerate(prompts)]
     return Encoded(examples, "answer", ANSWERS, ("a", "b", "c", "d"), "sum", 0)
