@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from loracurve.runs.classifier import CurveClassifier
     from loracurve.runs.config import RunConfig
     from loracurve.runs.fit import fit_run
+    from loracurve.runs.pipeline import CurvePipeline
     from loracurve.runs.run import open_run
     from loracurve.runs.save import save_run
     from loracurve.system.errors import UserError
@@ -63,6 +64,7 @@ _PLACES = {
     "runs.classifier": ("CurveClassifier",),
     "runs.config": ("RunConfig",),
     "runs.fit": ("fit_run",),
+    "runs.pipeline": ("CurvePipeline",),
     "runs.run": ("open_run",),
     "runs.save": ("save_run",),
     "system.errors": ("UserError",),
@@ -78,6 +80,7 @@ __all__ = [
     "CurveClassifier",
     "CurveConfig",
     "CurveModel",
+    "CurvePipeline",
     "CurveSpec",
     "EvaluationConfig",
     "FitConfig",

@@ -393,20 +393,26 @@ def scan_command(
     print(f"Written to {folder}")
 
 
-def report_command(runs: list[str], out: str | None = None, overwrite: bool = False) -> None:
+def report_command(runs: list[str], out: str | None = None, overwrite: bool = False, base: str | None = None) -> None:
     """Write one self-contained HTML page about one or several runs, and their figures as PNG and PDF.
+
+    Runs that were saved from Python and not evaluated yet are evaluated first.
 
     Args:
         runs: run directories or folders of scans, side by side on the page; they come first, without --runs.
         out: the page, with its figures in PAGE-figures beside it. Default: RUN/report.html, with figures in
             RUN/figures; for several runs report.html.
         overwrite: replace a page that is there.
+        base: where the base model of runs that are evaluated first is now. Default: where it was.
     """
     from loracurve.report.page import write_page
+    from loracurve.runs.evaluate import evaluate_saved
 
     page = Path(out) if out else Path(runs[0], "report.html") if len(runs) == 1 else Path("report.html")
     if exists(page) and not overwrite:
         raise UserError(f"{page} exists already; choose another --out, or replace it by --overwrite")
+    for run in runs:
+        evaluate_saved(Path(run), base)
     write_page([Path(run) for run in runs], page)
     print(f"Written to {page}")
 
@@ -436,7 +442,7 @@ def share_command(
     """Write the curve of a run with a model card into a folder, or upload both to the Hugging Face hub.
 
     Args:
-        run: run directory, evaluated.
+        run: run directory; one that was saved from Python is evaluated first.
         out: new folder for the curve's files and README.md, and what the run knows of unknown inputs.
         hub: OWNER/NAME on the hub to upload them to; you must be logged in there.
         base: name of the base model on the hub. Default: the one the run used.

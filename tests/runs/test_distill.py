@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -12,6 +13,8 @@ from helpers.tiny import lora_config, random_points
 
 import loracurve as lc
 from loracurve.cli import main
+from loracurve.inference.config import UnknownsConfig
+from loracurve.runs.config import load_config, save_config
 from loracurve.system.files import read_json
 
 
@@ -37,7 +40,7 @@ def test_what_is_written_is_a_run_of_one_point(
     counts = {
         name: len((fitted.data(scoring) / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test")
     }
-    assert record["rows"]["train"], record["rows"]["unlabelled"] == (counts["train"], counts["test"])
+    assert (record["rows"]["train"], record["rows"]["unlabelled"]) == (counts["train"], counts["test"])
     assert record["passes"] == 3 and record["steps"] == 3
     opened = lc.open_run(out)
     average = opened.average()
@@ -74,6 +77,35 @@ def test_the_adapter_is_peft_s(fitted: Maker, tmp_path: Path) -> None:
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(base, out / "adapter")(input_ids=ids).logits
     torch.testing.assert_close(own, found, atol=1e-5, rtol=1e-5)
+
+
+def test_its_page_and_card_are_of_one_adapter(fitted: Maker, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    command("distill", saved(fitted, "head", tmp_path / "run"), "--out", out, "--steps", 2)
+    command("report", out)
+    page = (out / "report.html").read_text()
+    assert "<p>head with encoder: one adapter</p>" in page
+    assert not (out / "figures" / "points_and_average.png").exists(), "one point has no curve to draw"
+    command("share", out, "--out", tmp_path / "shared", "--base", "org/tiny")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "| curve | 1 |" in card and "This curve is a single point: one adapter." in card
+    assert "- one adapter trained to the averaged probabilities of a curve" in card
+
+
+def test_the_options_of_unknown_inputs_are_those_of_the_curve(fitted: Maker, tmp_path: Path) -> None:
+    run, out = saved(fitted, "letter", tmp_path / "run"), tmp_path / "one"
+    options = UnknownsConfig(gaussians="none", familiarity="curve", measure="cosine", rows=30)
+    save_config(replace(load_config(run / "config.yaml"), unknowns=options), run / "config.yaml")
+    command("distill", run, "--out", out, "--steps", 1)
+    assert load_config(out / "config.yaml").unknowns == options
+    known = lc.open_run(out).average().unknowns
+    assert known is not None and known.gaussians is None
+    assert known.familiarity is not None and known.familiarity.measure == "cosine"
+    (out / "unknowns.json").unlink()
+    (out / "unknowns.safetensors").unlink()
+    command("calibrate", out, "--risk=.9")
+    again = lc.open_run(out).average().unknowns
+    assert again is not None and again.gaussians is None, "what is built again is built as it was"
 
 
 def test_what_cannot_be_distilled_is_refused_in_a_line(

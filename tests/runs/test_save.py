@@ -11,15 +11,17 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from helpers.made_runs import SCAN, SCORINGS, Maker, command
-from helpers.read_runs import logits, read, some_ids, table
+from helpers.made_runs import SCAN, SCORINGS, Maker, command, tree_hash
+from helpers.read_runs import figures, logits, read, some_ids, table
 from helpers.tiny import lora_config, random_points, tiny
 from safetensors.torch import load_file
 
 import loracurve as lc
 from loracurve.cli import main
 from loracurve.model.base_model import load_base
+from loracurve.runs import evaluate
 from loracurve.runs.config import load_config
+from loracurve.runs.evaluate import evaluate_saved
 from loracurve.runs.scan import run_to_scan
 
 THREE = lc.EvaluationConfig(points=3)
@@ -127,6 +129,72 @@ def test_texts_and_answers_over_http_are_the_average_s(fitted: Maker, tmp_path: 
     with TestClient(make_app(lc.open_run(tmp_path / "run"), ServeConfig()), base_url="http://127.0.0.1") as client:
         answer = client.post("/generate", json={"prompts": ["the film is"], "max_new_tokens": 5}).json()
     assert answer["generations"][0]["text"] == expected[0].text
+
+
+# ---- report and share
+
+
+@pytest.mark.parametrize("scoring", ["letter", "head", "lm"])
+def test_a_page_and_a_card_evaluate_the_run_first(scoring: str, fitted: Maker, tmp_path: Path) -> None:
+    model, task = made(fitted, scoring)
+    lc.save_run(model, task, tmp_path / "run", THREE)
+    command("report", tmp_path / "run")
+    metrics, page = read(tmp_path / "run" / "metrics.json"), (tmp_path / "run" / "report.html").read_text()
+    expected = lc.predict_split(model, task.encode("test"), points=3)
+    nll = float(expected.negative_log_likelihood(None if scoring == "lm" else task.labels("test")).mean())
+    assert metrics["methods"]["curve"]["sets"]["test"]["nll"] == pytest.approx(nll, rel=1e-6)
+    named = ["base model"] * (scoring != "head") + ["best point"] * (scoring != "lm") + ["curve"]
+    assert list(metrics["methods"]) == named
+    assert ": free curve of 2 segments</p>" in page and "rank None" not in page
+
+    lc.save_run(model, task, tmp_path / "other", THREE)
+    command("share", tmp_path / "other", "--out", tmp_path / "shared", "--base", "org/tiny")
+    assert figures(read(tmp_path / "other" / "metrics.json")) == figures(metrics)
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "- in Python, by settings that are not recorded" in card and "learning rate" not in card
+    assert "| curve | 3 |" in card
+
+
+@pytest.mark.parametrize("scoring", ["letter", "head"])
+def test_it_is_judged_as_fit_judges(
+    scoring: str, fitted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, run = fitted("free", scoring), tmp_path / "run"
+    opened = lc.open_run(first)
+    lc.save_run(opened.model, opened.task, run, opened.config.evaluation)
+    for name in ("unknowns.json", "unknowns.safetensors"):
+        shutil.copy(first / name, run / name)
+    evaluate_saved(run)
+    one, other = (read(folder / "metrics.json") for folder in (first, run))
+    for metrics in (one, other):
+        del metrics["task"]["truncated"]  # fit counts its training rows too
+    assert {name: one[name] for name in other} == other
+    assert table(run) == table(first)
+    monkeypatch.setattr(evaluate, "open_run", None)
+    command("report", run)  # once is enough
+
+
+def test_a_fit_that_was_interrupted_is_not_taken_for_one(
+    fitted: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(fitted("free", "letter"), tmp_path / "run"))
+    (run / "metrics.json").unlink()
+    before = tree_hash(run)
+    assert "found no metrics.json; make one with loracurve fit" in refused(capsys, "report", run)
+    assert tree_hash(run) == before
+
+
+def test_a_base_that_moved_is_said_to_the_page(
+    fitted: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Path(shutil.copytree(fitted.base("qwen2"), tmp_path / "base"))
+    base, tokenizer = lc.load_base(str(place))
+    task = lc.load_task(lc.TaskConfig(str(fitted.data("letter")), "letter"), tokenizer)
+    lc.save_run(lc.CurveModel(base, lora_config("qwen2")), task, tmp_path / "run", THREE)
+    moved = shutil.move(place, tmp_path / "moved")
+    assert "where the base lies elsewhere now, give --base" in refused(capsys, "report", tmp_path / "run")
+    command("report", tmp_path / "run", "--base", moved)
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 # ---- what is opened again is what was saved

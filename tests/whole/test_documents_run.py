@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.documents import DOCUMENTS, fenced
 from helpers.made import made_task, vocabulary, write_rows
+from helpers.made_runs import Maker
 from helpers.places import ROOT
 from helpers.ranks import together
 from helpers.tiny import lora_config, tiny
@@ -79,9 +80,12 @@ def test_the_trainer_scripts_differ_as_their_page_shows(block: int, name: str) -
     assert shown == ["@@" if line.startswith("@@") else line for line in differences]
 
 
-def test_the_average_of_the_export_page_is_the_library_s() -> None:
+def test_the_python_of_the_export_page_runs(fitted: Maker) -> None:
     names: dict[str, Any] = {}
-    (block,) = python_in("docs/how-to/export.md")
+    block, piped = python_in("docs/how-to/export.md")
+    exec(piped.replace('"runs/mine"', repr(str(fitted("free", "head")))), names)
+    assert [answer["label"] in ("negative", "positive") for answer in names["found"]] == [True, True]
+    assert all("within_points" in answer for answer in names["every"]) and len(names["every"]) == 2
     exec(block, names)
     draw = torch.Generator().manual_seed(0)
     logits, weights = torch.randn(3, 4, 5, generator=draw), torch.tensor([0.5, 0.2, 0.3])
@@ -109,9 +113,10 @@ RUN_BY = {
     "README.md": "runs/test_classifier.py::test_the_example_of_the_readme_runs",
     "docs/bench.md": "whole/test_documents_run.py::test_the_suite_of_the_bench_page_runs",
     "docs/generate.md": "whole/test_documents_run.py::test_the_text_of_the_generation_page_runs",
-    "docs/how-to/export.md": "whole/test_documents_run.py::test_the_average_of_the_export_page_is_the_library_s",
+    "docs/how-to/export.md": "whole/test_documents_run.py::test_the_python_of_the_export_page_runs",
     "docs/how-to/gpus.md": "whole/test_documents_run.py::test_the_script_of_the_page_on_several_gpus_runs",
     "docs/how-to/own-data.md": "tasks/test_own_data.py::test_the_example_of_the_page_runs",
+    "docs/how-to/polygraph.md": "runs/test_polygraph.py::test_the_example_of_the_page_runs",
     "docs/how-to/scikit-learn.md": "runs/test_classifier.py::test_the_examples_of_the_page_run",
     "docs/landscape.md": "runs/test_scan.py::test_the_notebook_example_runs",
     "docs/serve.md": "serving/test_openai.py::test_the_example_of_the_page_runs",

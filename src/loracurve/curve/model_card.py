@@ -84,7 +84,10 @@ def _shape(config: peft.LoraConfig, spec: CurveSpec) -> str:
     targets = config.target_modules
     maps = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
     alignment = f", aligned by {spec.alignment}" if spec.alignment != "none" else ""
-    return (
+    shape = (
         f"The curve has {spec.size} control points in {spec.segments} segment{plural} of degree {spec.degree} and is "
-        f"{through}{alignment}. The adapters have rank {config.r} and alpha {config.lora_alpha:g} on {maps}."
+        f"{through}{alignment}."
+        if spec.degree
+        else "This curve is a single point: one adapter."
     )
+    return f"{shape} The adapters have rank {config.r} and alpha {config.lora_alpha:g} on {maps}."

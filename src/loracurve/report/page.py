@@ -154,7 +154,8 @@ def about(run: RunData) -> str:
     )
     if config.get("adapters"):
         shape = f"through {len(config['adapters'])} given adapters"
-    return f"{task['name']} with {base}, rank {lora.get('r')}: {curve.get('kind')} curve {shape}"
+    rank = f", rank {lora['r']}" if lora else ""  # a run that was saved from Python has no options of training
+    return f"{task['name']} with {base}{rank}: " + (f"{curve.get('kind')} curve {shape}" if curve else "one adapter")
 
 
 def _version() -> str:

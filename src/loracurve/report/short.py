@@ -51,7 +51,7 @@ def _differences(run: RunData) -> tuple[str, str, Figure] | None:
 
 def _points(run: RunData) -> tuple[str, str, Figure] | None:
     curve = run.metrics["methods"]["curve"]
-    if not (points := curve.get("point_nll")):
+    if len(points := curve.get("point_nll") or []) < 2:
         return None
     frame = pd.DataFrame({"path": "curve", "split": "test", "t": curve["t"], "nll": points})
     drawn = figures.figure_of(plots.points_and_average, frame, average=nll_of_test(run), **adapters_of(run))

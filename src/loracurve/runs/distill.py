@@ -94,7 +94,7 @@ def _distill(opened: Run, out: Path, input: str | None, steps: int | None, learn
     result = run_loop(model, program, training, label="distill")
 
     one = EvaluationConfig(points=1)
-    write_run(model, task, out, one)
+    write_run(model, task, out, one, unknowns=opened.config.unknowns)
     alone = average_of(model, one, task)
     unknowns = build_unknowns(model, task, alone, opened.config.unknowns, out)
     found = replace(alone, unknowns=unknowns).predict(model, sets["validation"])
@@ -144,6 +144,6 @@ def _lines(record: Mapping[str, Any], out: Path) -> list[str]:
         f"{record['steps']:,} steps on {rows:,} texts; kept: step {record['best_step']:,}",
         f"validation NLL: curve ({record['passes']} passes) {nll['curve']:.3f}, one adapter {nll['distilled']:.3f}; "
         f"accuracy {right['curve']:.3f} and {right['distilled']:.3f}; mean KL divergence {found['kl']:.4f}",
-        f"The adapter is in {out / 'adapter'}; {out} is a run of it, which loracurve calibrate, predict, evaluate and "
-        "serve take",
+        f"The adapter is in {out / 'adapter'}; {out} is a run of it, which loracurve calibrate, predict, evaluate, "
+        "report and serve take",
     ]

@@ -3,6 +3,7 @@ model, on every set; predictions are kept."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,27 +31,34 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.report.adapters import chosen_adapter, chosen_name, mean_name
 from loracurve.report.figures import figure_of, save
 from loracurve.report.prediction_plots import posterior_over_t
+from loracurve.runs.predict import say_what_is_missing
 from loracurve.runs.run import Run, check_run, open_run
 from loracurve.system.distributed import main_holds, on_main
 from loracurve.system.environment import environment
 from loracurve.system.errors import UserError
 from loracurve.system.files import write_json
-from loracurve.system.folders import results_folder
-from loracurve.system.paths import writable
+from loracurve.system.folders import locked, results_folder
+from loracurve.system.paths import is_file, writable
 from loracurve.system.randomness import stream_seed
 from loracurve.system.tables import write_table
+from loracurve.system.yaml_files import read_yaml
 from loracurve.tasks.encoding import Encoded
 from loracurve.tasks.task import Task, open_dataset
 
 __all__ = [
     "MethodPredictions",
+    "awaits_evaluation",
     "compare",
     "evaluate_methods",
     "evaluate_run",
+    "evaluate_saved",
     "evaluation_sets",
     "summarise",
     "write_run_predictions",
 ]
+
+
+logger = logging.getLogger("loracurve")
 
 
 @dataclass
@@ -207,7 +215,7 @@ def evaluate_methods(
         methods = [*singles, ensemble, *methods[:-1]]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
-            methods.append(_along(name, model, equal(average.t), {"test": sets["test"]}, held_out))
+            methods.append(_along(name, model, equal(average.t), {"test": sets["test"]}))
         methods.append(curve)
         model.set_curve(spec, points)
     elif (best := _best_point(curve)) is not None:
@@ -315,6 +323,39 @@ def write_run_predictions(path: Path, methods: list[MethodPredictions], sets: di
             tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
     write_table(path, table)
+
+
+def awaits_evaluation(folder: Path) -> bool:
+    """Whether a run was saved from Python and not evaluated yet; one that `fit` left unfinished is another matter."""
+    if is_file(folder / "metrics.json") or not is_file(folder / "curve" / "curve_config.json"):
+        return False
+    values = read_yaml(folder / "config.yaml") if is_file(folder / "config.yaml") else None
+    return isinstance(values, Mapping) and "curve_training" not in values
+
+
+def evaluate_saved(folder: Path, base: str | None = None) -> None:
+    """Judge a run that `awaits_evaluation`, as `fit` judges its own: report and share show what is found. Other folders
+    are left alone.
+
+    Args:
+        folder: run directory; metrics.json and predictions.parquet are written into it.
+        base: where the base model is now; None: where it was.
+
+    Raises:
+        UserError: base or rows that are not there, no split test, another process in the folder.
+    """
+    if not awaits_evaluation(folder):
+        return
+    with main_holds(lambda: locked(folder)):
+        opened = open_run(folder, base=base)
+        logger.warning("%s: not evaluated yet: predicting its test and validation rows", folder)
+        task, evaluation = opened.task, opened.config.evaluation
+        if task.config.scoring != "lm":
+            say_what_is_missing(opened)
+        sets = evaluation_sets(task, evaluation)
+        report = evaluate_methods(opened.model, task, evaluation, sets, None, folder, opened.average())
+        report["task"] = task.describe()
+        on_main(partial(write_json, folder / "metrics.json", report))
 
 
 def evaluate_run(

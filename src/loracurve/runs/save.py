@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loracurve.curve.config import CurveConfig
-from loracurve.inference.config import EvaluationConfig
+from loracurve.inference.config import EvaluationConfig, UnknownsConfig
 from loracurve.model.base_model import load_tokenizer, loaded_with
 from loracurve.model.config import ModelConfig
 from loracurve.model.curve_model import CurveModel
@@ -30,11 +30,12 @@ def save_run(
     evaluation: EvaluationConfig | None = None,
     base: str | None = None,
 ) -> None:
-    """Write a curve with its task as a run directory, as `loracurve fit` does: predict, evaluate, calibrate, export,
-    scan, generate and serve take it, and `open_run` opens it.
+    """Write a curve with its task as a run directory, as `loracurve fit` does: all commands take it, and `open_run`
+    opens it.
 
     The base and the rows are not written: their names, and numbers and hashes by which they are known again. How the
-    curve was trained is not known here, and Gaussians and familiarity are built by `loracurve calibrate`.
+    curve was trained is not known here. Gaussians and familiarity are built by `loracurve calibrate`, and `report` and
+    `share` evaluate the run first.
 
     Args:
         model: the curve.
@@ -53,18 +54,31 @@ def save_run(
 
 
 def write_run(
-    model: CurveModel, task: Task, run: Path, evaluation: EvaluationConfig | None = None, base: str | None = None
+    model: CurveModel,
+    task: Task,
+    run: Path,
+    evaluation: EvaluationConfig | None = None,
+    base: str | None = None,
+    unknowns: UnknownsConfig | None = None,
 ) -> None:
-    """`save_run` into a folder that the caller holds."""
+    """`save_run` into a folder that the caller holds. `unknowns`: how Gaussians and familiarity are built; None: the
+    library's defaults."""
     options = loaded_with(model.model, model.dtype, base)
     _check(model, task, options)
     shape = CurveConfig.of(model.spec)
-    config = RunConfig(options, task.config, curve=shape, evaluation=evaluation or EvaluationConfig())
+    config = RunConfig(
+        options,
+        task.config,
+        curve=shape,
+        evaluation=evaluation or EvaluationConfig(),
+        unknowns=unknowns or UnknownsConfig(),
+    )
     config = checked_config(config, options.trust_remote_code)
     identity = identity_of(config, model.model, task.tokenizer, task, brought=model.base_weights)
 
     def write() -> None:
-        save_config(config, run / "config.yaml", ("model", "task", "curve", "evaluation", "unknowns"))
+        shaped = ("curve",) if model.spec.degree else ()  # no options make a single adapter
+        save_config(config, run / "config.yaml", ("model", "task", *shaped, "evaluation", "unknowns"))
         write_identity(identity, run)
         write_json(run / "environment.json", environment())
         model.save_pretrained(run / "curve", options.name)  # last: it says that the rest is there

@@ -17,6 +17,7 @@ from loracurve.report.run_data import RunData, fitting_files, read_run
 from loracurve.report.sections import summary
 from loracurve.runs.carried import carry_unknowns
 from loracurve.runs.config import RunConfig, load_config
+from loracurve.runs.evaluate import awaits_evaluation, evaluate_saved
 from loracurve.runs.identity import read_identity
 from loracurve.system.errors import UserError
 from loracurve.system.folders import results_folder
@@ -35,8 +36,26 @@ _SHARED: Shape = {
 
 def _training(run: RunData, config: RunConfig) -> list[str]:
     """Settings and versions, one line each."""
-    lines = []
+    if is_file(run.folder / "distilled.json"):
+        lines = ["one adapter trained to the averaged probabilities of a curve, by loracurve distill"]
+    elif "curve_training" in run.config:
+        lines = _trained(config)
+    else:
+        lines = ["in Python, by settings that are not recorded"]
     environment = run.environment
+    seconds = run.metrics.get("seconds", {}).get("total")
+    on = f" on {environment['device']}" if environment.get("device") else ""
+    if seconds is not None:
+        lines.append(f"{seconds:,.0f} s in all{on}")
+    packages = [f"{name} {number}" for name, number in environment.get("packages", {}).items() if number]
+    if packages:
+        lines.append(", ".join(packages))
+    return lines
+
+
+def _trained(config: RunConfig) -> list[str]:
+    """How `fit` trained anchors and curve."""
+    lines = []
     for name, options in (("anchors", config.anchor_training), ("curve", config.curve_training)):
         if name == "anchors" and (config.curve.kind == "free" or config.adapters):
             continue
@@ -50,13 +69,6 @@ def _training(run: RunData, config: RunConfig) -> list[str]:
         lines.append(f"diversity term: {objective.jsd} of weight {objective.weight:g}")
     if perturbation.kind != "none":
         lines.append(f"perturbation: {perturbation.kind}, rho {perturbation.rho:g}")
-    seconds = run.metrics.get("seconds", {}).get("total")
-    on = f" on {environment['device']}" if environment.get("device") else ""
-    if seconds is not None:
-        lines.append(f"{seconds:,.0f} s in all{on}")
-    packages = [f"{name} {number}" for name, number in environment.get("packages", {}).items() if number]
-    if packages:
-        lines.append(", ".join(packages))
     return lines
 
 
@@ -80,7 +92,8 @@ def _described(run: RunData) -> dict[str, Any]:
 def share_run(
     run: str | Path, out: str | Path, base: str | None = None, repo: str | None = None, unknowns: bool = True
 ) -> Path:
-    """Write the curve of an evaluated run with a model card into a folder, ready for the hub.
+    """Write the curve of a run with a model card into a folder, ready for the hub. A run that was saved from Python is
+    evaluated first; others are only read.
 
     Args:
         run: run directory.
@@ -93,7 +106,7 @@ def share_run(
         UserError: no evaluated run, files that hold something else than a run's or do not belong together, a base model
             without a name on the hub, or a folder with something in it.
     """
-    if not is_file(Path(run) / "metrics.json"):
+    if not is_file(Path(run) / "metrics.json") and not awaits_evaluation(Path(run)):
         raise UserError(f"{run}: expected an evaluated run, found no metrics.json; make one with loracurve fit")
     with results_folder(Path(out)) as folder:
         return _share(Path(run), folder, base, repo, unknowns)
@@ -103,6 +116,7 @@ def _share(run: Path, folder: Path, base: str | None, repo: str | None, with_unk
     read_identity(run)  # of a newer version: refused
     config, spec, points = load_curve(run / "curve")
     name = hub_base(config, base)
+    evaluate_saved(run)
     known = read_unknowns(run) if with_unknowns else None
     with fitting_files([run]):
         data = read_run(run, run.resolve().name)
