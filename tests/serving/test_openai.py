@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.served import LIMITS, TEXTS
+from helpers.served import LIMITS, TEMPLATE, TEXTS
 
 from loracurve.model.curve_model import CurveModel
 from loracurve.runs.run import Run
@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("entropy", "expected_entropy", "mutual_information")
 GREEDY = {"model": "run", "max_tokens": 4, "temperature": 0}
 TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "good ?"}]}]
-TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}answer :"
 PUT_IN = "system : be brief user : good ? answer :"
 
 

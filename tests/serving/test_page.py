@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
-from helpers.waiting import SECONDS
+from helpers.served import served
 
 from loracurve.runs.run import open_run
 from loracurve.serving.config import ServeConfig
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-
-from loracurve.serving.app import make_app  # noqa: E402
-
-
-@contextmanager
-def served(folder: Path, token: str, options: ServeConfig) -> Iterator[str]:
-    """The address of a run served from a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = make_app(open_run(folder), options, token=token)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="on"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(SECONDS)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -49,7 +28,7 @@ def test_the_page_predicts_and_generates(tmp_path: Path) -> None:
     assert CHROMIUM is not None
     browser = Browser(CHROMIUM, tmp_path / "profile")
     try:
-        with served(tmp_path / "run", "a-secret-word", options) as address:
+        with served(open_run(tmp_path / "run"), options, token="a-secret-word") as address:
             browser.call("Page.navigate", url=address)
             said = browser.until("document.readyState === 'complete' && document.getElementById('error').textContent")
             assert said.startswith("401: expected the header") and browser.run("at('connection').open")
