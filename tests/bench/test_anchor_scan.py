@@ -55,11 +55,11 @@ def test_a_scan_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     run_suite(suite, tmp_path / "out", jobs=1, say=lambda _: None)
     tensors = tmp_path / "out" / "anchors" / "made" / "0" / "anchors.safetensors"
     kept = tensors.read_bytes()
-    tensors.unlink()
+    tensors.write_bytes(kept[:100])
     asked, said = replace(suite, landscape=replace(OPTIONS, pairs=1)), list[str]()
     with pytest.raises(UserError, match="1 failed .*landscape"):
         run_suite(asked, tmp_path / "out", jobs=1, say=said.append)
-    assert len(said) == 1 and "landscape: failed:" in said[0] and "expected a safetensors file, found none" in said[0]
+    assert len(said) == 1 and "landscape: failed:" in said[0] and "damaged safetensors file" in said[0]
     assert [row[2] for row in tables_of(asked, tmp_path / "out")["left_out"].rows] == ["landscape"]
     assert (tmp_path / "out" / "tables" / "left_out.csv").exists()
     tensors.write_bytes(kept)
