@@ -8,19 +8,18 @@ does: every point runs the layers that are adapted, the frozen ones below run on
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ANSWERS, DEVICE, arguments, build, check, lora, random_adapters, report, show, stacked
+from common import ANSWERS, DEVICE, arguments, build, check, lora, random_adapters, report, show, stacked, timed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline
 from whole_set import texts
 
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.prediction import CPU_TOKENS, GPU_TOKENS, predict_split
+from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.tasks.encoding import Encoded, Example
 
@@ -33,24 +32,18 @@ def tokenizer_of(found: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def median_of(function: Callable[[], Any], repeats: int) -> float:
-    """Seconds; the first call captures and compiles what there is to."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def ours(model: CurveModel, tokenizer: PreTrainedTokenizerFast, found: list[str], points: int) -> Predictive:
+    examples = [Example(str(i), tuple(p), (), None, 4) for i, p in enumerate(tokenizer(found).input_ids)]
+    return predict_split(model, Encoded(examples, "answer", ANSWERS, tuple("abcd"), "sum", 0), points=points)
 
 
 def main() -> None:
     options = arguments(__doc__, data={"type": Path}, rows={"type": int})
     figures: dict[str, Any] = {"relative_errors": check()}
-    rows = options.rows or {"7b": 512, "smollm2": 4096, "small": 64}[options.shape]
     if options.shape == "7b":
         raise SystemExit("expected --shape smollm2 or small: the pipeline has a Llama's head")
-    found = texts(options.data, rows)
+    found = texts(options.data, options.rows or {"smollm2": 4096, "small": 64}[options.shape])
+    rows = len(found)
     base = build(options.shape)
     tokenizer = tokenizer_of(found, base.config.vocab_size)
     layers = base.config.num_hidden_layers
@@ -62,15 +55,16 @@ def main() -> None:
     batch = max(budget // longest, 1)
     pipe = pipeline("text-classification", model=plain, tokenizer=tokenizer, device=DEVICE, batch_size=batch)
     by_length = sorted(found, key=lambda text: len(text.split()))
+    # Milliseconds; the first call captures what there is to.
     theirs = {
-        "as they come": median_of(lambda: pipe(found), options.repeats),
-        "sorted": median_of(lambda: pipe(by_length), options.repeats),
+        "as they come": timed(lambda: pipe(found), options.repeats, 1),
+        "sorted": timed(lambda: pipe(by_length), options.repeats, 1),
     }
     best = min(theirs.values())
     figures |= {
-        "texts": len(found),
+        "texts": rows,
         "batch": batch,
-        "pipeline_texts_a_second": {k: rows / s for k, s in theirs.items()},
+        "pipeline_texts_a_second": {k: 1e3 * rows / ms for k, ms in theirs.items()},
     }
     for name, first in (("all layers", 0), ("upper third", layers - layers // 3)):
         config = lora(8)
@@ -79,19 +73,15 @@ def main() -> None:
         model = CurveModel(copy.deepcopy(base), config, CurveSpec(4, 2)).to(DEVICE).eval()
         model.set_curve(model.spec, stacked(random_adapters(model, model.spec.size)))
 
-        def ours(points: int, model: CurveModel = model) -> Any:
-            examples = [Example(str(i), tuple(p), (), None, 4) for i, p in enumerate(tokenizer(found).input_ids)]
-            return predict_split(model, Encoded(examples, "answer", ANSWERS, tuple("abcd"), "sum", 0), points=points)
-
         figures[name] = {}
         for points in (3, 5, 10):
-            seconds = median_of(lambda points=points: ours(points), options.repeats)  # type: ignore[misc]
+            ms = timed(partial(ours, model, tokenizer, found, points), options.repeats, 1)
             floor = (first + points * (layers - first)) / layers
             figures[name][points] = {
-                "texts_a_second": rows / seconds,
-                "pipeline_time_over_ours": best / seconds,
+                "texts_a_second": 1e3 * rows / ms,
+                "pipeline_time_over_ours": best / ms,
                 "floor": floor,
-                "over_floor": seconds / best / floor,
+                "over_floor": ms / best / floor,
             }
         report("predicting", options, figures)
     show("predicting", figures)
