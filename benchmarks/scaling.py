@@ -1,7 +1,8 @@
-"""P10: a training step and the evaluation of a whole data set by two processes, against one.
+"""P10: a training step and the evaluation of a whole data set by several processes, against one.
 
-The batch of a step is the same; each process has a GPU of its own (NCCL), or one thread of the CPU (gloo). Both are
-first compared in float32 on a small model: losses, control points, predictions. This script starts torchrun by itself.
+The batch of a step is the same; each process has a GPU of its own (NCCL), or one thread of the CPU (gloo). All are
+first compared in float32 on a small model: losses, control points, predictions; with `--shard` also with the base
+spread over the processes (FSDP2). This script starts torchrun by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from common import (
     DEVICE,
+    allocated,
     arguments,
     build,
     curve_model,
@@ -55,11 +57,13 @@ def stepper_of(model: Any, encoded: Any, config: FitConfig) -> Callable[[], torc
     return lambda: stepper(program.parts(next(count)), 1.0)
 
 
-def check_small(folder: Path) -> None:
-    """Losses and control points of three steps, and predictions, for the comparison with the other run."""
+def check_small(folder: Path, shard: bool) -> None:
+    """Losses and control points of six steps, and predictions, for the comparison with the other runs."""
     base = build("small", torch.float32)
     model = curve_model(base, 4, CurveSpec(2, 2))
     model.set_curve(model.spec, stacked(random_adapters(model, 5)))
+    if shard:
+        shard_base(model)
     encoded = synthetic(33, 24, base.config.vocab_size)
     config = FitConfig(batch_size=7, points=2, share_points=True, objective=ObjectiveConfig("bonus", 0.5))
     step = stepper_of(model, encoded, config)
@@ -69,7 +73,7 @@ def check_small(folder: Path) -> None:
     if is_main():
         points = torch.cat([p.flatten() for p in model.control_points().values()])
         values = {"losses": losses.cpu(), "control_points": points, "predictions": predicted.point_log_probs}
-        torch.save(values, folder / "small.pt")
+        torch.save(values, folder / ("sharded.pt" if shard else "whole.pt"))
 
 
 def clocked(work: Callable[[], object], repeats: int, warm_up: int = WARM_UP) -> float:
@@ -104,7 +108,9 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
             (folder / "found.json").write_text(json.dumps(found))
             note(begin, f"{name}: {json.dumps(figures)}")
 
-    check_small(folder)
+    shards = options.shard and bool(backend(DEVICE))
+    for shard in (False, True)[: 1 + shards]:
+        check_small(folder, shard)
     rows, tokens, texts_read, r = sizes(options.shape)
     base = build(options.shape)
     model = curve_model(base, r, CurveSpec(1, 2))
@@ -120,17 +126,19 @@ def worker(options: argparse.Namespace, folder: Path) -> None:
     warm_up = 3 if DEVICE.type == "cuda" else 1
     seconds = clocked(lambda: predict_splits(model, {"test": split}, t), 1, warm_up)
     done("evaluation", s=seconds, peak_gib=peak_memory())
-    if options.shard and backend(DEVICE):
+    if shards:
+        whole = allocated()
         shard_base(model)
         reset_memory()
+        spread = allocated()
         seconds = clocked(stepper_of(model, encoded, config), options.repeats)
-        done("training_sharded", s=seconds, peak_gib=peak_memory())
+        done("training_sharded", s=seconds, peak_gib=peak_memory(), before_gib=whole, spread_gib=spread)
     leave()
 
 
 def sizes(shape: str) -> tuple[int, int, int, int]:
     """Rows and tokens of a step, rows of the data set, rank."""
-    return {"7b": (16, 256, 512, 16), "smollm2": (128, 128, 2000, 8), "small": (32, 64, 384, 8)}[shape]
+    return {"7b": (16, 256, 1024, 16), "smollm2": (128, 128, 2000, 8), "small": (32, 64, 384, 8)}[shape]
 
 
 def launch(processes: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -150,39 +158,47 @@ def launch(processes: int, options: argparse.Namespace, folder: Path) -> dict[st
     return dict(json.loads((folder / "found.json").read_text()))
 
 
-def compare(one: Path, two: Path) -> dict[str, float]:
+def compare(one: Path, several: Path) -> dict[str, dict[str, float]]:
     """Relative differences of the small model's results; a wrong one ends the benchmark."""
-    first, second = (torch.load(folder / "small.pt", weights_only=True) for folder in (one, two))
-    errors = {name: float((second[name] - x).norm() / x.norm()) for name, x in first.items()}
-    if max(errors.values()) > 1e-4:
-        raise SystemExit(f"two processes differ from one: {errors}")
+    first = torch.load(one / "whole.pt", weights_only=True)
+    errors = {}
+    for file in sorted(several.glob("*.pt")):
+        found = torch.load(file, weights_only=True)
+        errors[file.stem] = {name: float((found[name] - x).norm() / x.norm()) for name, x in first.items()}
+        if max(errors[file.stem].values()) > 1e-4:
+            raise SystemExit(f"several processes differ from one: {errors}")
     return errors
 
 
 def main() -> None:
-    options = arguments(__doc__, worker={"type": Path}, shard={"action": "store_true", "help": "FSDP2 too"})
+    options = arguments(
+        __doc__,
+        worker={"type": Path},
+        shard={"action": "store_true", "help": "the base spread over the processes, too"},
+        processes={"type": int, "nargs": "+", "default": [2], "help": "how many; each is compared with one"},
+    )
     if options.worker is not None:
         worker(options, options.worker)
         return
-    if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
-        raise SystemExit("expected two GPUs, found one")
+    found = torch.cuda.device_count()
+    if DEVICE.type == "cuda" and found < max(options.processes):
+        raise SystemExit(f"expected a GPU for each process, found {found} for {max(options.processes)}")
+    rows, tokens, texts_read, r = sizes(options.shape)
+    figures: dict[str, Any] = {"rows": rows, "tokens": tokens, "texts": texts_read, "r": r}
+    processes = " ".join(map(str, options.processes))
+    command = f"python benchmarks/scaling.py --shape {options.shape} --repeats {options.repeats}"
+    command += f" --processes {processes}" + " --shard" * options.shard
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place) / str(n) for n in (1, 2)]
-        one, two = (launch(n, options, folder) for n, folder in zip((1, 2), folders, strict=True))
-        rows, tokens, texts_read, r = sizes(options.shape)
-        figures: dict[str, Any] = {
-            "relative_errors": compare(*folders),
-            "backend": two["backend"],
-            "rows": rows,
-            "tokens": tokens,
-            "texts": texts_read,
-            "r": r,
-        }
-    for name in ("training", "evaluation", "training_sharded"):
-        single = one.get(name.removesuffix("_sharded"))
-        if single and name in two:
-            figures[name] = {"one": single, "two": two[name], "speedup": single["s"] / two[name]["s"]}
-    report("scaling", options, figures)
+        alone = Path(place, "1")
+        figures["1"] = one = launch(1, options, alone)
+        for count in options.processes:
+            folder = Path(place, str(count))
+            figures[str(count)] = several = launch(count, options, folder)
+            several["relative_errors"] = compare(alone, folder)
+            for name in ("training", "evaluation", "training_sharded"):
+                if name in several:
+                    several[name]["speedup"] = one[name.removesuffix("_sharded")]["s"] / several[name]["s"]
+            report("scaling", options, figures, command)
     show("scaling", figures)
 
 
