@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.suites import anchored, breaks_once_used, killed_or_done, little
+from helpers.suites import anchored, breaks_once_used, killed_or_done, little, visible_from_the_start
 
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
@@ -57,6 +58,19 @@ def test_a_process_in_which_a_cell_broke_gets_no_other() -> None:
     with _processes([""], 1) as submit:
         found = spread(cells, 1, lambda p, cell: submit(p, breaks_once_used, cell), None, lambda _: None)
     assert found == dict(zip(cells, ("done", "broken", "done", "broken"), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+@pytest.mark.parametrize("before", [None, "5,6"])
+def test_a_process_sees_its_gpu_before_any_import(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some packages look for devices when they are imported, and what is hidden later stays in sight."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    with _processes(["6", "5", ""], 1) as submit:
+        found = [submit(place, visible_from_the_start) for place in range(3)]
+        assert [future.result()[1][0] for future in found] == ["6", "5", before or "none named"]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_a_place_stays_with_what_it_has_loaded() -> None:

@@ -75,8 +75,9 @@ def _processes(gpus: list[str], threads: int) -> Iterator[Callable[..., Future[R
             try:
                 last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
             except (KeyError, BrokenExecutor):
-                pools[place] = ProcessPoolExecutor(1, context, _start, (gpus[place], threads, os.getpid()))
-                last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
+                pools[place] = ProcessPoolExecutor(1, context, _start, (threads, os.getpid()))
+                with _visible(gpus[place]):
+                    last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
         return last[place]
 
     try:
@@ -175,10 +176,23 @@ def visible_gpus(count: int) -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _start(gpu: str, threads: int, parent: int) -> None:
-    """In a new process, before torch looks for devices: see one GPU; end with the parent, even if that is killed."""
+@contextmanager
+def _visible(gpu: str) -> Iterator[None]:
+    """Processes that start inside see one GPU from their first line on: imports (bitsandbytes) may look for devices."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif gpu:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def _start(threads: int, parent: int) -> None:
+    """In a new process: end with the parent, even if that is killed."""
     torch.set_num_threads(threads)
 
     def watch() -> None:
