@@ -23,9 +23,11 @@ from loracurve.model.trials import (
     check_causal,
     decodes_in_batches,
     full_precision,
+    mixing_layer,
     padding_side,
     position_limit,
     takes_tree_masks,
+    trial_tokens,
 )
 from loracurve.system.errors import UserError
 from loracurve.tasks.batching import collate
@@ -209,6 +211,7 @@ def test_classifiers_pool_as_for_a_row_alone(kind: str, side: str) -> None:
     base = classifier(kind)
     twin = copy.deepcopy(base)
     assert padding_side(base, torch.float32, CPU) == side
+    assert padding_side(copy.deepcopy(base).to(torch.bfloat16), torch.bfloat16, CPU) == side
     rows = [tuple(6 + (3 * i + j) % 50 for j in range(2 + 5 * i)) for i in range(6)]
     encoded = Encoded(
         [Example(str(i), row, (), 0, 3) for i, row in enumerate(rows)], "head", None, ("a", "b", "c"), "sum", 0
@@ -264,6 +267,63 @@ def test_rows_that_a_model_mixes_lie_at_their_points_all_the_same(kind: str, tar
             model(t, input_ids=batch.input_ids)
 
 
+class Rounding(nn.Module):
+    """A linear layer in bfloat16 whose kernel depends on the shape: its outputs are off by a hundredth of their spread,
+    single ones by far more, otherwise for other shapes. `fault` is what it does to rows in company."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault, self.linear = fault, nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(len(x))
+        noise = 0.01 * torch.randn(x.shape, generator=draw)
+        noise[..., 5] = 0.2
+        y = self.linear(x) * (1 + noise.to(x.dtype))
+        if len(x) == 2:
+            y = {"none": y, "swapped": y.flip(0), "mean": 0.5 * (y + y.flip(0))}[self.fault]
+        return y
+
+
+class Stacked(nn.Module):
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.config = tf.LlamaConfig(vocab_size=60)
+        self.words = nn.Embedding(60, 64)
+        self.first, self.second = Rounding(fault), Rounding("none")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        return self.second(self.first(self.words(input_ids)))
+
+
+@pytest.mark.parametrize(("fault", "found"), [("none", None), ("swapped", "second"), ("mean", "second")])
+def test_rounding_in_half_precision_is_no_mixing_of_rows(fault: str, found: str | None) -> None:
+    """Models of more than a billion weights are tried in their own dtype: a fixed bound refused Qwen2.5-7B's shapes on
+    one GPU in two."""
+    torch.manual_seed(0)
+    model = Stacked(fault).to(torch.bfloat16).eval()
+    layers = {"first": model.first, "second": model.second}
+    assert mixing_layer(model, layers, False, CPU) == found
+    x, own = (model.first(model.words(trial_tokens(model, n, 7, CPU))) for n in (2, 1))
+    if fault == "none":
+        assert (x[0] - own[0]).abs().max() > 0.05 * own.square().mean().sqrt()  # which was the bound
+
+
+def test_padding_and_caches_are_judged_in_half_precision_too() -> None:
+    torch.manual_seed(0)
+    deep = SIZES | {"num_hidden_layers": 24}
+    llama = widened(tf.LlamaForSequenceClassification(tf.LlamaConfig(**deep, num_labels=3))).to(torch.bfloat16)
+    assert padding_side(llama, torch.bfloat16, CPU) == "right"
+    bert = widened(tf.BertForSequenceClassification(tf.BertConfig(**BERT, num_labels=3))).to(torch.bfloat16)
+    assert padding_side(bert, torch.bfloat16, CPU) == "right"
+    assert decodes_in_batches(
+        widened(tf.LlamaForCausalLM(tf.LlamaConfig(**deep))).to(torch.bfloat16), torch.bfloat16, CPU
+    )
+
+
 def test_a_classifier_that_pads_nowhere_is_refused() -> None:
     base = tf.FNetForSequenceClassification(
         tf.FNetConfig(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
@@ -276,14 +336,15 @@ def test_a_classifier_that_pads_nowhere_is_refused() -> None:
         padding_side(base, torch.float32, CPU)
 
 
-def test_texts_are_continued_one_by_one_where_padding_is_read() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_are_continued_one_by_one_where_padding_is_read(dtype: torch.dtype) -> None:
     """As by recurrent layers: here a decoder that sees no mask."""
-    base = widened(tiny("qwen2", torch.float32, vocabulary=len(qwen_style())))
-    assert decodes_in_batches(base, torch.float32, CPU)
+    base = widened(tiny("qwen2", dtype, vocabulary=len(qwen_style())))
+    assert decodes_in_batches(base, dtype, CPU)
     base.model.register_forward_pre_hook(  # type: ignore[union-attr]
         lambda _, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
     )
-    assert not decodes_in_batches(base, torch.float32, CPU)
+    assert not decodes_in_batches(base, dtype, CPU)
     model = CurveModel.from_config(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     texts, t = ["good", "a very good film indeed", "bad"], torch.tensor([0.3])
     together = generate(model, qwen_style(), texts, GenerateConfig(max_new_tokens=4), t)
@@ -293,8 +354,9 @@ def test_texts_are_continued_one_by_one_where_padding_is_read() -> None:
         assert found.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
 
 
-def test_a_cache_that_says_something_else_is_refused() -> None:
-    base = widened(tiny("qwen2", torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_that_says_something_else_is_refused(dtype: torch.dtype) -> None:
+    base = widened(tiny("qwen2", dtype))
     forward = base.model.forward  # type: ignore[union-attr]
 
     def wrong(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -304,7 +366,7 @@ def test_a_cache_that_says_something_else_is_refused() -> None:
 
     base.model.forward = wrong  # type: ignore[union-attr,assignment]
     with pytest.raises(UserError, match="continues texts from its cache as without"):
-        decodes_in_batches(base, torch.float32, CPU)
+        decodes_in_batches(base, dtype, CPU)
     rwkv = tf.RwkvForCausalLM(
         tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
     )
