@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracurve.cli import main
+from loracurve.curve.files import load_adapter
+from loracurve.curve.gauge import align
+from loracurve.curve.lora_space import stack_adapters
+from loracurve.curve.spec import CurveSpec
 from loracurve.inference.calibration import fit_temperature
+from loracurve.inference.prediction import predict_split
 from loracurve.model.injection import base_parameters
 from loracurve.runs.evaluate import evaluate_methods
 from loracurve.runs.run import open_run
@@ -238,3 +243,23 @@ def test_another_task_is_put_into_the_same_prompt(fitted: Maker, tmp_path: Path)
     assert read(tmp_path / "e" / "metrics.json")["methods"]["curve"]["sets"]["test"]["nll"] == pytest.approx(
         nll, abs=1e-5
     )
+
+
+@pytest.mark.parametrize(("name", "alignment"), [("straight line", "none"), ("aligned line", "balanced+procrustes")])
+def test_lines_predict_at_anchors_what_the_anchors_do(name: str, alignment: str, fitted: Maker) -> None:
+    """Their own points alone are predicted; the anchors were, for the ensemble."""
+    out = fitted("anchored", "letter")
+    run = open_run(out)
+    metrics, rows = read(out / "metrics.json")["methods"], table(out, name)
+    t = torch.tensor(metrics[name]["t"], dtype=torch.float64)
+    assert metrics[name]["passes"] == len(t) > 2 and {0.0, 1.0} < {*t.tolist()}
+    folders = [out / "anchors" / str(m) for m in (0, 1)]
+    anchors = stack_adapters([load_adapter(folder)[1] for folder in folders])
+    control = anchors if alignment == "none" else align(anchors, alignment)
+    run.model.set_curve(CurveSpec.slots(2), control)
+    test = run.task.encode("test")
+    wanted = predict_split(run.model, test, t).point_log_probs
+    assert wanted is not None
+    for example, expected in zip(test.examples, wanted.exp().transpose(0, 1), strict=True):
+        found = torch.tensor(rows[example.id]["point_probs"])  # of the choices that the row has
+        assert (found - expected[:, : found.shape[1]]).abs().max() < 1e-5

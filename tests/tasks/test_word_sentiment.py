@@ -25,7 +25,7 @@ def test_word_families_lie_in_one_split_each(words: Any) -> None:
     for i, first in enumerate(families):
         assert all(not first & other for other in families[i + 1 :])
     assert [len(words.splits[split]) for split in parts[:3]] == [960, 200, 600]
-    assert len(words.splits["ambiguous"]) == 300 and len(words.splits["elements"]) > 110
+    assert len(words.splits["ambiguous"]) == 150 and len(words.splits["elements"]) > 110
 
 
 def test_word_sentiment_is_sound_and_deterministic(words: Any) -> None:

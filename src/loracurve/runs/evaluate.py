@@ -25,7 +25,7 @@ from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.inference.config import EvaluationConfig
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.model_average import Average, choose_average, equal
-from loracurve.inference.prediction import point_nll, predict_base
+from loracurve.inference.prediction import point_nll, predict_base, predict_splits
 from loracurve.inference.predictive import Predictive
 from loracurve.model.curve_model import CurveModel
 from loracurve.report.adapters import chosen_adapter, chosen_name, mean_name
@@ -215,7 +215,7 @@ def evaluate_methods(
         methods = [*singles, ensemble, *methods[:-1]]
         for name, control in (("straight line", anchors), ("aligned line", align(anchors, "balanced+procrustes"))):
             model.set_curve(slots, control)
-            methods.append(_along(name, model, equal(average.t), {"test": sets["test"]}))
+            methods.append(_line(name, model, average.t, sets["test"], ensemble))
         methods.append(curve)
         model.set_curve(spec, points)
     elif (best := _best_point(curve)) is not None:
@@ -251,6 +251,22 @@ def _along(
     validation = None if held_out is None else (predicted.pop(_HELD_OUT), held_out.labels)
     t = average.t.tolist() if average.coefficients is None else []
     return MethodPredictions(name, len(average.weights), predicted, t, validation)
+
+
+def _line(name: str, model: CurveModel, t: Tensor, test: Encoded, anchors: MethodPredictions) -> MethodPredictions:
+    """The test set at points t [n] of equal weight on a line through anchors, whose own predictions are there already:
+    aligning moves an adapter's factors, not what it predicts."""
+    own, nodes = anchors.sets["test"].point_log_probs, slot_times(anchors.passes)
+    at_anchor = (t[:, None] - nodes).abs() < 1e-12
+    between = t[~at_anchor.any(1)]
+    if own is None or not len(between):  # summaries cannot be taken apart
+        return _along(name, model, equal(t), {"test": test})
+    found = predict_splits(model, {"test": test}, between)["test"].point_log_probs
+    assert found is not None
+    order = [own[int(row.nonzero()[0])] if row.any() else None for row in at_anchor]
+    inner = iter(found)
+    log_probs = torch.stack([next(inner) if x is None else x for x in order])
+    return MethodPredictions(name, len(t), {"test": Predictive.from_log_probs(log_probs)}, t.tolist())
 
 
 def _base(model: CurveModel, sets: dict[str, Encoded], held_out: Encoded | None) -> MethodPredictions:

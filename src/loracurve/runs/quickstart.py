@@ -72,10 +72,10 @@ def quickstart_config(seed: int = 0) -> RunConfig:
         lora=LoraOptions(r=8, lora_alpha=16, layers_to_transform=list(range(22, 30))),
         curve=CurveConfig(kind="free", segments=2),  # four, the default, want more steps than there is time for
         rivals=RIVALS,
-        anchor_training=LoopConfig(steps=STEPS, evaluate_every=STEPS // 2, **common),  # type: ignore[arg-type]
+        anchor_training=LoopConfig(steps=STEPS, evaluate_every=STEPS, **common),  # type: ignore[arg-type]
         curve_training=FitConfig(
             steps=RIVALS * STEPS,
-            evaluate_every=STEPS,
+            evaluate_every=RIVALS * STEPS // 2,
             evaluation_points=5,
             **common,  # type: ignore[arg-type]
         ),

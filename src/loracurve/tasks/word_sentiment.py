@@ -30,7 +30,7 @@ _PLAIN = re.compile("[a-z]{3,}")
 
 
 def word_sentiment(
-    train: int = 960, validation: int = 200, test: int = 600, ambiguous: int = 300, seed: int = 0
+    train: int = 960, validation: int = 200, test: int = 600, ambiguous: int = 150, seed: int = 0
 ) -> Dataset:
     """Splits train, validation, test (classes negative, positive), ambiguous and elements (both without labels).
 
