@@ -20,7 +20,7 @@ from loracurve.curve.gauge import align
 from loracurve.curve.lora_space import stack_adapters
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.calibration import fit_temperature
-from loracurve.inference.prediction import predict_split
+from loracurve.inference.prediction import predict_base, predict_split
 from loracurve.model.injection import base_parameters
 from loracurve.runs.evaluate import evaluate_methods
 from loracurve.runs.run import open_run
@@ -263,3 +263,19 @@ def test_lines_predict_at_anchors_what_the_anchors_do(name: str, alignment: str,
     for example, expected in zip(test.examples, wanted.exp().transpose(0, 1), strict=True):
         found = torch.tensor(rows[example.id]["point_probs"])  # of the choices that the row has
         assert (found - expected[:, : found.shape[1]]).abs().max() < 1e-5
+
+
+def test_the_base_beside_the_curve_is_the_base(fitted: Maker) -> None:
+    """Its states were read for the familiarity, in the curve's own passes."""
+    out = fitted("anchored", "letter")
+    run = open_run(out)
+    test, rows = run.task.encode("test"), table(out, "base model")
+    average = run.average()
+    assert average.unknowns is not None and average.unknowns.on_base
+    wanted = predict_base(run.model, test).point_log_probs
+    found = average.predict(run.model, test).base_log_probs
+    assert wanted is not None and found is not None and found.shape == wanted.shape
+    assert (found.exp() - wanted.exp()).abs().max() < 1e-5
+    for example, expected in zip(test.examples, wanted[0].exp(), strict=True):
+        (p,) = torch.tensor(rows[example.id]["point_probs"])
+        assert (p - expected[: len(p)]).abs().max() < 1e-5

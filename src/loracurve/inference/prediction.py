@@ -71,6 +71,8 @@ class Read:
     """[E] from the training data"""
     model_label_log_probs: Tensor | None = None
     """[n, E] as `Predictive` has it"""
+    base_log_probs: Tensor | None = None
+    """[1, E, C] as `Predictive` has it"""
 
 
 class Reader(Protocol):
@@ -314,7 +316,8 @@ def _predictive(read: Read, weights: Tensor | None, index: Tensor, names: Callab
     """Average what was read of the examples numbered `index` [E]; raises NoNumbersError where it is NaN."""
     try:
         average = Predictive.from_log_probs(read.log_probs, weights, read.open_entropy)
-        return replace(average, distance=read.distance, model_label_log_probs=read.model_label_log_probs)
+        beside = ("distance", "model_label_log_probs", "base_log_probs")
+        return replace(average, **{name: getattr(read, name) for name in beside})
     except ValueError:
         bad = read.log_probs.isnan().any(-1).any(0)
         if not bool(bad.any()):

@@ -71,6 +71,8 @@ class Predictive:
     around it; 0 where there is no label"""
     distance: Tensor | None = None
     """``[E]``, from the training data, where it was measured (`inference.familiarity`)"""
+    base_log_probs: Tensor | None = None
+    """``[1, E, C]`` of the base without adapters, where it was run beside the points; None once summarised"""
 
     @classmethod
     def from_log_probs(
@@ -117,9 +119,9 @@ class Predictive:
         columns = {name: [getattr(part, name) for part in parts] for name in _EXAMPLE_DIM}
         if first.point_log_probs is not None:
             classes = max(part._full.shape[-1] for part in parts)
-            columns["point_log_probs"] = [
-                pad(part._full, (0, classes - part._full.shape[-1]), value=-math.inf) for part in parts
-            ]
+            for name in ("point_log_probs", "base_log_probs"):
+                if getattr(first, name) is not None:
+                    columns[name] = [pad(x, (0, classes - x.shape[-1]), value=-math.inf) for x in columns[name]]
         joined = first._map(lambda name, _, dim: torch.cat(columns[name], dim))
         return replace(joined, weights=first.weights.clone())
 
@@ -139,7 +141,7 @@ class Predictive:
         """
         labels = self._check_labels(labels)
         points = -negative_log_likelihood(self._full, labels)
-        return replace(self, point_log_probs=None, labels=labels, label_log_probs=points)
+        return replace(self, point_log_probs=None, base_log_probs=None, labels=labels, label_log_probs=points)
 
     @cached_property
     def log_probs(self) -> Tensor:

@@ -63,11 +63,11 @@ class Unknowns:
         if self.familiarity is not None:
             alone = self.on_base and len(self.familiarity.weights) == 1
             distance = self.familiarity.distance(states.at(slice(-1, None)) if alone else states)
+        base = None
         if self.on_base:
-            states, log_probs = states.at(slice(-1)), log_probs[:-1]
-        if self.gaussians is None:
-            return Read(log_probs, distance=distance)
-        return replace(self.gaussians.read(log_probs, states, batch), distance=distance)
+            states, log_probs, base = states.at(slice(-1)), log_probs[:-1], log_probs[-1:]
+        read = Read(log_probs) if self.gaussians is None else self.gaussians.read(log_probs, states, batch)
+        return replace(read, distance=distance, base_log_probs=base)
 
     def predict(
         self,

@@ -221,7 +221,7 @@ def evaluate_methods(
     elif (best := _best_point(curve)) is not None:
         methods.insert(0, best)
     if not (model.is_classifier or model.base_weights):
-        methods.insert(0, _base(model, sets, held_out))
+        methods.insert(0, _base(model, sets, curve, held_out))
     lm = sets["test"].scoring == "lm"
     if lm:
         labels = {name: p.labels for name, p in curve.sets.items() if p.labels is not None}
@@ -269,11 +269,21 @@ def _line(name: str, model: CurveModel, t: Tensor, test: Encoded, anchors: Metho
     return MethodPredictions(name, len(t), {"test": Predictive.from_log_probs(log_probs)}, t.tolist())
 
 
-def _base(model: CurveModel, sets: dict[str, Encoded], held_out: Encoded | None) -> MethodPredictions:
-    """The base model without adapters."""
-    predicted = {name: predict_base(model, encoded) for name, encoded in sets.items()}
-    validation = None if held_out is None else (predict_base(model, held_out), held_out.labels)
-    return MethodPredictions("base model", 1, predicted, validation=validation)
+def _base(
+    model: CurveModel, sets: dict[str, Encoded], curve: MethodPredictions, held_out: Encoded | None
+) -> MethodPredictions:
+    """The base model without adapters; where the curve's familiarity looked at its states, it was run already."""
+
+    def predicted(beside: Predictive, encoded: Encoded) -> Predictive:
+        found = beside.base_log_probs
+        return predict_base(model, encoded) if found is None else Predictive.from_log_probs(found)
+
+    validation = None
+    if held_out is not None:
+        assert curve.validation is not None
+        validation = predicted(curve.validation[0], held_out), held_out.labels
+    found = {name: predicted(curve.sets[name], encoded) for name, encoded in sets.items()}
+    return MethodPredictions("base model", 1, found, validation=validation)
 
 
 def _best_point(curve: MethodPredictions) -> MethodPredictions | None:

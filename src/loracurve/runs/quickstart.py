@@ -69,7 +69,7 @@ def quickstart_config(seed: int = 0) -> RunConfig:
             limit_test=600,
             seed=seed,
         ),
-        lora=LoraOptions(r=8, lora_alpha=16, layers_to_transform=list(range(22, 30))),
+        lora=LoraOptions(r=8, lora_alpha=16, layers_to_transform=list(range(24, 30))),
         curve=CurveConfig(kind="free", segments=2),  # four, the default, want more steps than there is time for
         rivals=RIVALS,
         anchor_training=LoopConfig(steps=STEPS, evaluate_every=STEPS, **common),  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def quickstart_config(seed: int = 0) -> RunConfig:
             **common,  # type: ignore[arg-type]
         ),
         evaluation=EvaluationConfig(points=5, seed=seed),
-        unknowns=UnknownsConfig(rows=300),  # building from all takes as long as training here
+        unknowns=UnknownsConfig(rows=200),  # building from all takes as long as training here
     )
 
 
