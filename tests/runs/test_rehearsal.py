@@ -10,17 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as tf
 from helpers.made_runs import QUICK, Maker, command, tree_hash
 from helpers.read_runs import read
 from safetensors.torch import load_file
 
 from loracurve.cli import main
 from loracurve.model.base_model import load_base
+from loracurve.model.curve_model import CurveModel
 from loracurve.runs.config import load_config
-from loracurve.runs.rehearsal import Rehearsal, rehearse
-from loracurve.runs.rehearsal_tables import duration, total_time
+from loracurve.runs.rehearsal import Rehearsal, _upper_third, rehearse
+from loracurve.runs.rehearsal_tables import duration, print_rehearsal, total_time
 from loracurve.system.errors import UserError
 from loracurve.system.folders import locked
 from loracurve.system.memory import DeviceMemory
@@ -145,6 +148,33 @@ def test_words_of_time() -> None:
     assert total_time({"curve": 350.0, "validation": 360.0}) == "about 12 min (half of it validation)"
     assert total_time({"anchors": 5.0, "curve": 595.0, "evaluation": 0.0}) == "about 10 min (nearly all of it curve)"
     assert total_time({"curve": 0.1, "validation": 0.2}) == "under 1 s"
+
+
+def test_long_runs_without_a_gpu_name_a_shorter_one(
+    fitted: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(fitted("free", "letter") / "config.yaml")
+    base = tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(
+            vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=7, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    model = CurveModel.from_config(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert _upper_third(model, config) == [5, 6]
+    anchored = replace(config, curve=replace(config.curve, kind="anchored"), adapters=["a", "b"])
+    assert _upper_third(model, anchored) == []
+    assert _upper_third(model, replace(config, lora=replace(config.lora, layers_to_transform=[3]))) == []
+
+    found = rehearsed(fitted("free", "letter"), tmp_path / "out")
+
+    def told(**changes: Any) -> bool:
+        print_rehearsal(replace(found, **{"upper": [5, 6], "seconds": {"curve": 900.0}} | changes))
+        return "--lora.layers_to_transform='[5, 6]'" in capsys.readouterr().out
+
+    assert told()
+    assert not told(seconds={"curve": 90.0}) and not told(upper=[])
+    assert not told(memory=replace(found.memory, on_gpu=True))
 
 
 def test_memory_by_count(fitted: Maker, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ class Rehearsal:
     """numbers that the curve's training moves: one adapter's times the control points that are no anchors, where no
     factor is shared"""
     memory: Memory
+    upper: list[int]
+    """numbers of the upper third of the layers, where all are adapted and could be fewer; empty otherwise"""
 
 
 def rehearse(
@@ -171,7 +173,16 @@ def rehearse(
         _seconds(config, opened, trainings, times["curve"].token, passes),
         _moved(model),
         Memory(**{**vars(counted), "peak": peak, "device": device_memory(device)}),
+        _upper_third(model, config),
     )
+
+
+def _upper_third(model: CurveModel, config: RunConfig) -> list[int]:
+    stack = model.runner.replication.stack
+    if stack is None or config.adapters or config.lora.layers_to_transform is not None:
+        return []
+    count = len([*model.model.get_submodule(stack).children()])
+    return [*range(count - count // 3, count)]
 
 
 def _moved(model: CurveModel) -> int:
