@@ -257,15 +257,14 @@ def _line(name: str, model: CurveModel, t: Tensor, test: Encoded, anchors: Metho
     """The test set at points t [n] of equal weight on a line through anchors, whose own predictions are there already:
     aligning moves an adapter's factors, not what it predicts."""
     own, nodes = anchors.sets["test"].point_log_probs, slot_times(anchors.passes)
-    at_anchor = (t[:, None] - nodes).abs() < 1e-12
-    between = t[~at_anchor.any(1)]
-    if own is None or not len(between):  # summaries cannot be taken apart
+    same = (t[:, None] - nodes).abs() < 1e-12
+    between = ~same.any(1)
+    if own is None or not between.any():  # summaries cannot be taken apart
         return _along(name, model, equal(t), {"test": test})
-    found = predict_splits(model, {"test": test}, between)["test"].point_log_probs
+    found = predict_splits(model, {"test": test}, t[between])["test"].point_log_probs
     assert found is not None
-    order = [own[int(row.nonzero()[0])] if row.any() else None for row in at_anchor]
-    inner = iter(found)
-    log_probs = torch.stack([next(inner) if x is None else x for x in order])
+    log_probs = own[same.long().argmax(1)]
+    log_probs[between] = found
     return MethodPredictions(name, len(t), {"test": Predictive.from_log_probs(log_probs)}, t.tolist())
 
 
