@@ -72,11 +72,11 @@ def test_layers_take_the_common_cast_and_nothing_changes(architecture: str, kind
 
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of layers that each down-projection serves."""
+    """Numbers of layers that are run together."""
     served: list[int] = []
-    project = CurveLinear._project
+    together = CurveLinear._together
     monkeypatch.setattr(
-        CurveLinear, "_project", lambda self, x, layers: served.append(len(layers)) or project(self, x, layers)
+        CurveLinear, "_together", lambda self, x, layers: served.append(len(layers)) or together(self, x, layers)
     )
     return served
 

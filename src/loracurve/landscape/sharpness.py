@@ -15,7 +15,7 @@ from loracurve.inference.information import negative_log_likelihood
 from loracurve.landscape.paths import Path
 from loracurve.landscape.scan import LaidOut, mean_loss
 from loracurve.model.curve_model import CurveModel
-from loracurve.model.fused_norms import as_written
+from loracurve.model.fused_parts import as_written
 from loracurve.model.runner import evaluation_mode
 from loracurve.model.weight_noise import perturb_factors
 from loracurve.system.randomness import generator

@@ -1,27 +1,33 @@
 """Products with stacked factors: plain functions of tensors, without a copy of anything as large as an output.
 
-Written so that a compiler fuses what lies between the matrix products, and so that an eager run adds to the base
-layer's output in place. Scalings sit on the small hidden vectors, never on outputs or their gradients.
+Sums of such tensors are made in the accumulators of matrix products. Scalings sit on the small hidden vectors, never on
+outputs or their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loracurve.model import kernels
+
 __all__ = [
+    "BaseMap",
+    "Mixing",
+    "add_product",
     "cast_together",
     "combine",
     "contract",
     "expand",
     "grouped_linear",
+    "linear_maps",
+    "mixing",
     "read_out",
-    "windowed",
-    "windowed_coefficients",
 ]
 
 
@@ -73,46 +79,174 @@ def grouped_linear(x: Tensor, a: Tensor) -> Tensor:
     return found
 
 
-class _Windows(torch.autograd.Function):
-    """[S d + 1, ...] -> [S, d + 1, ...], a view. A slice's own gradient would be padded to the size of the stack."""
+@dataclass(frozen=True)
+class Mixing:
+    """What lies between A and B of maps of one scaling: h -> scaled_k sum_j c_j h_j, or h -> scaling h."""
 
-    @staticmethod
-    def forward(ctx: Any, stack: Tensor, count: int, degree: int) -> Tensor:
-        ctx.degree = degree
-        stack = stack.contiguous()
-        # Neighbouring windows overlap in the control point that they share.
-        return stack.as_strided((count, degree + 1, *stack.shape[1:]), (degree * stack.stride(0), *stack.stride()))
+    scaling: float
+    c: Tensor | None = None
+    """[W, N, k]: coefficients of the rows, or tokens, in each of W windows of control points; None: points are made"""
+    scaled: Tensor | None = None
+    """scaling times c"""
+    degree: int = 1
+    """by which a window begins after the one before"""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def windows(self, factor: Tensor) -> Tensor:
+        """Control points [K, r, n] -> [W, k r, n], a view: those of each segment, neighbours share one. Points
+        [G, r, n] as they are."""
+        if self.c is None:
+            return factor
+        count, _, k = self.c.shape
+        if count == 1:
+            return factor.flatten(0, 1).unsqueeze(0)
+        factor = factor.contiguous()
+        step, *own = factor.stride()
+        return factor.as_strided((count, k, *factor.shape[1:]), (self.degree * step, step, *own)).flatten(1, 2)
+
+    def folded(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of control points or points of this shape from that of their `windows`."""
+        if self.c is None or len(self.c) == 1:
+            return grad.reshape(shape)
+        grad = grad.unflatten(1, (-1, shape[1]))
         out = torch.cat([grad[:, :-1].flatten(0, 1), grad[-1:, -1]])
-        out[ctx.degree : -1 : ctx.degree] += grad[:-1, -1]
-        return out, None, None
+        out[self.degree : -1 : self.degree] += grad[:-1, -1]
+        return out
+
+    def __call__(self, hidden: Tensor, maps: int) -> Tensor:
+        """Of hidden vectors [W, M, s k r] of s maps, or [G, M, s r]. Linear and symmetric, so it is also what it does
+        to gradients."""
+        if self.c is None or self.scaled is None:
+            return hidden * self.scaling
+        w, n, k = self.c.shape
+        split = hidden.view(w * n, hidden.shape[1] // n, maps, k, -1)
+        if kernels.runs_here(hidden, self.c) and not hidden.requires_grad:
+            return kernels.mixed(split.flatten(0, 1), self.c.flatten(0, 1), self.scaled.flatten(0, 1)).view_as(hidden)
+        c, scaled = (x.view(w * n, 1, 1, k, 1) for x in (self.c, self.scaled))
+        return ((split * c).sum(3, keepdim=True) * scaled).view_as(hidden)
 
 
-def windowed(stack: Tensor, count: int, degree: int) -> Tensor:
-    """Control points [K, ...] -> [W, k, ...]: those of each of `count` segments; one window holds all of them."""
-    return stack.unsqueeze(0) if count == 1 else _Windows.apply(stack, count, degree)
+def mixing(coefficients: Tensor, scaling: float, windows: int, degree: int) -> Mixing:
+    """Of rows or tokens with coefficients [R, K]; with several windows, group w of the rows lies in segment w."""
+    grouped = coefficients.reshape(windows, -1, coefficients.shape[-1]).contiguous()
+    if windows > 1:
+        grouped = torch.stack([grouped[s, :, s * degree : (s + 1) * degree + 1] for s in range(windows)])
+    return Mixing(scaling, grouped, grouped * scaling, degree)
 
 
-def windowed_coefficients(coefficients: Tensor, count: int, degree: int) -> Tensor:
-    """[R, K] -> [W, R/W, k]: row coefficients for `windowed` points; group w of the rows lies in segment w."""
-    grouped = coefficients.reshape(count, -1, coefficients.shape[-1])
-    if count == 1:
-        return grouped
-    return torch.stack([grouped[s, :, s * degree : (s + 1) * degree + 1] for s in range(count)])
+@dataclass(frozen=True)
+class BaseMap:
+    """What a low-rank update is added to: W x + b of a frozen map, or an output that is there."""
+
+    weight: Tensor | None = None
+    """[n_out, n_in]"""
+    bias: Tensor | None = None
+    output: Tensor | None = None
+    """[P, M, n_out]"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its outputs."""
+        known = self.weight if self.output is None else self.output
+        assert known is not None
+        return known.dtype
+
+
+class _LinearMaps(torch.autograd.Function):
+    """`linear_maps`; gradients of the shared input are summed inside the products that make them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor, mix: Mixing, bases: Sequence[BaseMap], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        count = len(bases)
+        given, a, b = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        stacked = _joined([mix.windows(f) for f in a])
+        u = mix(torch.bmm(z, stacked.mT), count)
+        found = []
+        for base, output, own, f in zip(bases, given, u.chunk(count, -1), b, strict=True):
+            weight: Any = base.weight
+            y = F.linear(x, weight, base.bias) if output is None else output
+            found.append(add_product(y, own.to(y.dtype), mix.windows(f), in_place=output is None))
+        ctx.save_for_backward(z, u, stacked, *b, *(base.weight for base in bases))
+        ctx.mix, ctx.shapes, ctx.same = mix, [f.shape for f in a], x is z
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        z, u, stacked, *others = ctx.saved_tensors
+        mix, count = ctx.mix, len(grads)
+        b, weights = others[:count], others[count:]
+        need_x, need_z, _, _, *need = ctx.needs_input_grad
+        dx: Tensor | None = None
+        du: list[Tensor] = []
+        db: list[Tensor | None] = []
+        for grad, own, f, weight in zip(grads, u.chunk(count, -1), b, weights, strict=True):
+            if grad is None:
+                du.append(torch.zeros_like(own))
+                db.append(None)
+                continue
+            up = mix.windows(f)
+            du.append(torch.bmm(grad, up.mT).to(z.dtype))
+            db.append(mix.folded(torch.bmm(own.to(grad.dtype).mT, grad), f.shape) if need[2 * count] else None)
+            if need_x and weight is not None:
+                dx = _plus_product(dx, grad, weight)
+        hidden = mix(_joined(du, -1), count)
+        dz = None
+        if ctx.same and need_x:
+            dx = torch.bmm(hidden, stacked) if dx is None else add_product(dx, hidden, stacked)
+        elif need_z:
+            dz = torch.bmm(hidden, stacked)
+        da: Sequence[Tensor | None] = [None] * count
+        if need[count]:
+            da = [mix.folded(g, s) for g, s in zip(torch.bmm(hidden.mT, z).chunk(count, 1), ctx.shapes, strict=True)]
+        given = [g if wanted else None for g, wanted in zip(grads, need, strict=False)][:count]
+        return dx, dz, None, None, *given, *da, *db
+
+
+def linear_maps(
+    x: Tensor, z: Tensor, mix: Mixing, bases: Sequence[BaseMap], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """y_i = base_i(x) + B_i^T mix(A_i z), maps of one input with factors of one rank.
+
+    Args:
+        x: [P, M, n_in].
+        z: what the updates see: x itself, or x after dropout.
+        mix: of the rows; P is its W, or the G of points that are made.
+        bases: weights get no gradients.
+        a: [K, r, n_in] control points, or [G, r, n_in] points.
+        b: the same [., r, n_out].
+
+    Returns:
+        [P, M, n_out] for each.
+    """
+    found: tuple[Tensor, ...] = _LinearMaps.apply(x, z, mix, bases, *(base.output for base in bases), *a, *b)
+    return found
+
+
+def add_product(y: Tensor, hidden: Tensor, b: Tensor, in_place: bool = True) -> Tensor:
+    """y + hidden b for y [P, M, n], hidden [P, M, k] and b [P, k, n]."""
+    if len(y) == 1:  # a product of matrices has faster kernels
+        y, hidden, b = y.squeeze(0), hidden.squeeze(0), b.squeeze(0)
+        return (y.addmm_(hidden, b) if in_place else torch.addmm(y, hidden, b)).unsqueeze(0)
+    return y.baddbmm_(hidden, b) if in_place else torch.baddbmm(y, hidden, b)
+
+
+def _plus_product(x: Tensor | None, grad: Tensor, weight: Tensor) -> Tensor:
+    """x + grad weight, in the memory of x, for a weight that is shared by all groups."""
+    if x is None:
+        return grad @ weight
+    x.view(-1, x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+    return x
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def combine(coefficients: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor:
     """sum_k c_gk stack_k: [G, K] and [K, ...] -> [G, ...], summed in the stack's dtype and given in `dtype`."""
     c = coefficients.to(stack.dtype)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        # Spelt out it becomes one pass over the stack; a matrix product would write its result before it is cast.
-        c = c.view(*c.shape, *[1] * (stack.dim() - 1))
-        total = c[:, 0] * stack[0]
-        for k in range(1, stack.shape[0]):
-            total = total + c[:, k] * stack[k]
-        return total.to(dtype)
     return (c @ stack.flatten(1)).view(-1, *stack.shape[1:]).to(dtype)
 
 

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracurve.model.functional import (
+    BaseMap,
+    Mixing,
+    add_product,
     combine,
     contract,
     expand,
-    grouped_linear,
+    linear_maps,
+    mixing,
     read_out,
-    windowed,
-    windowed_coefficients,
 )
 from loracurve.model.routes import Route, Shared, repeat_for_rows
 from loracurve.model.weight_noise import MapNoise
@@ -99,7 +101,7 @@ class CurveLinear(CurveLayer):
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self._merged: Tensor | None = None
         self.siblings: tuple[CurveLinear, ...] = (self,)
-        """layers expected to see the same input, this one among them; they share one product with their stacked A"""
+        """layers expected to see the same input, this one among them; they are run together"""
         self.place = 0
         """place among the siblings"""
 
@@ -138,7 +140,7 @@ class CurveLinear(CurveLayer):
         if self.route.whole:
             return self._stack(which, dtype)
         stack, held = (self.A, self.B)[which], self.route.held
-        if held is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if held is None or torch.is_grad_enabled():
             return combine(self.route.groups, stack, dtype)
         version = 0 if stack.is_inference() else stack._version
         found = held.get((self, which, dtype))
@@ -189,11 +191,7 @@ class CurveLinear(CurveLayer):
             return self.base_layer(x)
         if self.noise is not None and self.training:
             return self._perturbed(x, self.noise)
-        hidden = self._hidden(x)
-        parts = len(hidden)
-        # Flat, so that the sum below is made in the base layer's own output and not in a view of it.
-        y = self.base_layer(x.reshape(-1, x.shape[-1]) if parts == 1 else x.reshape(parts, -1, x.shape[-1]))
-        return self._add(y, hidden, x).view(*x.shape[:-1], -1)
+        return self._with_siblings(x)
 
     def select(self, x: Tensor, rows: Tensor, token_ids: Tensor | None) -> Tensor:
         ids = slice(None) if token_ids is None else token_ids
@@ -226,72 +224,82 @@ class CurveLinear(CurveLayer):
         """The layer under noise; without siblings, because factors and draws are this layer's own."""
         a, b = self._perturbed_factors(noise)
         hidden = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT.to(x.dtype)) * self.scaling
-        y = self._sum(self.base_layer(x.reshape(len(a), -1, x.shape[-1])), hidden, b.to(x.dtype))
+        y = self.base_layer(x.reshape(len(a), -1, x.shape[-1]))
+        y = add_product(y, hidden, b.to(x.dtype), in_place=self._is_plain(x))
         return noise.output(y.view(*x.shape[:-1], -1), x, a, b)
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """A(t) x: [W, N, T, r] by windows and rows (*rows*), [1, N T, 1, r] (*tokens*), or scaled [G, M, r] by groups
-        of rows (*points*).
-
-        Siblings take what the first of them computed for all.
-        """
+    def _with_siblings(self, x: Tensor) -> Tensor:
+        """The layer's output; siblings take what the first of them computed for all."""
         route = self.route
         # Dropout gives each an input of its own; with points by layer each has a route of its own.
         dropping = self.training or not isinstance(self.dropout, nn.Dropout)
         dropping = dropping and not isinstance(self.dropout, nn.Identity)
         if len(self.siblings) == 1 or dropping or any(layer.route is not route for layer in self.siblings):
-            return self._project(self.dropout(x), (self,))[0]
+            return self._together(x, (self,))[0]
         shared = route.shared
-        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.hidden:
-            shared = route.shared = Shared(self.siblings, x, dict(enumerate(self._project(x, self.siblings))))
+        if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.outputs:
+            shared = route.shared = Shared(self.siblings, x, dict(enumerate(self._together(x, self.siblings))))
         elif shared.x is not x:
             # They are no siblings after all.
             for layer in self.siblings:
                 layer.siblings, layer.place = (layer,), 0
             route.shared = None
-            return self._project(x, (self,))[0]
-        hidden = shared.hidden.pop(self.place)
-        if not shared.hidden:
+            return self._together(x, (self,))[0]
+        y = shared.outputs.pop(self.place)
+        if not shared.outputs:
             route.shared = None
-        return hidden
+        return y
 
-    def _project(self, x: Tensor, layers: tuple[CurveLinear, ...]) -> list[Tensor]:
-        """`_hidden` of several layers in one product."""
+    def _together(self, x: Tensor, layers: tuple[CurveLinear, ...]) -> list[Tensor]:
+        """Outputs of layers that see x, in as few products as can be."""
         route = self.route
-        ranks = [layer.rank for layer in layers]
         if route.kind == "points":
-            a = _join([layer._at_groups(0, x.dtype) for layer in layers])
-            hidden = grouped_linear(x.reshape(len(a), -1, x.shape[-1]), a).split(ranks, dim=-1)
-            return [h * layer.scaling for h, layer in zip(hidden, layers, strict=True)]
-        c = self._row_coefficients(x)
-        a = windowed(_join([layer._stack(0, x.dtype) for layer in layers]), route.windows, route.degree)
-        return list(contract(x.reshape(*c.shape[:2], -1, x.shape[-1]), a, c).split(ranks, dim=-1))
+            a = [layer._at_groups(0, x.dtype) for layer in layers]
+            mix = Mixing(self.scaling)
+            parts = len(a[0])
+        else:
+            a = [layer._stack(0, x.dtype) for layer in layers]
+            mix = self._mixing(x)
+            parts = route.windows
+        flat = x.reshape(parts, -1, x.shape[-1])
+        z = flat if layers != (self,) or isinstance(self.dropout, nn.Identity) else self.dropout(flat)
+        bases = [layer._base(flat) for layer in layers]
+        b = [
+            layer._at_groups(1, base.dtype) if route.kind == "points" else layer._stack(1, base.dtype)
+            for layer, base in zip(layers, bases, strict=True)
+        ]
+        return [y.view(*x.shape[:-1], -1) for y in linear_maps(flat, z, mix, bases, a, b)]
 
-    def _row_coefficients(self, x: Tensor) -> Tensor:
-        """[W, N, k] of the rows of x, or of its tokens where these have their own"""
+    def _mixing(self, x: Tensor) -> Mixing:
+        """Of the rows of x, or of its tokens where these have their own; made once for all layers of a pass."""
         route = self.route
         assert route.coefficients is not None
         rows = x.shape[:-1].numel() if route.kind == "tokens" else x.shape[0]
-        return windowed_coefficients(repeat_for_rows(route.coefficients, rows), route.windows, route.degree)
+        key = rows, x.dtype, self.scaling
+        if key not in route.mixing:
+            own = repeat_for_rows(route.coefficients, rows).to(x.dtype)
+            route.mixing[key] = mixing(own, self.scaling, route.windows, route.degree)
+        return route.mixing[key]
 
-    def _add(self, y: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
-        """y + s B(t) hidden for the input x, in the memory of y unless compiled; [M, n_out] or [W or G, M, n_out]."""
-        route = self.route
-        if route.kind == "points":
-            b = self._at_groups(1, y.dtype)
-        else:
-            hidden = expand(hidden, self._row_coefficients(x) * self.scaling)
-            b = windowed(self._stack(1, y.dtype), route.windows, route.degree).flatten(1, 2)
-        return self._sum(y, hidden, b)
+    def _base(self, x: Tensor) -> BaseMap:
+        """The base layer's map, or where it does more than multiply (quantised, hooked, autocast) its output at x."""
+        if not self._is_plain(x):
+            return BaseMap(output=self.base_layer(x))
+        weight = self.base_layer.weight
+        return BaseMap(weight.mT if self.transposed else weight, self.base_layer.bias)
 
-    def _sum(self, y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
-        """y + hidden b for hidden [G, M, k] and b [G, k, n_out], in the memory of y where that can be."""
-        if torch.compiler.is_compiling():
-            # The sum becomes a part of what reads it; a sum in place would copy y first, as large as an output is.
-            return y + (hidden[0] @ b[0] if y.dim() == 2 else torch.bmm(hidden, b))
-        if not self.base_layer.weight.is_floating_point():  # what a quantised layer returns may be a view
-            return torch.addmm(y, hidden[0], b[0]) if y.dim() == 2 else torch.baddbmm(y, hidden, b)
-        return y.addmm_(hidden[0], b[0]) if y.dim() == 2 else y.baddbmm_(hidden, b)
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the base layer gives W x + b in x's dtype and nothing else happens there."""
+        base, weight = self.base_layer, self.base_layer.weight
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return (
+            (type(base) is nn.Linear or self.transposed)
+            and type(weight) in (nn.Parameter, Tensor)
+            and weight.dtype == x.dtype
+            and not hooks
+            and "forward" not in base.__dict__
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
 
 # Maps of one module that see the same input in most architectures; a layer that does not is noticed when it runs.
@@ -299,7 +307,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pr
 
 
 def join_siblings(layers: Mapping[str, CurveLayer]) -> None:
-    """Let layers of one parent module that see the same input share one down-projection.
+    """Let layers of one parent module that see the same input run together, if their ranks and scalings agree.
 
     Args:
         layers: curve layers by module name.
@@ -311,10 +319,6 @@ def join_siblings(layers: Mapping[str, CurveLayer]) -> None:
                 continue
             found = [layers.get(f"{parent}.{other}") for other in group]
             siblings = tuple(x for x in found if isinstance(x, CurveLinear))
-            if isinstance(layer, CurveLinear) and len({x.in_features for x in siblings}) == 1:
+            alike = len({(x.in_features, x.rank, x.scaling) for x in siblings}) == 1
+            if isinstance(layer, CurveLinear) and alike:
                 layer.siblings, layer.place = siblings, siblings.index(layer)
-
-
-def _join(stacks: list[Tensor]) -> Tensor:
-    """[*, r_i, n] -> [*, sum of r_i, n]"""
-    return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)

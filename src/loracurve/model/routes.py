@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from loracurve.model.functional import Mixing
 
 __all__ = ["Held", "Layout", "Route", "Shared", "repeat_for_rows", "within_segments"]
 
@@ -67,6 +69,8 @@ class Route:
     """The last map's inputs and outputs in the running pass."""
     shared: Shared | None = None
     """What the siblings of the layer that ran last will want."""
+    mixing: dict[tuple[int, torch.dtype, float], Mixing] = field(default_factory=dict)
+    """Of the rows of a layer's input, by their number, dtype and the layer's scaling."""
 
 
 def repeat_for_rows(coefficients: Tensor, rows: int) -> Tensor:
@@ -83,11 +87,11 @@ def repeat_for_rows(coefficients: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class Shared:
-    """Hidden vectors of sibling layers that saw the same input, computed together by the first of them."""
+    """Outputs of sibling layers that saw the same input, computed together by the first of them."""
 
     siblings: tuple[nn.Module, ...]
     x: Tensor
-    hidden: dict[int, Tensor]
+    outputs: dict[int, Tensor]
     """by place among the siblings, of those that did not run yet"""
 
 

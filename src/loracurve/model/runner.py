@@ -19,7 +19,7 @@ from loracurve.model.compiling import as_written, compile_layers, run_as_they_ar
 from loracurve.model.cuda_graphs import Captured, capturing, map_tensors
 from loracurve.model.declared import check_lengths, pad_token
 from loracurve.model.functional import cast_together
-from loracurve.model.fused_norms import fuse_norms
+from loracurve.model.fused_parts import fuse_parts
 from loracurve.model.heads import OutputHead
 from loracurve.model.layers import CurveLayer, CurveLinear
 from loracurve.model.replication import Replication
@@ -83,7 +83,7 @@ class Runner:
     It holds no weights of its own: control points are the layers' parameters.
 
     Args:
-        base: with the curve layers in it; its norms are fused and its output head is wrapped in place.
+        base: with the curve layers in it; parts of it are fused and its output head is wrapped in place.
         layers: the curve layers by name.
         route: the object in which all of them read where the rows of the running pass lie on the curve.
     """
@@ -97,7 +97,7 @@ class Runner:
 
     def __init__(self, base: nn.Module, layers: Mapping[str, CurveLayer], route: Route) -> None:
         self.model, self.layers, self.route = base, layers, route
-        fuse_norms(base)
+        fuse_parts(base)
         # Classes of one's own are made from those of transformers.
         self.is_classifier = any("SequenceClassification" in kind.__name__ for kind in type(base).__mro__)
         find_head: Any = getattr(base, "get_output_embeddings", None)
