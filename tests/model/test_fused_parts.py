@@ -144,6 +144,14 @@ def test_mixing_by_a_kernel_is_the_formula(
     monkeypatch.setattr(kernels, "runs_here", lambda *tensors: True)
     tight = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-2, "atol": 4e-2}
     torch.testing.assert_close(mix(hidden, 3), wanted, **tight)
+    points = drawn(size, 3, 700, dtype=dtype).to(DEVICE)
+    grad = mix.windows(points).contiguous()
+    found = mix.folded(grad, points.shape)
+    # Every point stands in one window, or in two where they meet.
+    twice = torch.ones(size, 1, 1).to(points)
+    if windows > 1:
+        twice[degree:-1:degree] += 1
+    torch.testing.assert_close(found, points * twice)
 
 
 @NEEDS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gated", "gated_gradients", "mixed", "runs_here", "turned"]
+__all__ = ["folded", "gated", "gated_gradients", "mixed", "runs_here", "turned"]
 
 _there = importlib.util.find_spec("triton") is not None
 
@@ -46,6 +46,16 @@ def mixed(x: Tensor, c: Tensor, scaled: Tensor) -> Tensor:
         x, c, scaled, out, m, m // len(c), s * k * r, k * r,
         k, r, ROWS, triton.next_power_of_2(k), triton.next_power_of_2(r), num_warps=2,
     )  # fmt: skip
+    return out
+
+
+def folded(grad: Tensor) -> Tensor:
+    """[W, d + 1, ...], contiguous, of windows that begin d after the one before -> [W d + 1, ...], sums where they
+    meet."""
+    w, k, *own = grad.shape
+    points, size = w * (k - 1) + 1, grad[0, 0].numel()
+    out = grad.new_empty(points, *own)
+    _fold[(points, triton.cdiv(size, BLOCK))](grad, out, w, size, k - 1, BLOCK)
     return out
 
 
@@ -101,6 +111,18 @@ if _there:
         values = tl.load(x + place, mask=inside, other=0).to(tl.float32)
         total = tl.sum(values * first[:, :, None], axis=1)
         tl.store(out + place, total[:, None, :] * second[:, :, None], mask=inside)
+
+    @_jit
+    def _fold(grad, out, windows, size, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        point = tl.program_id(0).to(tl.int64)
+        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        w, j = point // D + place * 0, point % D + place * 0  # a number for each place: masks are blocks
+        total = tl.load(grad + (w * (D + 1) + j) * size + place, mask=inside & (w < windows), other=0).to(tl.float32)
+        # The first point of a window is the last of the one before.
+        last = grad + (w * (D + 1) - 1) * size + place
+        total += tl.load(last, mask=inside & (j == 0) & (w > 0), other=0).to(tl.float32)
+        tl.store(out + point * size + place, total, mask=inside)
 
     @_jit
     def _one(x, y, c1, c2, s1, s2, heads, h_x, d_x, h_y, d_y, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
