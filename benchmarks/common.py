@@ -35,7 +35,6 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled layers")
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
     return parser.parse_args()
@@ -227,7 +226,6 @@ def report(name: str, options: argparse.Namespace, figures: dict[str, Any], comm
     env = environment()
     if not command:
         command = f"python benchmarks/{name}.py --shape {options.shape} --repeats {options.repeats}"
-        command += "" if options.compile else " --no-compile"
     env["command"] = command
     path = options.out / f"{name}-{options.shape}-{DEVICE.type}.json"
     path.write_text(

@@ -83,7 +83,9 @@ def main() -> None:
                 "floor": floor,
                 "over_floor": ms / best / floor,
             }
-        report("predicting", options, figures)
+        data = f" --data DATA/{options.data.name}" if options.data else ""
+        command = f"python benchmarks/predicting.py --shape {options.shape} --rows {options.rows or rows}"
+        report("predicting", options, figures, f"{command} --repeats {options.repeats}{data}")
     show("predicting", figures)
 
 

@@ -26,7 +26,7 @@ KINDS = {
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk",
     "attention": r"flash|fmha|attention|softmax",
     "optimiser": r"adam|multi_tensor|lpnorm",
-    "compiled": r"^triton_",
+    "between the products": r"^_(mix|turn|gate|fold)",
     "copies and casts": r"copy|memcpy|memset|cat",
     "element by element": r"elementwise|reduce",
 }
@@ -68,39 +68,35 @@ def main() -> None:
     read = encode(texts(None, 128), base.config.vocab_size)
     model = curve_model(base, r, CurveSpec(1, 2))
     figures: dict[str, Any] = {}
-    for compiled in (False, True) if options.compile else (False,):
-        if compiled:
-            model.runner.compile_layers()
-        for name in options.only:
-            spec = CurveSpec(SEGMENTS[name], 2)
-            model.set_curve(spec, model.fresh_points(spec))
+    for name in options.only:
+        spec = CurveSpec(SEGMENTS[name], 2)
+        model.set_curve(spec, model.fresh_points(spec))
 
-            def points() -> torch.Tensor:
-                return model.point_log_probs(prompt, slot_times(8))
+        def points() -> torch.Tensor:
+            return model.point_log_probs(prompt, slot_times(8))
 
-            def whole_set() -> Any:
-                return predict_splits(model, {"test": read}, slot_times(10), way="points")
+        def whole_set() -> Any:
+            return predict_splits(model, {"test": read}, slot_times(10), way="points")
 
-            trains = name.startswith("step")
-            function = {"points": points, "whole_set": whole_set}.get(name) or ours(model, encoded, rows, True)[0]
-            model.train(trains)
-            with torch.set_grad_enabled(trains):
-                found = kernels(function, min(options.repeats, 5))
-            by_kind: Counter[str] = Counter()
-            for key, ms, _ in found:
-                by_kind[kind(key)] += ms
-            key = f"{name}{'_compiled' if compiled else ''}"
-            figures[key] = {
-                "total_ms": sum(ms for _, ms, _ in found),
-                "launches": sum(count for *_, count in found),
-                "by_kind_ms": dict(by_kind.most_common()),
-                "kernels": [{"name": k[:120], "ms": ms, "launches": count} for k, ms, count in found[: options.top]],
-            }
-            note(begin, f"{key}: {figures[key]['total_ms']:.1f} ms in {figures[key]['launches']:.0f} launches")
-            print("   " + ", ".join(f"{k} {ms:.1f} ms" for k, ms in by_kind.most_common()))
-            for k, ms, count in found[: options.top]:
-                print(f"   {ms:8.2f} ms {count:6.0f} x {k[:100]}")
-            report("profile_step", options, figures)
+        trains = name.startswith("step")
+        function = {"points": points, "whole_set": whole_set}.get(name) or ours(model, encoded, rows, True)[0]
+        model.train(trains)
+        with torch.set_grad_enabled(trains):
+            found = kernels(function, min(options.repeats, 5))
+        by_kind: Counter[str] = Counter()
+        for key, ms, _ in found:
+            by_kind[kind(key)] += ms
+        figures[name] = {
+            "total_ms": sum(ms for _, ms, _ in found),
+            "launches": sum(count for *_, count in found),
+            "by_kind_ms": dict(by_kind.most_common()),
+            "kernels": [{"name": k[:120], "ms": ms, "launches": count} for k, ms, count in found[: options.top]],
+        }
+        note(begin, f"{name}: {figures[name]['total_ms']:.1f} ms in {figures[name]['launches']:.0f} launches")
+        print("   " + ", ".join(f"{k} {ms:.1f} ms" for k, ms in by_kind.most_common()))
+        for k, ms, count in found[: options.top]:
+            print(f"   {ms:8.2f} ms {count:6.0f} x {k[:100]}")
+        report("profile_step", options, figures)
 
 
 if __name__ == "__main__":

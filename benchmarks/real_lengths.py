@@ -55,7 +55,7 @@ def main() -> None:
     model = curve_model(base, 16 if options.shape == "7b" else 8, spec).train()
     points = stacked(random_adapters(model, spec.size))
     folders = " ".join(f"DATA/{folder.name}" for folder in options.data if folder)
-    command = f"python benchmarks/real_lengths.py --shape {options.shape} --data {folders}"
+    command = f"python benchmarks/real_lengths.py --shape {options.shape} --data {folders} --repeats {options.repeats}"
     for data in options.data:
         encoded = encode(texts(data, ROWS), base.config.vocab_size, "Text :")
         found: dict[str, Any] = {}

@@ -120,20 +120,17 @@ def shared(base: Any) -> dict[int, Any]:
 def summarise(found: dict[str, Any], flop: float, rate: float) -> None:
     """The ratios, as far as what they are made of is there."""
     ms = {name: value["ms"] for name, value in found.items() if isinstance(value, dict) and "ms" in value}
-    ours_ms = {name: ms[name] for name in ("curve_s1_captured", "curve_s1_compiled") if name in ms}
-    if not ours_ms:
+    best = "curve_s1_captured"
+    if best not in ms:
         return
-    best = min(ours_ms, key=lambda name: ours_ms[name])
-    found["best"] = best
     found["share_of_matrix_rate"] = flop / ms[best] / 1e9 / rate
     for peft in ("peft", "peft_adapters_bf16"):
         if peft not in ms:
             continue
         found[f"time_over_{peft}"] = ms[best] / ms[peft]
         found[f"memory_over_{peft}"] = found[best]["memory_gib"] / found[peft]["memory_gib"]
-    for how in ("captured", "compiled"):
-        if f"curve_s4_{how}" in ms and f"curve_s1_{how}" in ms:
-            found[f"s4_over_s1_{how}"] = ms[f"curve_s4_{how}"] / ms[f"curve_s1_{how}"]
+    if "curve_s4_captured" in ms:
+        found["s4_over_s1_captured"] = ms["curve_s4_captured"] / ms[best]
 
 
 def main() -> None:
@@ -145,8 +142,8 @@ def main() -> None:
     flop = 4 * layer_weights(base)
     rate = matrix_rate(next(base.parameters()).dtype)
     figures |= {"matrix_rate_tflops": rate, "r": r}
-    # Curve models wrap their base in place; each gets modules of its own around the same weights.
-    twins = [copy.deepcopy(base, shared(base)) for _ in range(2)]
+    # Curve models wrap their base in place; PEFT gets modules of its own around the same weights.
+    twin = copy.deepcopy(base, shared(base))
     model = curve_model(base, r, CurveSpec(1, 2))
     adapter = random_adapters(model, 1)[0]
     figures |= {f"{rows}x{tokens}": {"losses": {}} for rows, tokens in sizes}
@@ -156,7 +153,7 @@ def main() -> None:
         found = figures[f"{rows}x{tokens}"]
         try:
             found[key], found["losses"][key] = measure(*more, options.repeats)
-        except RuntimeError as error:  # memory, a compiler: the other figures are worth having
+        except RuntimeError as error:  # memory: the other figures are worth having
             found[key] = {"failed": str(error).splitlines()[0][:200]}
         summarise(found, flop * rows * tokens, rate)
         note(begin, f"{rows}x{tokens} {key}: {json.dumps(rounded(found[key]))}")
@@ -168,20 +165,13 @@ def main() -> None:
         ids = torch.tensor([e.prompt for e in encoded.examples], device=DEVICE)
         labels = torch.tensor([e.label for e in encoded.examples], device=DEVICE)
         for key, cast in (("peft", True), ("peft_adapters_bf16", False)):
-            done(size, key, measure_peft, twins[0], r, adapter, cast, ids, labels)
+            done(size, key, measure_peft, twin, r, adapter, cast, ids, labels)
     first = sizes[0]
 
     def plain(size: tuple[int, int], segments: int, kind: str = "captured") -> None:
         done(size, f"curve_s{segments}_{kind}", measure_ours, model, data[size], size[0], segments, kind != "eager")
 
     plain(first, 1)
-    if options.compile:
-        compiled = curve_model(copy.deepcopy(twins[1], shared(twins[1])), r, CurveSpec(1, 2))
-        compiled.compile_layers()
-        for size, encoded in data.items():
-            torch._dynamo.reset()  # each size as a run of one length would have it
-            for segments in (1, 4) if size == first else (1,):
-                done(size, f"curve_s{segments}_compiled", measure_ours, compiled, encoded, size[0], segments, True)
     plain(first, 4)
     for size in sizes[1:]:
         plain(size, 1)

@@ -91,7 +91,7 @@ def main() -> None:
     base = build(options.shape)
     encoded = encode(texts(options.data, rows), base.config.vocab_size)
     lengths = [len(e.prompt) for e in encoded.examples]
-    twin, third = (copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(2))
+    twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     r, spec = (16 if options.shape == "7b" else 8), CurveSpec(2, 2)
     model = curve_model(base, r, spec).eval()
     model.set_curve(spec, stacked(random_adapters(model, spec.size)))
@@ -140,11 +140,6 @@ def main() -> None:
         "merged": lambda: ours(model, "merged"),
         "chosen": lambda: ours(model, "auto"),
     }
-    if options.compile:
-        compiled = curve_model(third, r, spec).eval()
-        compiled.set_curve(spec, {n: p for n, p in model.control_points().items()})
-        compiled.compile_layers()
-        runs["merged_compiled"] = lambda: ours(compiled, "merged")
     runs |= {
         "peft_set_adapter_sorted": lambda: peft(by_length, False),
         "peft_merge_sorted": lambda: peft(by_length, True),

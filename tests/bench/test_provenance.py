@@ -48,9 +48,9 @@ def test_records_hold_what_a_curve_leaves_to_the_librarys_defaults(tmp_path: Pat
 def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_path: Path) -> None:
     suite, cell = little(tmp_path), Cell("made", 0, "curve")
     older = options_of(suite, cell)
-    del older["training"]["compile"]  # as recorded before there was such an option
+    del older["training"]["gradient_checkpointing"]  # as recorded before there was such an option
     assert made_with(older, suite, cell)
-    assert not made_with(older, replace(suite, training=replace(suite.training, compile=True)), cell)
+    assert not made_with(older, replace(suite, training=replace(suite.training, gradient_checkpointing=True)), cell)
     older["training"]["steps"] += 1
     assert not made_with(older, suite, cell)
 

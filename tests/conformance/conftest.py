@@ -40,7 +40,7 @@ FOLDED = "merged nf4"
 
 _GPU = ROOT / "benchmarks" / "results" / "conformance_gpu.json"
 
-_GPU_WAYS = ("captured", "rows", "tokens", "merged", "compiled", "trained, captured and not")
+_GPU_WAYS = ("captured", "rows", "tokens", "merged", "trained, captured and not")
 
 
 def _gpu_lines() -> Iterator[str]:
@@ -50,7 +50,7 @@ def _gpu_lines() -> Iterator[str]:
     yield (
         f"{record['device']}, torch {record['versions']['torch']}, commit {record['commit']}, {record['date']}: the "
         "ways of a GPU against the CPU in float32, largest difference over scorings, short and long prompts. Captured "
-        "in CUDA graphs (XLNet and DeBERTa cannot be and run without), packed and not, folded, compiled; and control "
+        "in CUDA graphs (XLNet and DeBERTa cannot be and run without), packed and not, folded; and control "
         f"points after {record['steps']} steps of training with and without graphs. `{record['command']}`\n"
     )
     yield f"| architecture | {' | '.join(_GPU_WAYS)} |"

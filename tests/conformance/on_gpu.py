@@ -1,4 +1,4 @@
-"""The ways that only a GPU has (captured, packed, compiled) against the CPU, for some families; writes a table.
+"""The ways that only a GPU has (captured, packed) against the CPU, for some families; writes a table.
 
 `PYTHONPATH=tests python -m conformance.on_gpu RESULTS.json [cuda]` on a machine with a GPU; with `cpu` it tries itself
 out. The CPU's numbers are those that the matrix holds against plain transformers and PEFT.
@@ -36,7 +36,6 @@ from loracurve.training.fit import fit
 
 CAUSAL = ["llama", "qwen2", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "qwen3_moe"]
 CLASSIFIERS = ["roberta", "deberta-v2", "xlnet", "modernbert", "qwen2"]
-COMPILED = ["text long", "label short"]  # compiling takes most of the time
 STEPS = 4
 WORKERS = 4
 
@@ -78,17 +77,11 @@ def merged(model: CurveModel, encoded: Encoded) -> Tensor:
     return found[-len(POINTS) :].double()
 
 
-def compiled(model: CurveModel, encoded: Encoded) -> Tensor:
-    model.runner.compile_layers()
-    return captured(model, encoded)
-
-
 WAYS: dict[str, Callable[[CurveModel, Encoded], Tensor]] = {
     "captured": captured,
     "rows": lambda model, encoded: predictions(model, encoded, "rows"),
     "tokens": lambda model, encoded: predictions(model, encoded, "tokens"),
     "merged": merged,
-    "compiled": compiled,
 }
 
 
@@ -120,7 +113,7 @@ def _differences(name: str, device: str, folder: Path) -> dict[str, float | str]
             here = f"{scoring} {length}"
             expected, own = None, folder / here.replace(" ", "-")
             for way, run in WAYS.items():
-                if (way == "tokens" and classifier) or (way == "compiled" and here not in COMPILED):
+                if way == "tokens" and classifier:
                     continue
                 model = curve(name, torch.float32)
                 encoded = task_of(name, scoring, length, own, model).encode("test")

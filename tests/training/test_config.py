@@ -40,7 +40,6 @@ def test_options_of_corruption():
     ("values", "message"),
     [
         ({"perturbation": PerturbationConfig("flat_lora"), "share_points": False}, "share_points: expected true"),
-        ({"perturbation": PerturbationConfig("lora_space"), "compile": True}, "compile: expected false"),
         ({"perturbation": PerturbationConfig("sam")}, "points: expected 1 with perturbation.kind sam"),
         (
             {"perturbation": PerturbationConfig("sam"), "points": 1, "objective": ObjectiveConfig("bonus", 0.5)},

@@ -5,12 +5,15 @@ What was found with them stands in results/NOTES.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from loracurve.system.errors import UserError
 
 __all__ = ["DEFAULTS", "LAST_COMMIT", "Part", "refusal", "split_retired"]
+
+logger = logging.getLogger("loracurve")
 
 LAST_COMMIT = "94813ef"
 """The last commit that has them."""
@@ -19,9 +22,12 @@ Part = Literal["curve", "training"]
 
 DEFAULTS: dict[Part, dict[str, Any]] = {
     "curve": {"smooth": False},
-    "training": {"bootstrap": {"kind": "none", "length_scale": 0.25, "features": 64}},
+    "training": {"bootstrap": {"kind": "none", "length_scale": 0.25, "features": 64}, "compile": False},
 }
 """Options that are gone, of a curve's shape and of its training, with the defaults that files hold."""
+
+MADE_FASTER = ("compile",)
+"""Those that changed nothing but the time of a step: any value is dropped."""
 
 
 def split_retired(part: Part, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,7 +35,10 @@ def split_retired(part: Part, options: Mapping[str, Any]) -> tuple[dict[str, Any
     here: dict[str, Any] = {}
     gone: dict[str, Any] = {}
     for name, value in options.items():
-        if name in DEFAULTS[part]:
+        if part == "training" and name in MADE_FASTER:
+            if value != DEFAULTS[part][name]:
+                logger.warning("%s: left out, steps are as fast without it since 0.2", name)
+        elif name in DEFAULTS[part]:
             default = DEFAULTS[part][name]
             off = value.get("kind", "none") == "none" if isinstance(value, Mapping) else value == default
             gone |= {} if off else {name: value}

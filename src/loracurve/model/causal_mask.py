@@ -1,15 +1,13 @@
 """Causal rows without a mask, so that attention runs its causal kernel.
 
 transformers leaves the mask of plain causal rows out by itself, but some versions not while a CUDA graph is captured:
-attention then falls back to slower kernels, and a compiled layer, which has seen no mask, is compiled again, which
-cannot be done there. Calls before the capture show what transformers would do.
+attention then falls back to slower kernels. Calls before the capture show what transformers would do.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from loracurve.model.cuda_graphs import capturing
@@ -46,5 +44,4 @@ class PlainCausal:
         return kwargs
 
     def _hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A compiled layer's arguments have been looked through before.
-        return None if torch.compiler.is_compiling() else (args, self(layer, args, kwargs))
+        return args, self(layer, args, kwargs)

@@ -41,8 +41,8 @@ logger = logging.getLogger("loracurve")
 
 
 _MOVED = {
-    **{n: ("runner", n) for n in ("arrange", "compile_layers", "idle", "passes", "replication", "route", "scores")},
-    **{n: ("runner", n) for n in ("run_layers_as_they_are", "sharded", "vocabulary")},
+    **{n: ("runner", n) for n in ("arrange", "idle", "passes", "replication", "route", "scores")},
+    **{n: ("runner", n) for n in ("sharded", "vocabulary")},
     "merging": ("merger", "points"),
     "merged_log_probs": ("merger", "log_probs"),
 }

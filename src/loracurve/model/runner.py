@@ -15,7 +15,6 @@ from loracurve.curve import bezier
 from loracurve.curve.spec import CurveSpec
 from loracurve.model.base_model import model_window
 from loracurve.model.causal_mask import PlainCausal
-from loracurve.model.compiling import as_written, compile_layers, run_as_they_are
 from loracurve.model.cuda_graphs import Captured, capturing, map_tensors
 from loracurve.model.declared import check_lengths, pad_token
 from loracurve.model.functional import cast_together
@@ -90,8 +89,6 @@ class Runner:
 
     spec: CurveSpec
     """shape of the curve that the layers carry"""
-    compiled: bool = False
-    """whether layers are compiled"""
     sharded: bool = False
     """whether the base's layers are spread over processes (`loracurve.model.fsdp`), which then run in step"""
 
@@ -255,11 +252,11 @@ class Runner:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside the block the model is the base, in evaluation mode, as written, in float32 where that can be."""
+        """Inside the block the model is the base, in evaluation mode, in float32 where that can be."""
         before = replace(self.route)
         self.set_route(Route("base"))
         try:
-            with evaluation_mode(self.model), as_written(self.model), full_precision(self.model):
+            with evaluation_mode(self.model), full_precision(self.model):
                 yield
         finally:
             self.set_route(before)
@@ -474,27 +471,12 @@ class Runner:
         self.set_route(Route("base"))
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
-    def compile_layers(self, **options: Any) -> None:
-        """Compile the layers of the stack that holds the curve (`model.compiling`); options of torch.compile."""
-        if self.replication.stack is None:
-            logger.warning("running without compiled layers: %s has no stack of layers", type(self.model).__name__)
-            return
-        self.compiled = True
-        layers = self.model.get_submodule(self.replication.stack).children()
-        compile_layers(layers, self.plain_causal, **options)
-
-    def run_layers_as_they_are(self) -> None:
-        """Undo `compile_layers`."""
-        self.compiled = False
-        if self.replication.stack is not None:
-            run_as_they_are(self.model.get_submodule(self.replication.stack).children())
-
     def _cast_factors(self) -> None:
         """Cast the factors of all layers at once where layers would take them whole, one by one, in the next pass."""
         route, dtype = self.route, self.dtype
         taken = route.kind in ("rows", "tokens") or (route.kind == "points" and route.whole)
-        # Compiled layers cast as they read. Without gradients the copies would only outlive their layers.
-        if not (taken and torch.is_grad_enabled() and self._maps) or self.compiled or self.sharded:
+        # Without gradients the copies would only outlive their layers.
+        if not (taken and torch.is_grad_enabled() and self._maps) or self.sharded:
             return
         if self._maps[0].A.dtype != dtype:
             copies = cast_together([f for layer in self._maps for f in (layer.A, layer.B)], dtype)

@@ -82,8 +82,6 @@ class LoopConfig:
     capture: bool = True
     """On a GPU, capture whole steps in CUDA graphs; each then has as many rows, filled evenly and padded to a few
     lengths."""
-    compile: bool = False
-    """On a GPU, compile the decoder layers: a minute or so at the start, then steps of large models are faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: Amount = 0
@@ -356,11 +354,6 @@ class FitConfig(LoopConfig):
             raise UserError(
                 f"point_passes: expected 1 with perturbation.kind {noise.kind}, whose noise is drawn for all points "
                 f"together, found {self.point_passes}; set it to 1"
-            )
-        if self.compile and noise.kind in ("flat_lora", "lora_space"):
-            raise UserError(
-                f"compile: expected false with perturbation.kind {noise.kind}, whose draws compiled layers could not "
-                "follow, found true; set compile to false"
             )
         strength(noise, 0, self.steps)
 

@@ -150,8 +150,6 @@ def curve_objective(
 def noise_on(model: CurveModel, config: FitConfig) -> Iterator[Perturbation | None]:
     """Inside the block the layers draw the noise that they are trained with, if any."""
     noise = Perturbation(config.perturbation, model.layers, config.steps, config.seed)
-    if noise.maps:  # an earlier fit may have compiled layers, which would not follow the draws
-        model.runner.run_layers_as_they_are()
     with noise.attached():
         yield None if config.perturbation.kind == "none" else noise
 

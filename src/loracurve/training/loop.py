@@ -152,8 +152,6 @@ class TrainedPoints:
     ) -> None:
         model.to(device)
         self.processes = _processes(config, model.device, model.runner.sharded)
-        if config.compile and model.device.type == "cuda" and not model.runner.sharded:
-            model.runner.compile_layers()
         self.program, self.perturbation, self.factors = program, perturbation, model.factors
         self.groups, self.figures = program.groups, ("loss", "grad_norm", *program.figures)
         self.every = program.plan.every

@@ -28,7 +28,7 @@ from loracurve.training.config import LoopConfig
 __all__ = ["MAY_BE_LOWERED", "MAY_CHANGE", "Changes", "Origin", "check_changes", "flat_options", "options_changed"]
 
 
-# They decide how a step is computed, and on what, but for rounding not what comes out.
+# They decide how a step is computed, and on what, but for rounding not what comes out; `compile` until it was retired.
 MAY_CHANGE = ("checkpoint_every", "compile", "device", "gradient_checkpointing", "point_passes", "processes")
 
 # What steps that run away are made smaller by.
