@@ -55,6 +55,15 @@ def test_results_stay_usable_when_options_are_added_that_are_off_by_default(tmp_
     assert not made_with(older, suite, cell)
 
 
+def test_results_of_compiled_layers_off_stay_usable(tmp_path: Path) -> None:
+    suite, cell = little(tmp_path, methods={"curve": Curve(units=4, training={"eps": 1e-6})}), Cell("made", 0, "curve")
+    older = options_of(suite, cell)
+    older["training"]["compile"] = older["method"]["training"]["compile"] = False
+    assert made_with(older, suite, cell)
+    older["training"]["compile"] = True
+    assert not made_with(older, suite, cell)
+
+
 def test_cells_from_before_there_was_a_share_of_validation_stay_and_suites_have_none(tmp_path: Path) -> None:
     suite, cell = little(tmp_path), Cell("made", 0, "curve")
     older = options_of(suite, cell)

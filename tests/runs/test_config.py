@@ -13,7 +13,7 @@ from loracurve.curve.config import CurveConfig
 from loracurve.curve.retired import LAST_COMMIT
 from loracurve.inference.config import EvaluationConfig
 from loracurve.model.config import ModelConfig
-from loracurve.runs.config import RunConfig, load_config, save_config
+from loracurve.runs.config import RunConfig, load_config, save_config, without_retired_words
 from loracurve.system.errors import UserError
 from loracurve.tasks.config import TaskConfig
 
@@ -58,7 +58,18 @@ def test_a_file_with_the_defaults_of_retired_options_opens(tmp_path: Path) -> No
     assert load_config(tmp_path / "new.yaml") == found
     old, new = (yaml.safe_load(text) for text in (OLD, (tmp_path / "new.yaml").read_text()))
     assert set(old["curve"]) - set(new["curve"]) == {"smooth"}
-    assert set(old["curve_training"]) - set(new["curve_training"]) == {"bootstrap"}
+    assert set(old["curve_training"]) - set(new["curve_training"]) == {"bootstrap", "compile"}
+    assert set(old["anchor_training"]) - set(new["anchor_training"]) == {"compile"}
+
+
+def test_what_only_made_steps_faster_is_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = yaml.safe_load(OLD)
+    old["curve_training"]["compile"] = True
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert load_config(tmp_path / "config.yaml") == RunConfig(ModelConfig("m"), TaskConfig("d", "letter"))
+    assert [r.message for r in caplog.records] == ["compile: left out, steps are as fast without it now"]
+    words = ["fit", "--anchor_training.compile", "true", "--lora.r=4"]
+    assert without_retired_words(words) == ["fit", "--lora.r=4"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 from loracurve.baselines.curve import Curve, own_options
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.registry import method_name
-from loracurve.bench.retired import RetiredCurve, merged, with_defaults
+from loracurve.bench.retired import RetiredCurve, merged, of_results, with_defaults
 from loracurve.bench.suite import Cell, method_of
 
 __all__ = ["fingerprint", "made_with", "options_of", "plain"]
@@ -67,7 +67,7 @@ def options_of(
 def made_with(recorded: Mapping[str, Any], suite: SuiteConfig, cell: Cell | None = None, **which: Any) -> bool:
     """Whether recorded `options_of` are those of the suite. Options that came into the library since must have their
     defaults, which change nothing, or `_BEFORE`; so must those that have left it."""
-    chosen, known = options_of(suite, cell, defaults=False, **which), merged(_BEFORE, recorded)
+    chosen, known = options_of(suite, cell, defaults=False, **which), merged(_BEFORE, of_results(recorded))
     return _within(known, with_defaults(options_of(suite, cell, **which))) and _within(chosen, known)
 
 

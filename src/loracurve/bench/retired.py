@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.method import Setting
-from loracurve.curve.retired import DEFAULTS, Part, refusal, split_retired
+from loracurve.curve.retired import DEFAULTS, MADE_FASTER, Part, refusal, split_retired
 
-__all__ = ["RetiredCurve", "merged", "with_defaults", "without_retired"]
+__all__ = ["RetiredCurve", "merged", "of_results", "with_defaults", "without_retired"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ def with_defaults(options: Any) -> Any:
         return options
     found = {name: with_defaults(value) for name, value in options.items()}
     return merged(DEFAULTS, found) if found.get("method") == "curve" else found
+
+
+def of_results(recorded: Any) -> Any:
+    """Recorded options without retired ones that decided nothing but the time of a step, at their defaults."""
+    if not isinstance(recorded, Mapping):
+        return recorded
+    return {n: of_results(v) for n, v in recorded.items() if n not in MADE_FASTER or v != MADE_FASTER[n]}
 
 
 def merged(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from loracurve.system.errors import UserError
 
-__all__ = ["DEFAULTS", "LAST_COMMIT", "Part", "refusal", "split_retired"]
+__all__ = ["DEFAULTS", "LAST_COMMIT", "MADE_FASTER", "Part", "refusal", "split_retired"]
 
 logger = logging.getLogger("loracurve")
 
@@ -22,12 +22,12 @@ Part = Literal["curve", "training"]
 
 DEFAULTS: dict[Part, dict[str, Any]] = {
     "curve": {"smooth": False},
-    "training": {"bootstrap": {"kind": "none", "length_scale": 0.25, "features": 64}, "compile": False},
+    "training": {"bootstrap": {"kind": "none", "length_scale": 0.25, "features": 64}},
 }
 """Options that are gone, of a curve's shape and of its training, with the defaults that files hold."""
 
-MADE_FASTER = ("compile",)
-"""Those that changed nothing but the time of a step: any value is dropped."""
+MADE_FASTER = {"compile": False}
+"""Those of any training that changed nothing but the time of a step, with their defaults: any value is dropped."""
 
 
 def split_retired(part: Part, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,8 +36,8 @@ def split_retired(part: Part, options: Mapping[str, Any]) -> tuple[dict[str, Any
     gone: dict[str, Any] = {}
     for name, value in options.items():
         if part == "training" and name in MADE_FASTER:
-            if value != DEFAULTS[part][name]:
-                logger.warning("%s: left out, steps are as fast without it since 0.2", name)
+            if value != MADE_FASTER[name]:
+                logger.warning("%s: left out, steps are as fast without it now", name)
         elif name in DEFAULTS[part]:
             default = DEFAULTS[part][name]
             off = value.get("kind", "none") == "none" if isinstance(value, Mapping) else value == default

@@ -78,7 +78,7 @@ def load_config(path: str | Path) -> RunConfig:
     return parse_mapping(RunConfig, _without_retired(values), str(path))
 
 
-_PARTS: dict[str, Part] = {"curve": "curve", "curve_training": "training"}
+_PARTS: dict[str, Part] = {"curve": "curve", "anchor_training": "training", "curve_training": "training"}
 
 
 def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
