@@ -14,7 +14,7 @@ from loracurve.bench.tables.resampled import means_over_rows, over_groups, over_
 from loracurve.bench.tables.table import Table, Value
 from loracurve.inference.intervals import Interval, interval_of
 
-__all__ = ["averages", "differences", "mean_difference"]
+__all__ = ["Pair", "averages", "differences", "mean_difference", "resampled"]
 
 Pair = tuple[str, list[CellResult], list[CellResult]]
 """A task, and cells of two methods with the same seeds."""
@@ -54,7 +54,7 @@ def mean_difference(pairs: Sequence[Pair]) -> Interval | None:
     """Mean over sets of the difference in NLL after temperature scaling, with an interval over their rows."""
     if not pairs:
         return None
-    estimates, rows, _ = _resampled(pairs, "nll_ts")
+    estimates, rows, _ = resampled(pairs, "nll_ts")
     return interval_of(estimates.mean().item(), rows.mean(0))
 
 
@@ -82,7 +82,7 @@ def differences(results: Results) -> Table:
                 pairs = [p for p in pairs if p[1]]
                 if not pairs:
                     continue
-                estimates, of_rows, of_seeds = _resampled(pairs, measure)
+                estimates, of_rows, of_seeds = resampled(pairs, measure)
                 mean = estimates.mean().item()
                 tasks = [t for t, *_ in pairs]
                 sets = interval_of(mean, over_groups(of_seeds, tasks)) if len(tasks) > 1 else None
@@ -96,7 +96,7 @@ def differences(results: Results) -> Table:
     return table
 
 
-def _resampled(pairs: Sequence[Pair], measure: str) -> tuple[Tensor, Tensor, Tensor]:
+def resampled(pairs: Sequence[Pair], measure: str) -> tuple[Tensor, Tensor, Tensor]:
     """Mean differences over seeds and rows ``[P]``, and over resamples ``[P, R]`` of rows, and of seeds and rows."""
     estimates, of_rows, of_seeds = [], [], []
     for task, mine, other in pairs:
