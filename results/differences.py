@@ -4,8 +4,8 @@
     python results/differences.py minilm curve "ensemble 10" --own mrpc minilm_own_rate "curve, 2.5e-4"
 
 On the seeds that both have, after temperature scaling (`--measure nll`: before it); the 95 % intervals resample rows,
-rows and seeds, and rows, seeds and sets, as in the table `differences`. `--own`: on this set the first method is another
-one, of another suite.
+rows and seeds, and rows, seeds and sets, as in the table `differences`. `--own`: on this set the first method is
+another one, of another suite.
 """
 
 from __future__ import annotations

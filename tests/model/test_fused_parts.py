@@ -199,3 +199,20 @@ def test_parts_that_do_something_else_stay() -> None:
     fuse_parts(fused)
     back = pickle.loads(pickle.dumps(fused))
     assert type(back) is type(fused) and torch.equal(back(x), before)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_no_kernel_can_be_compiled_there_is_a_word_and_none_runs(
+    works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not works:
+            raise OSError("no C compiler here")
+        return torch.nn.functional.silu(x) * y
+
+    monkeypatch.setattr(kernels, "_working", {})
+    monkeypatch.setattr(kernels, "gated", compiled)
+    for _ in range(2):
+        assert kernels._works(torch.device("cpu")) == works
+    said = [r.message for r in caplog.records if r.name == "loracurve"]
+    assert said == ([] if works else ["running without Triton's kernels: no C compiler here"])

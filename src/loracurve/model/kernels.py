@@ -7,10 +7,13 @@ a kernel in under a second and keeps it on disk. `TRITON_INTERPRET=1` runs them 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from loracurve.system.errors import one_line
 
 __all__ = ["folded", "gated", "gated_gradients", "mixed", "runs_here", "turned"]
 
@@ -19,6 +22,8 @@ _there = importlib.util.find_spec("triton") is not None
 if _there:
     import triton
     import triton.language as tl
+
+logger = logging.getLogger("loracurve")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 8
@@ -35,17 +40,36 @@ def runs_here(*tensors: Tensor) -> bool:
         and first.is_cuda
         and first.dtype in DTYPES
         and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and _works(first.device)
     )
+
+
+_working: dict[torch.device, bool] = {}
+
+
+def _works(device: torch.device) -> bool:
+    """Whether a kernel runs there, tried once: Triton needs a C compiler, and a card that it knows."""
+    if device not in _working and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    if device not in _working:
+        x = torch.tensor([-1.0, 2.0], device=device)
+        try:
+            _working[device] = bool(torch.allclose(gated(x, x), torch.nn.functional.silu(x) * x))
+        except Exception as error:  # of the compiler, the driver, the loader
+            logger.warning("running without Triton's kernels: %s", one_line(error, 200))
+            _working[device] = False
+    return _working[device]
 
 
 def mixed(x: Tensor, c: Tensor, scaled: Tensor) -> Tensor:
     """scaled_k sum_j c_j x_j for x [M, s, k, r], contiguous, and c, scaled [N, k], a row for every M / N of x."""
     m, s, k, r = x.shape
     out = torch.empty_like(x)
-    _mix[(triton.cdiv(m, ROWS), s)](
-        x, c, scaled, out, m, m // len(c), s * k * r, k * r,
-        k, r, ROWS, triton.next_power_of_2(k), triton.next_power_of_2(r), num_warps=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _mix[(triton.cdiv(m, ROWS), s)](
+            x, c, scaled, out, m, m // len(c), s * k * r, k * r,
+            k, r, ROWS, triton.next_power_of_2(k), triton.next_power_of_2(r), num_warps=2,
+        )  # fmt: skip
     return out
 
 
@@ -55,7 +79,8 @@ def folded(grad: Tensor) -> Tensor:
     w, k, *own = grad.shape
     points, size = w * (k - 1) + 1, grad[0, 0].numel()
     out = grad.new_empty(points, *own)
-    _fold[(points, triton.cdiv(size, BLOCK))](grad, out, w, size, k - 1, BLOCK)
+    with torch.cuda.device_of(grad):
+        _fold[(points, triton.cdiv(size, BLOCK))](grad, out, w, size, k - 1, BLOCK)
     return out
 
 
@@ -68,10 +93,11 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -
     cos, sin = cos.expand(b, t, d), sin.expand(b, t, d)
     out = torch.empty_like(q), torch.empty_like(k)
     block = triton.next_power_of_2(max(heads, k.shape[1]))
-    _turn[(b * t,)](
-        q, k, *out, cos, sin, t, *q.stride(), *k.stride(), *out[0].stride(), *out[1].stride(), *cos.stride(),
-        *sin.stride(), heads, k.shape[1], d // 2, block, triton.next_power_of_2(d // 2), back,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _turn[(b * t,)](
+            q, k, *out, cos, sin, t, *q.stride(), *k.stride(), *out[0].stride(), *out[1].stride(), *cos.stride(),
+            *sin.stride(), heads, k.shape[1], d // 2, block, triton.next_power_of_2(d // 2), back,
+        )  # fmt: skip
     return out
 
 
@@ -79,7 +105,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, contiguous tensors of one shape."""
     out = torch.empty_like(gate)
     size = gate.numel()
-    _gate[(triton.cdiv(size, BLOCK),)](gate, up, out, size, BLOCK)
+    with torch.cuda.device_of(gate):
+        _gate[(triton.cdiv(size, BLOCK),)](gate, up, out, size, BLOCK)
     return out
 
 
@@ -87,7 +114,8 @@ def gated_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     """Gradients of `gated` for gate and up."""
     out = torch.empty_like(gate), torch.empty_like(up)
     size = gate.numel()
-    _gate_back[(triton.cdiv(size, BLOCK),)](grad, gate, up, *out, size, BLOCK)
+    with torch.cuda.device_of(gate):
+        _gate_back[(triton.cdiv(size, BLOCK),)](grad, gate, up, *out, size, BLOCK)
     return out
 
 
