@@ -106,7 +106,7 @@ class Mixing:
         if self.c is None or len(self.c) == 1:
             return grad.reshape(shape)
         grad = grad.unflatten(1, (-1, shape[1]))
-        if kernels.runs_here(grad) and not grad.requires_grad:
+        if kernels.runs_here(grad):
             return kernels.folded(grad)
         out = torch.cat([grad[:, :-1].flatten(0, 1), grad[-1:, -1]])
         out[self.degree : -1 : self.degree] += grad[:-1, -1]
@@ -119,7 +119,7 @@ class Mixing:
             return hidden * self.scaling
         w, n, k = self.c.shape
         split = hidden.view(w * n, hidden.shape[1] // n, maps, k, -1)
-        if kernels.runs_here(hidden, self.c) and not hidden.requires_grad:
+        if kernels.runs_here(hidden, self.c):
             return kernels.mixed(split.flatten(0, 1), self.c.flatten(0, 1), self.scaled.flatten(0, 1)).view_as(hidden)
         c, scaled = (x.view(w * n, 1, 1, k, 1) for x in (self.c, self.scaled))
         return ((split * c).sum(3, keepdim=True) * scaled).view_as(hidden)
@@ -165,7 +165,9 @@ class _LinearMaps(torch.autograd.Function):
         found = []
         for base, output, own, f in zip(bases, given, u.chunk(count, -1), b, strict=True):
             weight: Any = base.weight
-            y = F.linear(x, weight, base.bias) if output is None else output
+            # No views: a model may change what a map gives in place (Longformer divides its queries so).
+            at = x[0] if len(x) == 1 else x
+            y = F.linear(at, weight, base.bias) if output is None else output
             found.append(add_product(y, own.to(y.dtype), mix.windows(f), in_place=output is None))
         ctx.save_for_backward(z, u, stacked, *b, *(base.weight for base in bases))
         ctx.mix, ctx.shapes, ctx.same = mix, [f.shape for f in a], x is z
@@ -173,6 +175,7 @@ class _LinearMaps(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         z, u, stacked, *others = ctx.saved_tensors
         mix, count = ctx.mix, len(grads)
@@ -186,6 +189,7 @@ class _LinearMaps(torch.autograd.Function):
                 du.append(torch.zeros_like(own))
                 db.append(None)
                 continue
+            grad = grad.reshape(*z.shape[:2], -1)
             up = mix.windows(f)
             du.append(torch.bmm(grad, up.mT).to(z.dtype))
             db.append(mix.folded(torch.bmm(own.to(grad.dtype).mT, grad), f.shape) if need[2 * count] else None)
@@ -200,14 +204,15 @@ class _LinearMaps(torch.autograd.Function):
         da: Sequence[Tensor | None] = [None] * count
         if need[count]:
             da = [mix.folded(g, s) for g, s in zip(torch.bmm(hidden.mT, z).chunk(count, 1), ctx.shapes, strict=True)]
-        given = [g if wanted else None for g, wanted in zip(grads, need, strict=False)][:count]
+        shape = *z.shape[:2], -1
+        given = [g.reshape(shape) if g is not None and n else None for g, n in zip(grads, need[:count], strict=True)]
         return dx, dz, None, None, *given, *da, *db
 
 
 def linear_maps(
     x: Tensor, z: Tensor, mix: Mixing, bases: Sequence[BaseMap], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """y_i = base_i(x) + B_i^T mix(A_i z), maps of one input with factors of one rank.
+    """y_i = base_i(x) + B_i^T mix(A_i z), maps of one input with factors of one rank; differentiable once.
 
     Args:
         x: [P, M, n_in].
@@ -218,17 +223,21 @@ def linear_maps(
         b: the same [., r, n_out].
 
     Returns:
-        [P, M, n_out] for each.
+        [P, M, n_out] for each, [M, n_out] where P is 1.
     """
     found: tuple[Tensor, ...] = _LinearMaps.apply(x, z, mix, bases, *(base.output for base in bases), *a, *b)
     return found
 
 
 def add_product(y: Tensor, hidden: Tensor, b: Tensor, in_place: bool = True) -> Tensor:
-    """y + hidden b for y [P, M, n], hidden [P, M, k] and b [P, k, n]."""
-    if len(y) == 1:  # a product of matrices has faster kernels
-        y, hidden, b = y.squeeze(0), hidden.squeeze(0), b.squeeze(0)
-        return (y.addmm_(hidden, b) if in_place else torch.addmm(y, hidden, b)).unsqueeze(0)
+    """y + hidden b for hidden [P, M, k], b [P, k, n] and y [P, M, n], or [M, n] where P is 1: in the memory of y, or as
+    [M, n] where P is 1."""
+    if len(b) == 1:  # a product of matrices has faster kernels
+        flat = y if y.dim() == 2 else y.squeeze(0)
+        if in_place:
+            flat.addmm_(hidden.squeeze(0), b.squeeze(0))
+            return y
+        return torch.addmm(flat, hidden.squeeze(0), b.squeeze(0))
     return y.baddbmm_(hidden, b) if in_place else torch.baddbmm(y, hidden, b)
 
 
