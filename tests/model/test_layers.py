@@ -141,6 +141,19 @@ def test_layers_that_see_other_inputs_leave_their_group() -> None:
     assert len(attention.q_proj.siblings) == 1 and len(model.model.model.layers[0].self_attn.q_proj.siblings) == 3
 
 
+def test_layers_that_are_not_called_leave_their_group() -> None:
+    model, _ = curve_model("llama", 1, torch.float32)
+    groups = [layer.mlp for layer in model.model.model.layers]
+    for mlp in groups:
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+    with torch.no_grad():
+        first, second = (model(T[:1], input_ids=inputs()).logits for _ in range(2))
+    torch.testing.assert_close(first, second)
+    # What follows in the pass notices; nothing follows the last.
+    assert [len(mlp.gate_proj.siblings) for mlp in groups[:-1]] == [1] * (len(groups) - 1)
+    assert len(model.model.model.layers[0].self_attn.q_proj.siblings) == 3
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 @pytest.mark.parametrize("tokens", [None, torch.tensor([7, 2])])
 def test_chosen_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(

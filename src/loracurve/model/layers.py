@@ -238,11 +238,11 @@ class CurveLinear(CurveLayer):
             return self._together(x, (self,))[0]
         shared = route.shared
         if shared is None or shared.siblings[0] is not self.siblings[0] or self.place not in shared.outputs:
+            if shared is not None:  # some of its layers are not called: their outputs were made in vain
+                _part(shared.siblings)
             shared = route.shared = Shared(self.siblings, x, dict(enumerate(self._together(x, self.siblings))))
         elif shared.x is not x:
-            # They are no siblings after all.
-            for layer in self.siblings:
-                layer.siblings, layer.place = (layer,), 0
+            _part(self.siblings)
             route.shared = None
             return self._together(x, (self,))[0]
         y = shared.outputs.pop(self.place)
@@ -300,6 +300,12 @@ class CurveLinear(CurveLayer):
             and "forward" not in base.__dict__
             and not torch.is_autocast_enabled(x.device.type)
         )
+
+
+def _part(layers: tuple[CurveLinear, ...]) -> None:
+    """Layers that turned out not to be siblings."""
+    for layer in layers:
+        layer.siblings, layer.place = (layer,), 0
 
 
 # Maps of one module that see the same input in most architectures; a layer that does not is noticed when it runs.

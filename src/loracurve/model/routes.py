@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def repeat_for_rows(coefficients: Tensor, rows: int) -> Tensor:
 class Shared:
     """Outputs of sibling layers that saw the same input, computed together by the first of them."""
 
-    siblings: tuple[nn.Module, ...]
+    siblings: tuple[Any, ...]
     x: Tensor
     outputs: dict[int, Tensor]
     """by place among the siblings, of those that did not run yet"""
