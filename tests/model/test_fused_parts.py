@@ -96,7 +96,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def running(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels run wherever this is, and say so."""
     seen: list[str] = []
-    for name in ("mixed", "turned", "gated", "gated_gradients"):
+    for name in ("folded", "mixed", "turned", "gated", "gated_gradients"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(
             kernels, name, lambda *args, _k=kernel, _n=name, **more: seen.append(_n) or _k(*args, **more)
@@ -155,13 +155,13 @@ def test_mixing_by_a_kernel_is_the_formula(
 
 
 @NEEDS
+@pytest.mark.parametrize("windows", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_model_run_by_kernels_gives_what_it_gave(architecture: str, running: list[str]) -> None:
+def test_a_model_run_by_kernels_gives_what_it_gave(architecture: str, windows: int, running: list[str]) -> None:
     model, _ = curve_model(architecture, 2, torch.float32)
     model.to(DEVICE).train()
-    route = Route(
-        "rows", model.coefficients(torch.linspace(0.1, 0.9, 4, dtype=torch.float64)).float().to(DEVICE), rows=4
-    )
+    c = model.coefficients(torch.linspace(0.1, 0.9, 4, dtype=torch.float64)).float().to(DEVICE)
+    route = Route("rows", c, windows=windows, degree=2, rows=4)
 
     def run() -> list[torch.Tensor]:
         model.runner.set_route(route)
@@ -169,7 +169,8 @@ def test_a_model_run_by_kernels_gives_what_it_gave(architecture: str, running: l
         return [out, *torch.autograd.grad(out.square().mean(), model.factors)]
 
     by_kernels = run()
-    assert set(running) == {"mixed", "turned", "gated", "gated_gradients"}
+    by_windows = {"folded"} if windows > 1 else set()
+    assert set(running) == {"mixed", "turned", "gated", "gated_gradients"} | by_windows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "runs_here", lambda *tensors: False)
         for found, expected in zip(by_kernels, run(), strict=True):

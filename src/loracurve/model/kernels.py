@@ -74,13 +74,14 @@ def mixed(x: Tensor, c: Tensor, scaled: Tensor) -> Tensor:
 
 
 def folded(grad: Tensor) -> Tensor:
-    """[W, d + 1, ...], contiguous, of windows that begin d after the one before -> [W d + 1, ...], sums where they
-    meet."""
+    """[W, d + 1, ...], of windows that begin d after the one before -> [W d + 1, ...], sums where they meet."""
+    if not grad[0].is_contiguous():  # windows may lie apart: siblings share one product
+        grad = grad.contiguous()
     w, k, *own = grad.shape
     points, size = w * (k - 1) + 1, grad[0, 0].numel()
     out = grad.new_empty(points, *own)
     with torch.cuda.device_of(grad):
-        _fold[(points, triton.cdiv(size, BLOCK))](grad, out, w, size, k - 1, BLOCK)
+        _fold[(points, triton.cdiv(size, BLOCK))](grad, out, w, grad.stride(0), size, k - 1, BLOCK)
     return out
 
 
@@ -141,14 +142,14 @@ if _there:
         tl.store(out + place, total[:, None, :] * second[:, :, None], mask=inside)
 
     @_jit
-    def _fold(grad, out, windows, size, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _fold(grad, out, windows, step, size, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         point = tl.program_id(0).to(tl.int64)
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = place < size
         w, j = point // D + place * 0, point % D + place * 0  # a number for each place: masks are blocks
-        total = tl.load(grad + (w * (D + 1) + j) * size + place, mask=inside & (w < windows), other=0).to(tl.float32)
+        total = tl.load(grad + w * step + j * size + place, mask=inside & (w < windows), other=0).to(tl.float32)
         # The first point of a window is the last of the one before.
-        last = grad + (w * (D + 1) - 1) * size + place
+        last = grad + (w - 1) * step + D * size + place
         total += tl.load(last, mask=inside & (j == 0) & (w > 0), other=0).to(tl.float32)
         tl.store(out + point * size + place, total, mask=inside)
 
