@@ -263,6 +263,22 @@ def test_the_validation_rule_takes_the_widest_that_costs_nothing() -> None:
         validation_tau(gaussians, replace(validation, labels=torch.full((200,), -100)))
 
 
+def test_rounding_does_not_choose_tau_where_a_temperature_leaves_no_loss() -> None:
+    train, rows = made(2, points=1, rows=12)
+    validation, _ = made(2, points=1, rows=40)
+    validation = replace(validation, labels=validation.log_probs[0].argmax(-1))
+    far = validation.log_probs[0].diff(dim=-1).abs()[:, 0] > 0.25
+    validation = validation.index(far.nonzero()[:, 0])
+    gaussians = fit_gaussians(train, rows)
+    grid = laplace._TAUS.tolist()
+    averages = [replace(gaussians, tau=t).averaged(validation.log_probs, validation.states).log_probs[0] for t in grid]
+    after = [apply_temperature(p, fit_temperature(p, validation.labels)) for p in averages]
+    assert all(float(negative_log_likelihood(p, validation.labels).mean()) < 1e-4 for p in after), "separable rows"
+    plain = [float(negative_log_likelihood(p, validation.labels).mean()) for p in averages]
+    widest = next(t for t, nll in zip(grid, plain, strict=True) if nll <= 1.003 * min(plain))
+    assert grid[0] < widest == validation_tau(gaussians, validation)
+
+
 def test_texts_have_no_marginal_tau() -> None:
     with pytest.raises(UserError, match="expected validation for scoring text"):
         marginal_tau(fit_gaussians(texts(3), torch.zeros(1, 3, D + 1)))

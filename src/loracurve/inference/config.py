@@ -87,7 +87,7 @@ class UnknownsConfig:
     """Precision of the Gaussians' prior, one for all points; 0: found by `rule`."""
     rule: Literal["marginal", "validation"] = "validation"
     """marginal: the tau of the highest marginal likelihood. validation: the smallest whose validation NLL, as it is and
-    after temperature, is within .3 % of the best. Scores of whole texts always take the second."""
+    after temperature, is within .3 % or 1e-4 nats of the best. Scores of whole texts always take the second."""
     familiarity: Literal["both", "curve", "base", "none"] = "both"
     """Distance from the training data by hidden states. curve: of its points, which see what is unlike the classes.
     base: of the untouched base, which sees other topics and formats. both: their sum. The base is a forward pass more.

@@ -74,8 +74,10 @@ _MOST_CLASSES = 2**20
 # Numbers that a batch of draws may hold.
 _MOST_DRAWN = 2**24
 
-# A validation NLL so much above the best is as good.
+# A validation NLL above the best by less than this part of it, or these nats, is as good: after temperature the NLL of
+# separable rows is rounding, of which a part says nothing.
 _AS_GOOD = 0.003
+_AS_GOOD_NATS = 1e-4
 
 
 def contrasts(classes: int) -> Tensor:
@@ -382,7 +384,7 @@ def marginal_tau(gaussians: Gaussians) -> float:
 
 def validation_tau(gaussians: Gaussians, validation: SplitStates, weights: Tensor | None = None) -> float:
     """The smallest tau of a grid that costs nothing: validation NLL as it is and after temperature are both within .3 %
-    of their best; where no tau does both, the one of the best NLL as it is.
+    of their best, or 1e-4 nats; where no tau does both, the one of the best NLL as it is.
 
     The smallest, because spread far from the training data is what the Gaussians are for: it is as large as the known
     data allow.
@@ -402,6 +404,6 @@ def validation_tau(gaussians: Gaussians, validation: SplitStates, weights: Tenso
         tempered = apply_temperature(average, fit_temperature(average, rows.labels))
         for found, log_probs in ((plain, average), (after, tempered)):
             found.append(float(negative_log_likelihood(log_probs, rows.labels).mean()))
-    most = [min(found) * (1 + _AS_GOOD) for found in (plain, after)]
+    most = [min(found) + max(min(found) * _AS_GOOD, _AS_GOOD_NATS) for found in (plain, after)]
     good = [a <= most[0] and b <= most[1] for a, b in zip(plain, after, strict=True)]
     return float(_TAUS[good.index(True) if any(good) else plain.index(min(plain))])
