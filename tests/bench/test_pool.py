@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.suites import anchored, breaks_once_used, killed_or_done, little, visible_from_the_start
+from helpers.suites import anchored, breaks_once_used, killed_or_done, little, needs_room, visible_from_the_start
 
 from loracurve.baselines.ensembles import Ensemble
 from loracurve.baselines.single import Single
@@ -20,17 +21,18 @@ from loracurve.bench.runner import prepare
 from loracurve.bench.suite import Cell
 
 
+@pytest.mark.parametrize("stopped", ["later", "crowded"])
 def test_cells_that_could_not_run_beside_others_run_once_more_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = little(tmp_path, methods={"one": Single(), "curve": anchored(), "ensemble 3": Ensemble(3)})
     out, calls, said = tmp_path / "out", [], list[str]()
     out.mkdir()
     cells = prepare(suite, out)
 
-    def spread(cells: list[Cell], jobs: int, submit: Any, end: Any, say: Any) -> dict[Cell, Outcome]:
+    def spread(cells: list[Cell], jobs: int, submit: Any, end: Any, say: Any, close: Any) -> dict[Cell, Outcome]:
         calls.append((cells, jobs))
-        outcomes: list[Outcome] = ["later", "failed", "broken"] if len(calls) == 1 else ["done"]
+        outcomes: list[Outcome] = [stopped, "failed", "broken"] if len(calls) == 1 else ["done"]
         return dict(zip(cells, outcomes, strict=False))
 
     monkeypatch.setattr(pool, "spread", spread)
@@ -43,7 +45,7 @@ def test_cells_that_could_not_run_beside_others_run_once_more_alone(
 def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(tmp_path: Path) -> None:
     cells = [*(Cell("made", 0, name) for name in ("first", "always", "one")), Cell("made", 1, "two")]
     said: list[str] = []
-    with _processes(["", ""], 1) as submit:
+    with _processes(["", ""], 1) as (submit, _):
         found = spread(cells, 2, lambda p, cell: submit(p, killed_or_done, cell, str(tmp_path)), None, said.append)
     assert found == dict(zip(cells, ("done", "broken", "done", "done"), strict=True))
     assert sorted(line for line in said if "process is gone" in line) == [
@@ -53,9 +55,39 @@ def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(tmp_path: Path)
     ]
 
 
+def test_a_cell_without_memory_costs_a_place_and_no_other_cell(tmp_path: Path) -> None:
+    """Of three places two find memory: as much as was taken is free again once the third is gone."""
+    cells = [Cell("made", seed, name) for seed in (0, 1, 2) for name in ("one", "two")]
+    said: list[str] = []
+    with _processes([""] * 3, 1) as (submit, close):
+        work = partial(needs_room, folder=str(tmp_path), room=2)
+        found = spread(cells, 3, lambda p, cell: submit(p, work, cell), None, said.append, close)
+    assert found == dict.fromkeys(cells, "done")
+    told = [line for line in said if "no memory" in line]
+    assert len(told) == 1 and told[0].endswith("once more, with 2 at a time")
+
+
+def test_a_cell_that_never_finds_memory_costs_one_place() -> None:
+    log: list[tuple[int, str]] = []
+
+    def submit(place: int, cell: Cell) -> Future[Result]:
+        log.append((place, cell.method))
+        done = Future[Result]()
+        done.set_result(("crowded" if cell.method == "huge" else "done", []))
+        return done
+
+    closed: list[int] = []
+    cells = [Cell("made", seed, name) for seed, name in enumerate(["huge", *"abcdef"])]
+    found = spread(cells, 3, submit, None, lambda _: None, closed.append)
+    assert found == {cell: "crowded" if cell.method == "huge" else "done" for cell in cells}
+    assert closed == [0] and [name for _, name in log].count("huge") == 2
+    alone = spread(cells[:1], 1, submit, None, lambda _: None, closed.append)
+    assert alone == {cells[0]: "crowded"} and closed == [0], "the last place stays"
+
+
 def test_a_process_in_which_a_cell_broke_gets_no_other() -> None:
     cells = [Cell("made", 0, name) for name in "abcd"]
-    with _processes([""], 1) as submit:
+    with _processes([""], 1) as (submit, _):
         found = spread(cells, 1, lambda p, cell: submit(p, breaks_once_used, cell), None, lambda _: None)
     assert found == dict(zip(cells, ("done", "broken", "done", "broken"), strict=True))
 
@@ -67,7 +99,7 @@ def test_a_process_sees_its_gpu_before_any_import(before: str | None, monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if before is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    with _processes(["6", "5", ""], 1) as submit:
+    with _processes(["6", "5", ""], 1) as (submit, _):
         found = [submit(place, visible_from_the_start) for place in range(3)]
         assert [future.result()[1][0] for future in found] == ["6", "5", before or "none named"]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before

@@ -32,9 +32,9 @@ __all__ = ["Group", "Outcome", "Result", "Say", "run_cell", "run_one"]
 Say = Callable[[str], None]
 """What is called with a line about each cell."""
 
-Outcome = Literal["done", "failed", "later", "broken"]
-"""failed: stored with its reason; later: nothing is stored, because what stopped it may pass (no space, no hub, no
-memory); broken: by a fault of ours, or the process is gone"""
+Outcome = Literal["done", "failed", "later", "crowded", "broken"]
+"""failed: stored with its reason; later: nothing is stored, because what stopped it may pass (no space, no hub);
+crowded: the same, no memory; broken: by a fault of ours, or the process is gone"""
 
 Result = tuple[Outcome, list[str]]
 """How a cell went, and what there is to say about it."""
@@ -168,7 +168,7 @@ def run_one(group: Group, cell: Cell, say: Say) -> Outcome:
     except Exception as error:  # a fault of ours in one cell shall not cost the others; it is raised in the end
         if isinstance(error, UserError) or is_passing(error):
             say(f"{cell}: not now: {one_line(error)}")
-            return "later"
+            return "crowded" if out_of_memory(error.__cause__ or error) else "later"
         say(traceback.format_exc().rstrip())
         return "broken"
     if record["status"] == "failed":

@@ -34,11 +34,10 @@ def run_in_pool(
 ) -> dict[Cell, Outcome]:
     """Run cells in `jobs` processes (see `spread`).
 
-    Cells that were stopped by something that may pass (no memory beside the others) run once more in the end, one at a
-    time.
+    Cells that were stopped by something that may pass run once more in the end, one at a time.
     """
     found = _in_processes(suite, cells, out, jobs, end, say)
-    again = [c for c, outcome in found.items() if outcome == "later"]
+    again = [c for c, outcome in found.items() if outcome in ("later", "crowded")]
     if again and not (end is not None and time.perf_counter() > end):
         say(f"{len(again)} cell{'s' * (len(again) > 1)} could not run beside others: once more, one at a time")
         found |= _in_processes(suite, again, out, 1, end, say)
@@ -51,13 +50,14 @@ def _in_processes(
     gpus = visible_gpus(torch.cuda.device_count())
     # Beside a GPU more threads would only wait for each other.
     threads = 2 if gpus else max((os.cpu_count() or 1) // jobs, 1)
-    with _processes([gpus[job % len(gpus)] if gpus else "" for job in range(jobs)], threads) as submit:
-        return spread(cells, jobs, lambda place, cell: submit(place, run_cell, suite, cell, out), end, say)
+    with _processes([gpus[job % len(gpus)] if gpus else "" for job in range(jobs)], threads) as (submit, close):
+        return spread(cells, jobs, lambda place, cell: submit(place, run_cell, suite, cell, out), end, say, close)
 
 
 @contextmanager
-def _processes(gpus: list[str], threads: int) -> Iterator[Callable[..., Future[Result]]]:
-    """One process for each place, by its GPU ("": none): gives `submit(place, function, *arguments)`.
+def _processes(gpus: list[str], threads: int) -> Iterator[tuple[Callable[..., Future[Result]], Callable[[int], None]]]:
+    """One process for each place, by its GPU ("": none): gives `submit(place, function, *arguments)` and
+    `close(place)`, which ends it.
 
     Each process is a pool of its own: one that is killed takes no other with it, and its place gets a new one. So does
     one in which a cell broke: what broke it (CUDA's state, say) may break all that come after.
@@ -80,8 +80,11 @@ def _processes(gpus: list[str], threads: int) -> Iterator[Callable[..., Future[R
                     last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
         return last[place]
 
+    def close(place: int) -> None:
+        pools.pop(place).shutdown()  # what it held is free when the next cell begins
+
     try:
-        yield submit
+        yield submit, close
     except BaseException:  # an interruption: nobody waits until the cells are done, which go on from checkpoints
         for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
@@ -108,13 +111,15 @@ def spread(
     submit: Callable[[int, Cell], Future[Result]],
     end: float | None,
     say: Say,
+    close: Callable[[int], None] = lambda place: None,
 ) -> dict[Cell, Outcome]:
     """Have `jobs` cells at a time run by what `submit` hands them to, each at one of `jobs` places.
 
     A place goes on with the task and seed whose model, sets and fitted methods it holds, then with one that nobody has
     begun, and only then with one that another place is at. No cell runs before its group's anchors are there: the first
-    cell trains them. A cell whose process is killed is tried once more. Returns what became of the cells; those that
-    the time was up for are not in it.
+    cell trains them. A cell whose process is killed is tried once more. So is one that found no memory, and its place
+    is closed, which leaves its memory to the others. Returns what became of the cells; those that the time was up for
+    are not in it.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
@@ -124,6 +129,7 @@ def spread(
     running: dict[Future[Result], tuple[int, Cell]] = {}
     found: dict[Cell, Outcome] = {}
     tries: Counter[Cell] = Counter()
+    closed: set[int] = set()
 
     def next_for(place: int) -> Cell | None:
         begun = {_group(cell) for _, cell in running.values()}
@@ -135,7 +141,7 @@ def spread(
 
     while True:
         up = end is not None and time.perf_counter() > end
-        taken = {place for place, _ in running.values()}
+        taken = {place for place, _ in running.values()} | closed
         for place in [] if up else [p for p in range(jobs) if p not in taken]:
             if (chosen := next_for(place)) is not None:
                 running[submit(place, chosen)] = place, chosen
@@ -146,7 +152,14 @@ def spread(
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             place, cell = running.pop(future)
             try:
-                found[cell], lines = future.result()
+                outcome, lines = future.result()
+                if outcome == "crowded" and tries[cell] < TRIES and len(closed) < jobs - 1:
+                    closed.add(place)
+                    close(place)
+                    groups[_group(cell)].insert(0, cell)
+                    lines = [f"{cell}: no memory beside the others; once more, with {jobs - len(closed)} at a time"]
+                else:
+                    found[cell] = outcome
             except BrokenExecutor:
                 places[place] = None
                 if again := tries[cell] < TRIES:

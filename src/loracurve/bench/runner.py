@@ -136,7 +136,7 @@ def _tell(suite: SuiteConfig, out: Path, found: Mapping[Cell, Outcome]) -> None:
     if broken := [c for c, outcome in found.items() if outcome == "broken"]:
         raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
     parts = []
-    if later := [str(c) for c, outcome in found.items() if outcome == "later"]:
+    if later := [str(c) for c, outcome in found.items() if outcome in ("later", "crowded")]:
         parts.append(f"{len(later)} could not run now ({', '.join(later)}): the same command tries them again")
     records = ((c, record_of(suite, c, out)) for c in [*cells_of(suite), *scans_of(suite)])
     if failed := [f"{c}: {r['reason']}" for c, r in records if r is not None and r["status"] == "failed"]:
