@@ -11,6 +11,10 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # The workers of pytest-xdist, and what they start, would fight over the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Bounds of tests are those of the CPU. The GPU has tests of its own, and some of these hold there, too.
+if os.environ.get("TEST_ON_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A suite refuses code that no commit holds, which code being worked on is: git finds no checkout from the package.
 os.environ["GIT_CEILING_DIRECTORIES"] = str(Path(__file__).parents[1] / "src")
 

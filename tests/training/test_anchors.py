@@ -81,8 +81,10 @@ def test_anchors_in_one_pass_equal_separate_peft_runs(architecture: str, accumul
         expected = separate_fine_tune(base, model.config, task, loop, seed, init)
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
-            # Llama's and Qwen's RMSNorm computes in float32 whatever the dtype; the encoder is float64 throughout.
-            rtol, atol = (1e-9, 1e-11) if architecture == "encoder" else (1e-5, 1e-6)
+            # Llama's and Qwen's RMSNorm computes in float32 whatever the dtype; the encoder is float64 throughout, on a
+            # GPU but for Adam's rate and step, which are float32 tensors where steps are captured.
+            exact = (1e-6, 1e-8) if torch.cuda.is_available() else (1e-9, 1e-11)
+            rtol, atol = exact if architecture == "encoder" else (1e-5, 1e-6)
             torch.testing.assert_close(found[name][m], tensor, rtol=rtol, atol=atol)
 
 

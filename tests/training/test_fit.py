@@ -81,7 +81,7 @@ def test_options_train_together_resume_to_the_bit_and_keep_anchors(
         objective=ObjectiveConfig(jsd, *forms[jsd]),  # type: ignore[arg-type]
         perturbation=PerturbationConfig(noise, 0.1, "ramp"),  # type: ignore[arg-type]
     )
-    before = {n: p.clone() for n, p in model.model.state_dict().items() if "base_layer" in n}
+    before = {n: p.cpu().clone() for n, p in model.model.state_dict().items() if "base_layer" in n}
     result = fit(model, task, config, tmp_path / "whole", **QUIET)
     whole = model.control_points()
     assert result.steps == 4 and all(h["loss"] < float("inf") for h in result.history)
@@ -89,7 +89,7 @@ def test_options_train_together_resume_to_the_bit_and_keep_anchors(
     for name, p in whole.items():
         assert torch.equal(p[~spec.mask], start[name][~spec.mask]), "anchors are bit-equal"
         assert not torch.equal(p[spec.mask], start[name][spec.mask])
-    assert all(torch.equal(p, before[n]) for n, p in model.model.state_dict().items() if n in before)
+    assert all(torch.equal(p.cpu(), before[n]) for n, p in model.model.state_dict().items() if n in before)
     model.set_curve(spec, start)
     fit(model, task, config, tmp_path / "cut", stop_after=2, **QUIET)
     again = fit(model, task, config, tmp_path / "cut", **QUIET)
@@ -208,8 +208,10 @@ def test_a_step_is_adam_on_the_free_points(spec: CurveSpec, tmp_path: Path) -> N
         p = p - 1e-2 * 0.5 * leaf.grad * moving[n].view(-1, 1, 1)
         expected[n] = torch.tensordot(made[n], p, dims=1)
     fit(model, task, config, **QUIET)
+    # Adam divides a gradient by its size: where that is small, a GPU's rounding of Llama's float32 norms shows.
+    atol = 1e-4 if torch.cuda.is_available() else 1e-7
     for n, p in model.control_points().items():
-        torch.testing.assert_close(p, expected[n], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(p, expected[n], rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -254,13 +256,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
         fit(model, task, shared_points(steps=3, batch_size=4, gradient_checkpointing=checkpointing), **QUIET)
         found.append(model.control_points())
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+    def recomputes() -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.model.modules())
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with recomputing(model.model, True):
-            assert model.model.is_activation_checkpointing
-    assert not model.model.is_activation_checkpointing
+            assert recomputes()
+    assert not recomputes()
     embeddings = model.model.get_input_embeddings()
-    assert not embeddings(torch.tensor([0])).requires_grad, "transformers' hook is gone again"
+    assert not embeddings(torch.tensor([0], device=model.device)).requires_grad, "transformers' hook is gone again"
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -285,7 +291,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at step 1"):
         fit(model, task, shared_points(steps=2, batch_size=4), **QUIET)
     spoilt.remove()
-    assert all(torch.equal(p, b) for p, b in zip(model.factors, before, strict=True))
+    assert all(torch.equal(p.cpu(), b) for p, b in zip(model.factors, before, strict=True))
 
 
 def test_nothing_trainable_is_refused(tmp_path: Path) -> None:

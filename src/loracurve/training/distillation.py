@@ -36,7 +36,8 @@ class DistilledObjective(AnchorsObjective):
         self, model: CurveModel, rows: Encoded, targets: Tensor, validation: Encoded, config: LoopConfig
     ) -> None:
         super().__init__(model, rows, validation, config, 1)
-        self.targets = targets.to(model.device, torch.float32)
+        self.targets = targets.float()
 
     def of_examples(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        self.targets = self.targets.to(log_probs.device)  # training may have moved the model since
         return soft_cross_entropy(log_probs, self.targets[batch.index])
