@@ -19,6 +19,7 @@ from loracurve.bench.cells import Outcome, Result
 from loracurve.bench.pool import _processes, spread, visible_gpus
 from loracurve.bench.runner import prepare
 from loracurve.bench.suite import Cell
+from loracurve.system.folders import is_running
 
 
 @pytest.mark.parametrize("stopped", ["later", "crowded"])
@@ -56,12 +57,14 @@ def test_a_killed_process_costs_its_cell_a_try_and_no_other_cell(tmp_path: Path)
 
 
 def test_a_cell_without_memory_costs_a_place_and_no_other_cell(tmp_path: Path) -> None:
-    """Of three places two find memory: as much as was taken is free again once the third is gone."""
+    """Of three places two find memory. The third's process ends, and its cell runs at one of the others."""
     cells = [Cell("made", seed, name) for seed in (0, 1, 2) for name in ("one", "two")]
     said: list[str] = []
     with _processes([""] * 3, 1) as (submit, close):
         work = partial(needs_room, folder=str(tmp_path), room=2)
         found = spread(cells, 3, lambda p, cell: submit(p, work, cell), None, said.append, close)
+        alive = [is_running(int(path.name.split()[1])) for path in tmp_path.glob("process *")]
+    assert sorted(alive) == [False, True, True]
     assert found == dict.fromkeys(cells, "done")
     told = [line for line in said if "no memory" in line]
     assert len(told) == 1 and told[0].endswith("once more, with 2 at a time")
@@ -77,12 +80,30 @@ def test_a_cell_that_never_finds_memory_costs_one_place() -> None:
         return done
 
     closed: list[int] = []
+
+    def close(place: int) -> bool:
+        closed.append(place)
+        return True
+
     cells = [Cell("made", seed, name) for seed, name in enumerate(["huge", *"abcdef"])]
-    found = spread(cells, 3, submit, None, lambda _: None, closed.append)
+    found = spread(cells, 3, submit, None, lambda _: None, close)
     assert found == {cell: "crowded" if cell.method == "huge" else "done" for cell in cells}
     assert closed == [0] and [name for _, name in log].count("huge") == 2
-    alone = spread(cells[:1], 1, submit, None, lambda _: None, closed.append)
-    assert alone == {cells[0]: "crowded"} and closed == [0], "the last place stays"
+
+
+def test_the_last_place_of_a_device_stays() -> None:
+    with _processes(["0", "0", "1"], 1) as (submit, close):
+        submit(0, visible_from_the_start).result()
+        assert [close(place) for place in (2, 0, 1)] == [False, True, False]
+    cell = Cell("made", 0, "huge")
+    found = spread([cell], 1, lambda *_: crowded(), None, lambda _: None, lambda _: False)
+    assert found == {cell: "crowded"}
+
+
+def crowded() -> Future[Result]:
+    found = Future[Result]()
+    found.set_result(("crowded", []))
+    return found
 
 
 def test_a_process_in_which_a_cell_broke_gets_no_other() -> None:

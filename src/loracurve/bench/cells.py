@@ -26,7 +26,7 @@ from loracurve.system.files import write_json
 from loracurve.system.memory import PeakMemory, out_of_memory
 from loracurve.tasks.dataset import subset
 
-__all__ = ["Group", "Outcome", "Result", "Say", "run_cell", "run_one"]
+__all__ = ["PASSING", "Group", "Outcome", "Result", "Say", "run_cell", "run_one"]
 
 
 Say = Callable[[str], None]
@@ -35,6 +35,9 @@ Say = Callable[[str], None]
 Outcome = Literal["done", "failed", "later", "crowded", "broken"]
 """failed: stored with its reason; later: nothing is stored, because what stopped it may pass (no space, no hub);
 crowded: the same, no memory; broken: by a fault of ours, or the process is gone"""
+
+PASSING: tuple[Outcome, ...] = ("later", "crowded")
+"""Of cells that may run at the next try."""
 
 Result = tuple[Outcome, list[str]]
 """How a cell went, and what there is to say about it."""

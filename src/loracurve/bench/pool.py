@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from loracurve.bench.cells import Outcome, Result, Say, run_cell
+from loracurve.bench.cells import PASSING, Outcome, Result, Say, run_cell
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.suite import Cell
 from loracurve.system.errors import one_line
@@ -37,7 +37,7 @@ def run_in_pool(
     Cells that were stopped by something that may pass run once more in the end, one at a time.
     """
     found = _in_processes(suite, cells, out, jobs, end, say)
-    again = [c for c, outcome in found.items() if outcome in ("later", "crowded")]
+    again = [c for c, outcome in found.items() if outcome in PASSING]
     if again and not (end is not None and time.perf_counter() > end):
         say(f"{len(again)} cell{'s' * (len(again) > 1)} could not run beside others: once more, one at a time")
         found |= _in_processes(suite, again, out, 1, end, say)
@@ -55,9 +55,9 @@ def _in_processes(
 
 
 @contextmanager
-def _processes(gpus: list[str], threads: int) -> Iterator[tuple[Callable[..., Future[Result]], Callable[[int], None]]]:
+def _processes(gpus: list[str], threads: int) -> Iterator[tuple[Callable[..., Future[Result]], Callable[[int], bool]]]:
     """One process for each place, by its GPU ("": none): gives `submit(place, function, *arguments)` and
-    `close(place)`, which ends it.
+    `close(place)`, which ends it unless no other place shares its device, and says whether it did.
 
     Each process is a pool of its own: one that is killed takes no other with it, and its place gets a new one. So does
     one in which a cell broke: what broke it (CUDA's state, say) may break all that come after.
@@ -66,6 +66,7 @@ def _processes(gpus: list[str], threads: int) -> Iterator[tuple[Callable[..., Fu
     others = multiprocessing.active_children()
     pools: dict[int, ProcessPoolExecutor] = {}
     last: dict[int, Future[Result]] = {}
+    sharing = Counter(gpus)
 
     def submit(place: int, *call: object) -> Future[Result]:
         before = last.get(place)
@@ -80,8 +81,12 @@ def _processes(gpus: list[str], threads: int) -> Iterator[tuple[Callable[..., Fu
                     last[place] = pools[place].submit(*call)  # type: ignore[arg-type]
         return last[place]
 
-    def close(place: int) -> None:
+    def close(place: int) -> bool:
+        if sharing[gpus[place]] == 1:
+            return False
+        sharing[gpus[place]] -= 1
         pools.pop(place).shutdown()  # what it held is free when the next cell begins
+        return True
 
     try:
         yield submit, close
@@ -111,15 +116,15 @@ def spread(
     submit: Callable[[int, Cell], Future[Result]],
     end: float | None,
     say: Say,
-    close: Callable[[int], None] = lambda place: None,
+    close: Callable[[int], bool] = lambda place: False,
 ) -> dict[Cell, Outcome]:
     """Have `jobs` cells at a time run by what `submit` hands them to, each at one of `jobs` places.
 
     A place goes on with the task and seed whose model, sets and fitted methods it holds, then with one that nobody has
     begun, and only then with one that another place is at. No cell runs before its group's anchors are there: the first
-    cell trains them. A cell whose process is killed is tried once more. So is one that found no memory, and its place
-    is closed, which leaves its memory to the others. Returns what became of the cells; those that the time was up for
-    are not in it.
+    cell trains them. A cell whose process is killed is tried once more. So is one that found no memory, if its place
+    can be closed, which leaves its memory to the others. Returns what became of the cells; those that the time was up
+    for are not in it.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
@@ -153,9 +158,8 @@ def spread(
             place, cell = running.pop(future)
             try:
                 outcome, lines = future.result()
-                if outcome == "crowded" and tries[cell] < TRIES and len(closed) < jobs - 1:
+                if outcome == "crowded" and tries[cell] < TRIES and close(place):
                     closed.add(place)
-                    close(place)
                     groups[_group(cell)].insert(0, cell)
                     lines = [f"{cell}: no memory beside the others; once more, with {jobs - len(closed)} at a time"]
                 else:

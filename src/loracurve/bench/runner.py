@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from loracurve.bench.cells import Group, Outcome, Say, run_one
+from loracurve.bench.cells import PASSING, Group, Outcome, Say, run_one
 from loracurve.bench.config import Executor, SuiteConfig
 from loracurve.bench.memory import NO_MEMORY
 from loracurve.bench.pool import run_in_pool
@@ -136,7 +136,7 @@ def _tell(suite: SuiteConfig, out: Path, found: Mapping[Cell, Outcome]) -> None:
     if broken := [c for c, outcome in found.items() if outcome == "broken"]:
         raise RuntimeError(f"{len(broken)} cells broke: {'; '.join(map(str, broken))}; the messages are above")
     parts = []
-    if later := [str(c) for c, outcome in found.items() if outcome in ("later", "crowded")]:
+    if later := [str(c) for c, outcome in found.items() if outcome in PASSING]:
         parts.append(f"{len(later)} could not run now ({', '.join(later)}): the same command tries them again")
     records = ((c, record_of(suite, c, out)) for c in [*cells_of(suite), *scans_of(suite)])
     if failed := [f"{c}: {r['reason']}" for c, r in records if r is not None and r["status"] == "failed"]:
