@@ -13,7 +13,7 @@ import pytest
 from helpers.kills import ended, forked
 from helpers.places import ROOT
 from helpers.processes import end_group
-from helpers.suites import bytes_of, little
+from helpers.suites import WORK, bytes_of, little
 
 from loracurve.baselines.single import Single
 from loracurve.bench.provenance import plain
@@ -70,14 +70,14 @@ def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run_suite(little(tmp_path), tmp_path / "out", executor="ray", address="auto")
 
 
-KILLS_ITSELF = """
-import os, pathlib, signal
+KILLS_ITSELF = f"""
+import fnmatch, os, pathlib, signal
 
 mark, replace = pathlib.Path(__file__).with_name("killed"), os.replace
 
 def replace_or_die(source, target, **options):
     replace(source, target, **options)
-    if "anchors/made/1/work-" in str(target) and str(target).endswith("/checkpoint.json") and not mark.exists():
+    if fnmatch.fnmatch(str(target), "*anchors/made/1/{WORK}/checkpoint.json") and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -112,7 +112,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     assert code == 0 and (tmp_path / "killed").exists(), said
     fitted = [line.partition(": fitted")[0] for line in said.splitlines() if ": fitted" in line]
     assert sorted(fitted) == sorted(map(str, cells_of(suite)))  # each once
-    assert not [*out.rglob("work-*"), *out.rglob(".*.tmp")]
+    assert not [*out.rglob(WORK), *out.rglob(".*.tmp")]
 
     run_suite(suite, tmp_path / "alone", jobs=1)
     write_tables(suite, tmp_path / "alone")

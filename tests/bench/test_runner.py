@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.kills import killed
 from helpers.made import write_rows
-from helpers.suites import anchored, bytes_of, little
+from helpers.suites import WORK, anchored, bytes_of, little
 
 from loracurve.baselines.curve import Curve
 from loracurve.baselines.ensembles import Ensemble
@@ -55,7 +55,7 @@ def test_a_suite_fills_its_store(finished: tuple[SuiteConfig, Path]) -> None:
     assert value == pytest.approx(by_hand.item(), abs=1e-9)
     record = json.loads((Cell("made", 0, "curve").folder(out) / "cell.json").read_text())
     assert record["passes"] == 3 and record["cost"] == 7 and record["notes"]["steps"] == 8
-    assert not [p for p in out.rglob("work-*")]
+    assert not [p for p in out.rglob(WORK)]
     assert (out / "environment.json").is_file() and (out / "tables.md").stat().st_size > 1000
 
 
@@ -227,10 +227,10 @@ def test_a_killed_suite_goes_on_to_the_same_bytes(finished: tuple[SuiteConfig, P
         """The first loop has saved its second checkpoint, and not ended."""
         return lambda name, path: name == "unlink" and fnmatch(path, f"{out}/{of}/checkpoint-*")
 
-    assert killed(bench, removes_checkpoints("anchors/made/0/work-*"))
-    assert list(out.glob("anchors/made/0/work-*/checkpoint.json")) and not list(out.glob("cells/*/*/*/cell.json"))
-    assert killed(bench, removes_checkpoints("cells/made/0/curve/work-*/training"))
-    assert list(out.glob("cells/made/0/curve/work-*/training/checkpoint.json"))
+    assert killed(bench, removes_checkpoints(f"anchors/made/0/{WORK}"))
+    assert list(out.glob(f"anchors/made/0/{WORK}/checkpoint.json")) and not list(out.glob("cells/*/*/*/cell.json"))
+    assert killed(bench, removes_checkpoints(f"cells/made/0/curve/{WORK}/training"))
+    assert list(out.glob(f"cells/made/0/curve/{WORK}/training/checkpoint.json"))
     assert list(out.glob("cells/*/*/*/cell.json")) and not (out / "metrics.parquet").exists()
     run_suite(reference, out, jobs=1)
     write_tables(reference, out)

@@ -25,6 +25,9 @@ from loracurve.curve.config import CurveConfig, LoraOptions
 from loracurve.model.config import ModelConfig
 from loracurve.training.config import LoopConfig
 
+WORK = "work-*"
+"""Folders of checkpoints in a store, one for each set of options."""
+
 SIZES = {"train": 40, "validation": 20, "test": 24}
 
 

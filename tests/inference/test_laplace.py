@@ -16,7 +16,7 @@ from loracurve.inference import laplace
 from loracurve.inference.calibration import apply_temperature, fit_temperature
 from loracurve.inference.hidden_states import SplitStates
 from loracurve.inference.information import mixture_log_probs, negative_log_likelihood
-from loracurve.inference.laplace import contrasts, fit_gaussians, marginal_tau, validation_tau
+from loracurve.inference.laplace import Gaussians, contrasts, fit_gaussians, marginal_tau, validation_tau
 from loracurve.inference.predictive import Predictive
 from loracurve.model.states import States
 from loracurve.system.errors import UserError
@@ -240,21 +240,22 @@ def test_the_marginal_likelihood_is_highest_at_its_tau(most_exact: int, monkeypa
     assert evidence(tau) > max(evidence(tau * 1.01), evidence(tau / 1.01))
 
 
+def nlls(gaussians: Gaussians, validation: SplitStates, tau: float) -> tuple[float, float]:
+    """Of validation rows with this tau: as it is, and after temperature."""
+    read = replace(gaussians, tau=tau).averaged(validation.log_probs, validation.states)
+    average = mixture_log_probs(read.log_probs)
+    tempered = apply_temperature(average, fit_temperature(average, validation.labels))
+    plain, after = (float(negative_log_likelihood(p, validation.labels).mean()) for p in (average, tempered))
+    return plain, after
+
+
 def test_the_validation_rule_takes_the_widest_that_costs_nothing() -> None:
     train, rows = made(3, rows=12)
     validation, _ = made(3, rows=200, seed=0)
     gaussians = fit_gaussians(train, rows)
     tau = validation_tau(gaussians, validation)
     grid = laplace._TAUS.tolist()
-
-    def nlls(tau: float) -> tuple[float, float]:
-        """As it is, and after temperature."""
-        read = replace(gaussians, tau=tau).averaged(validation.log_probs, validation.states)
-        average = mixture_log_probs(read.log_probs)
-        tempered = apply_temperature(average, fit_temperature(average, validation.labels))
-        return tuple(float(negative_log_likelihood(p, validation.labels).mean()) for p in (average, tempered))  # type: ignore[return-value]
-
-    found = [nlls(t) for t in grid]
+    found = [nlls(gaussians, validation, t) for t in grid]
     most = [1.003 * min(column) for column in zip(*found, strict=True)]
     good = [all(a <= b for a, b in zip(pair, most, strict=True)) for pair in found]
     place = grid.index(tau)
@@ -271,10 +272,8 @@ def test_rounding_does_not_choose_tau_where_a_temperature_leaves_no_loss() -> No
     validation = validation.index(far.nonzero()[:, 0])
     gaussians = fit_gaussians(train, rows)
     grid = laplace._TAUS.tolist()
-    averages = [replace(gaussians, tau=t).averaged(validation.log_probs, validation.states).log_probs[0] for t in grid]
-    after = [apply_temperature(p, fit_temperature(p, validation.labels)) for p in averages]
-    assert all(float(negative_log_likelihood(p, validation.labels).mean()) < 1e-4 for p in after), "separable rows"
-    plain = [float(negative_log_likelihood(p, validation.labels).mean()) for p in averages]
+    plain, after = zip(*(nlls(gaussians, validation, t) for t in grid), strict=True)
+    assert max(after) < 1e-4, "separable rows"
     widest = next(t for t, nll in zip(grid, plain, strict=True) if nll <= 1.003 * min(plain))
     assert grid[0] < widest == validation_tau(gaussians, validation)
 

@@ -13,7 +13,7 @@ import psutil
 from helpers.kills import ended, forked
 from helpers.made_runs import QUICK, Maker, command
 from helpers.processes import end_group, ran, started
-from helpers.suites import little
+from helpers.suites import WORK, little
 from helpers.waiting import SECONDS, until
 
 from loracurve.baselines.single import Single
@@ -96,7 +96,7 @@ def test_a_suite_in_several_processes_ends_with_all_of_them(tmp_path: Path) -> N
     words = ["bench", tmp_path / "suite.yaml", "--out", tmp_path / "out", "--jobs", "2"]
     with started([sys.executable, "-m", "loracurve", *words], **LOUD) as process:
         until(
-            lambda: len([*tmp_path.glob("out/anchors/made/*/work-*/checkpoint.json")]) == 2,
+            lambda: len([*tmp_path.glob(f"out/anchors/made/*/{WORK}/checkpoint.json")]) == 2,
             "both processes train",
             lambda: process.poll() is None,
         )

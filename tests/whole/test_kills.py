@@ -20,7 +20,7 @@ import torch
 import yaml
 from helpers.kills import calls_of, ended, finished, forked, killed
 from helpers.made_runs import QUICK, base_folder, command, config_file, data_folder
-from helpers.suites import bytes_of, little
+from helpers.suites import WORK, bytes_of, little
 from helpers.waiting import until
 
 from loracurve.baselines.single import Single
@@ -165,7 +165,7 @@ def test_a_suite_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Pa
 
     def check(out: Path) -> None:
         assert bytes_of(out) == expected
-        assert not list(out.rglob("work-*")), "checkpoints of what is done are gone"
+        assert not list(out.rglob(WORK)), "checkpoints of what is done are gone"
 
     kill_until(4, calls, 0, work, check, tmp_path / "killed")
 
@@ -180,7 +180,7 @@ def test_leftovers_beside_done_cells_are_removed(tmp_path: Path) -> None:
         (folder / "work-0123").mkdir()
         (folder / "work-0123" / "checkpoint.json").write_text("{}")
     run_suite(replace(suite, methods={"one": Single(), "two": Single(keep="last")}), out, jobs=1, say=QUIET)
-    assert not list(out.rglob("work-*"))
+    assert not list(out.rglob(WORK))
     assert kept.read_bytes() == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.made_runs import QUICK, Maker, command
-from helpers.suites import anchored, little
+from helpers.suites import WORK, anchored, little
 
 from loracurve.bench.config import SuiteTask
 from loracurve.bench.runner import run_suite
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_no_result_of_a_suite(part: str, tmp_path: Path)
     step, stop = torch.optim.AdamW.step, [True]
 
     def stopped(self: torch.optim.AdamW, *args: object) -> object:
-        if stop[0] and any(out.glob(f"{work}/work-*/**/checkpoint.json")):
+        if stop[0] and any(out.glob(f"{work}/{WORK}/**/checkpoint.json")):
             raise Stopped
         return step(self, *args)
 
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_no_result_of_a_suite(part: str, tmp_path: Path)
         patch.setattr(torch.optim.AdamW, "step", stopped)
         with pytest.raises(Stopped):
             run_suite(suite, out, jobs=1, say=said.append)
-    tensors = next(out.glob(f"{work}/work-*/**/checkpoint-*.safetensors"))
+    tensors = next(out.glob(f"{work}/{WORK}/**/checkpoint-*.safetensors"))
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
