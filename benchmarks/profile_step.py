@@ -7,6 +7,7 @@ in place of kernels.
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from common import DEVICE, arguments, build, curve_model, note, report, synthetic
 from torch.profiler import ProfilerActivity, profile
-from training_step import STEP, ours, r_and_sizes
+from training_step import ours, r_and_sizes
 from whole_set import encode, texts
 
 from loracurve.curve.anchored import slot_times
@@ -24,7 +25,7 @@ from loracurve.inference.prediction import predict_splits
 from loracurve.runs.run import open_run
 from loracurve.tasks.batching import collate
 from loracurve.training.curves import CurveObjective
-from loracurve.training.step import Stepper
+from loracurve.training.loop import TrainedPoints
 
 # First match wins.
 KINDS = {
@@ -57,14 +58,14 @@ def kernels(function: Any, repeats: int) -> list[tuple[str, float, float]]:
 
 
 def steps_of(run: str) -> Any:
-    """Training steps of a finished run, from its curve on."""
+    """Training steps of a finished run, from its curve on, without weight noise."""
     opened = open_run(run)
     model, task, config = opened.model.to(DEVICE), opened.task, opened.config.curve_training
     program = CurveObjective(model, task.encode("train"), task.encode("validation"), config)
-    stepper = Stepper(program, model.factors, model.spec.mask, STEP, config.capture)
+    trained = TrainedPoints(model, program, config, DEVICE)
     model.train()
-    count = iter(range(10**9))
-    return lambda: stepper(program.parts(next(count)), 1.0)
+    steps = itertools.count()
+    return lambda: trained.step(next(steps), 1.0)
 
 
 def kind(name: str) -> str:
