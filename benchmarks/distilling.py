@@ -1,0 +1,164 @@
+"""P12: one adapter in place of a curve. What `loracurve distill` loses, and which texts teach it best.
+
+`python benchmarks/distilling.py DATA MODEL --sets sst2 cr`, with the data folder and the model of a suite. For each set
+its curve is fitted as the suite fits it, but by `loracurve fit`. Then one adapter is taught from it by training rows
+alone, by these with words left out beside them, by texts that nobody labelled (every second test row, which is then no
+test row), and by all. Curve and adapters are judged on the other test rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracurve.baselines.curve import Curve, with_changes
+from loracurve.bench.config import SuiteConfig
+from loracurve.bench.suite import load_suite, method_of
+from loracurve.inference import metrics
+from loracurve.inference.calibration import fit_temperature, tempered
+from loracurve.model.config import ModelConfig
+from loracurve.runs.config import RunConfig
+from loracurve.runs.distill import distill_run
+from loracurve.runs.fit import fit_run
+from loracurve.runs.run import open_run
+from loracurve.system.environment import environment
+from loracurve.system.files import read_json, write_json
+from loracurve.tasks.config import TaskConfig
+from loracurve.tasks.task import open_dataset
+from loracurve.training.config import FitConfig
+
+# Pairs whose other texts are foreign to the classes and have the form of the set's own.
+FOREIGN = {
+    "ag_news": ["sst2", "subj"],
+    "cola": ["sst2", "ag_news"],
+    "cr": ["ag_news"],
+    "sst2": ["ag_news"],
+    "subj": ["ag_news"],
+}
+FOREIGN_ROWS = 500
+LEFT_OUT = 0.15
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def halved(data: Path, folder: Path) -> list[dict[str, Any]]:
+    """Copy a data set with every other test row, and return the rest without labels."""
+    folder.mkdir(parents=True)
+    for name in ("meta.json", "train.jsonl", "validation.jsonl"):
+        (folder / name).write_text((data / name).read_text())
+    rows = lines_of(data / "test.jsonl")
+    write_lines(folder / "test.jsonl", rows[::2])
+    return [{k: v for k, v in row.items() if k != "label"} for row in rows[1::2]]
+
+
+def thinned(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The rows without labels, of each text some words left out."""
+    draw = random.Random(seed)
+
+    def some(text: str) -> str:
+        words = text.split()
+        return " ".join(w for w in words if draw.random() >= LEFT_OUT) or text
+
+    return [
+        {k: some(v) if k.startswith("text") else f"{v}-thinned" for k, v in row.items() if k != "label"} for row in rows
+    ]
+
+
+def judged(folder: Path, data: Path, foreign: list[str]) -> dict[str, Any]:
+    """Figures of a run's average on its test rows, and by which it tells foreign texts from them."""
+    run = open_run(folder)
+    average = run.average()
+    sets = {name: run.task.encode(name) for name in ("validation", "test")}
+    for name in foreign:
+        rows = open_dataset(str(data / name), whole=True).rows("test")[:FOREIGN_ROWS]
+        sets[f"foreign {name}"] = run.task.encode_foreign(rows, name)
+    found = average.predict_all(run.model, sets)
+    temperature = fit_temperature(found["validation"].log_probs, sets["validation"].labels)
+    labels = sets["test"].labels
+    named = ("nll", "acc", "brier", "ece")
+    as_it_is = metrics.classification_summary(found["test"], labels)
+    after = metrics.classification_summary(tempered(found["test"], temperature), labels)
+    detection = {name: metrics.detection_summary(found["test"], found[f"foreign {name}"]) for name in foreign}
+    return {
+        "passes": len(average.weights),
+        **{name: as_it_is[name] for name in named},
+        "after_temperature": {name: after[name] for name in named},
+        "temperature": temperature,
+        "auroc": {n: {k: v for k, v in f.items() if k.startswith("auroc")} for n, f in detection.items()},
+        "rows": {name: len(encoded) for name, encoded in sets.items()},
+    }
+
+
+def one_set(name: str, data: Path, model: ModelConfig, suite: SuiteConfig, seed: int, place: Path) -> dict[str, Any]:
+    texts = halved(data / name, place / "data" / name)
+    task, training = suite.tasks[name], suite.training_of(name, seed)
+    curve = method_of(suite, "curve")
+    assert isinstance(curve, Curve) and curve.units is not None
+    options = with_changes(FitConfig(**vars(training)), curve.training, "curve")
+    config = RunConfig(
+        model,
+        TaskConfig(str(place / "data" / name), task.scoring, limit_validation=task.limit_validation),
+        curve=curve.curve,
+        curve_training=replace(options, steps=round(curve.units * training.steps)),
+    )
+    begin = time.perf_counter()
+    fit_run(config, place / name, progress=False)
+    found: dict[str, Any] = {
+        "fit_s": time.perf_counter() - begin,
+        "curve": judged(place / name, data, FOREIGN.get(name, [])),
+    }
+    less = thinned(lines_of(data / name / "train.jsonl"), seed)
+    teaching = {"training rows": [], "words left out": less, "unlabelled": texts, "all": less + texts}
+    for how, rows in teaching.items():
+        out, file = place / f"{name} {how}", None
+        if rows:
+            file = str(write_lines(place / f"{name} {how}.jsonl", rows))
+        begin = time.perf_counter()
+        distill_run(str(place / name), out, file)
+        seconds = time.perf_counter() - begin
+        record = read_json(out / "distilled.json")
+        found[how] = {"s": seconds, "distilled": {k: record[k] for k in ("rows", "steps", "best_step", "validation")}}
+        found[how] |= judged(out, data, FOREIGN.get(name, []))
+        gap = found[how]["nll"] - found["curve"]["nll"]
+        print(f"{name}, {how}: NLL {found[how]['nll']:.4f}, {gap:+.4f} against the curve's", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--suite", default="results/suites/tuned.yaml")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distilling"))
+    asked = parser.parse_args()
+    suite = load_suite(asked.suite, [])
+    for name in asked.sets or list(suite.tasks):
+        with tempfile.TemporaryDirectory() as place:
+            model = ModelConfig(asked.model, dtype=asked.dtype)
+            found = one_set(name, asked.data, model, suite, asked.seed, Path(place))
+        env = environment() | {"command": f"python benchmarks/distilling.py DATA MODEL --sets {name}"}
+        asked.out.mkdir(parents=True, exist_ok=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        write_json(asked.out / f"{name}-{device}.json", {"set": name, "seed": asked.seed, **found, "environment": env})
+
+
+if __name__ == "__main__":
+    main()
