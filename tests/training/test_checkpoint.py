@@ -20,7 +20,8 @@ from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import CheckpointError, UserError
 from loracurve.system.files import read_json, write_json
 from loracurve.tasks.task import Task
-from loracurve.training.checkpoint import LoopState, checksum, load_checkpoint, save_checkpoint
+from loracurve.training import loop
+from loracurve.training.checkpoint import Checkpoint, LoopState, checksum, load_checkpoint, save_checkpoint
 from loracurve.training.config import FitConfig, PerturbationConfig
 from loracurve.training.fit import fit
 from loracurve.training.loop import learning_rate_factor
@@ -44,6 +45,21 @@ def test_a_checkpoint_comes_back_onto_the_device_of_the_factors(tmp_path: Path) 
     assert {k: v.device.type for k, v in other.state[elsewhere[0]].items()} == dict.fromkeys(
         ("step", "exp_avg", "exp_avg_sq"), "meta"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every", "saved"), [(0.0, 0, [2, 4, 6]), (math.inf, 0, [6]), (math.inf, 1, [*range(1, 7)])]
+)
+def test_by_default_a_checkpoint_is_written_at_a_validation_and_not_sooner_than_a_minute_after_the_last(
+    seconds: float, every: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    write = Checkpoint.save
+    monkeypatch.setattr(loop, "BETWEEN_CHECKPOINTS", seconds)
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state: (steps.append(state.step), write(self, state)))
+    model, _, task = build("qwen2", tmp_path / "data", CurveSpec(1, 2), r=2)
+    fit(model, task, replace(CONFIG, steps=6, evaluate_every=2, checkpoint_every=every), tmp_path / "kept", **QUIET)
+    assert steps == saved
 
 
 class Begun:

@@ -85,7 +85,8 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     checkpoint_every: Amount = 0
-    """Steps between checkpoints where a run folder is given; 0: evaluate_every, or a tenth of the run."""
+    """Steps between checkpoints where a run folder is given; 0: at validations a minute after the last one. The
+    last step is followed by one too."""
     seed: Seed = 0
     """Seed of data order and initial draws."""
 

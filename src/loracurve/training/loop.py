@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loracurve.inference.prediction import NoNumbersError
 from loracurve.model.curve_model import CurveModel
-from loracurve.system.distributed import backend, is_main, same_everywhere, world
+from loracurve.system.distributed import backend, gathered, is_main, same_everywhere, world
 from loracurve.system.errors import CheckpointError, UserError
 from loracurve.system.randomness import generator, stream_seed
 from loracurve.training.checkpoint import Checkpoint, LoopState
@@ -50,6 +50,9 @@ __all__ = [
 
 
 logger = logging.getLogger("loracurve")
+
+BETWEEN_CHECKPOINTS = 60.0
+"""Seconds at least, by default: a checkpoint of a curve takes one, and training that long is all that it can save."""
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
@@ -239,7 +242,7 @@ def take_steps(
     state = LoopState(0, [p.detach().clone() for p in tensors], [math.inf] * groups, [0] * groups, [0] * groups, [])
     changes = {} if checkpoint is None else checkpoint.load(state)
     same_everywhere(tensors)
-    save_every = config.checkpoint_every or validation_interval(config)
+    due = _checkpoints(config)
     # A look at the figures waits for the device: on the CPU every step, elsewhere now and then.
     look_every = 1 if model.device.type == "cpu" else 20
     finished = state.step >= config.steps or bool(config.patience and min(state.stale) >= config.patience)
@@ -260,7 +263,7 @@ def take_steps(
             state.step += 1
             waiting.append({"step": state.step, "learning_rate": config.learning_rate * factor})
             last = state.step == config.steps or state.step == stop_after
-            validate, save = state.step % trained.every == 0, state.step % save_every == 0
+            validate, save = state.step % trained.every == 0, checkpoint is not None and due(state.step)
             if not (validate or save or last or state.step % look_every == 0):
                 continue
             if (bad := _collect(state, waiting, rows, trained.figures)) is not None:
@@ -278,6 +281,7 @@ def take_steps(
             if checkpoint is not None and (save or finished or last):
                 checkpoint.save(state)
                 kept = state.step
+                due = _checkpoints(config)
             if state.step == stop_after:
                 break
     if config.keep == "best" and math.isfinite(min(state.best_nll)):
@@ -288,6 +292,19 @@ def take_steps(
     return FitResult(
         state.step, state.seconds, state.best_step, state.best_nll, state.history, stopped, changes=state.changes
     )
+
+
+def _checkpoints(config: LoopConfig) -> Callable[[int], bool]:
+    """Whether to save after a step, the same in all processes; to be made anew at each checkpoint."""
+    if config.checkpoint_every:
+        return lambda step: step % config.checkpoint_every == 0
+    every, saved = validation_interval(config), time.perf_counter()
+
+    def due(step: int) -> bool:
+        # Of several processes the main one's clock counts.
+        return step % every == 0 and gathered(lambda: time.perf_counter() - saved >= BETWEEN_CHECKPOINTS)[0]
+
+    return due
 
 
 def _note_changes(state: LoopState, changes: Changes, finished: bool, label: str) -> None:
