@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ FOREIGN = {
 }
 FOREIGN_ROWS = 500
 LEFT_OUT = 0.15
+TEACHING = ("training rows", "words left out", "unlabelled", "all")
+CLOSE = 0.003
+"""nat above the curve's NLL, the goal"""
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -123,8 +127,7 @@ def one_set(name: str, data: Path, model: ModelConfig, suite: SuiteConfig, seed:
         "curve": judged(place / name, data, FOREIGN.get(name, [])),
     }
     less = thinned(lines_of(data / name / "train.jsonl"), seed)
-    teaching = {"training rows": [], "words left out": less, "unlabelled": texts, "all": less + texts}
-    for how, rows in teaching.items():
+    for how, rows in zip(TEACHING, ([], less, texts, less + texts), strict=True):
         out, file = place / f"{name} {how}", None
         if rows:
             file = str(write_lines(place / f"{name} {how}.jsonl", rows))
@@ -139,25 +142,59 @@ def one_set(name: str, data: Path, model: ModelConfig, suite: SuiteConfig, seed:
     return found
 
 
+def summary(folder: Path, device: str) -> dict[str, Any]:
+    """Of all sets that are there: how far the adapters are above the curves, and below them by AUROC."""
+    sets = [read_json(path) for path in sorted(folder.glob(f"*-{device}.json"))]
+    gaps = {how: {s["set"]: s[how]["nll"] - s["curve"]["nll"] for s in sets} for how in TEACHING}
+    lost = {
+        how: {
+            f"{s['set']}, {other}": {k: s[how]["auroc"][other][k] - v for k, v in own.items()}
+            for s in sets
+            for other, own in s["curve"]["auroc"].items()
+        }
+        for how in TEACHING
+    }
+    return {
+        "sets": len(sets),
+        "nll_above_curve": {how: gap | {"mean": fmean(gap.values())} for how, gap in gaps.items()},
+        "within": {how: sum(v <= CLOSE for v in gap.values()) for how, gap in gaps.items()},
+        "auroc_minus_curve": lost,
+        "lowest_auroc_within_minus_curve": {
+            how: min(each["auroc_within"] for each in pairs.values()) for how, pairs in lost.items()
+        },
+        "environment": sets[0]["environment"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("model")
-    parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--sets", nargs="*", help="none: only the summary of those that are there; left out: all")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--suite", default="results/suites/tuned.yaml")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distilling"))
+    parser.add_argument("--device", help="of the figures to sum up; left out: this machine's")
     asked = parser.parse_args()
     suite = load_suite(asked.suite, [])
-    for name in asked.sets or list(suite.tasks):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in list(suite.tasks) if asked.sets is None else asked.sets:
         with tempfile.TemporaryDirectory() as place:
             model = ModelConfig(asked.model, dtype=asked.dtype)
             found = one_set(name, asked.data, model, suite, asked.seed, Path(place))
         env = environment() | {"command": f"python benchmarks/distilling.py DATA MODEL --sets {name}"}
         asked.out.mkdir(parents=True, exist_ok=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         write_json(asked.out / f"{name}-{device}.json", {"set": name, "seed": asked.seed, **found, "environment": env})
+    of = asked.device or device
+    found = summary(asked.out, of)
+    write_json(asked.out.parent / f"distilling-{of}.json", found)
+    for how in TEACHING:
+        mean, auroc = found["nll_above_curve"][how]["mean"], found["lowest_auroc_within_minus_curve"][how]
+        print(
+            f"{how}: NLL {mean:+.4f} against the curve's in the mean of {found['sets']} sets, within {CLOSE} on "
+            f"{found['within'][how]}; AUROC by the part within points {auroc:+.3f} at worst"
+        )
 
 
 if __name__ == "__main__":

@@ -87,6 +87,22 @@ ROWS: list[tuple[str, str, str, str, str, float]] = [
         1.3,
     ),
     (
+        "",
+        "a distilled adapter: sets of eight with an NLL within .003 of its curve's, taught by unlabelled texts too",
+        "distilling-cuda",
+        "within/unlabelled",
+        ">=",
+        6,
+    ),
+    (
+        "",
+        "the same: AUROC of foreign texts minus the curve's, by the part within points, lowest of seven pairs",
+        "distilling-cuda",
+        "lowest_auroc_within_minus_curve/unlabelled",
+        ">=",
+        0,
+    ),
+    (
         "P13",
         "Gaussians and distance at ten points / the curve's training",
         "unknowns-small-cpu",
