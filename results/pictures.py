@@ -75,7 +75,7 @@ def passes(ax: Axes) -> Axes:
     # The names stand beside the bars of three passes.
     beside: dict[str, dict[str, Any]] = {
         "ensemble 10": {"color": LINE, "text": "fine-tunes", "xytext": (8, 0)},
-        "curve": {"color": CURVE, "text": "curve", "xytext": (8, 0)},
+        "curve": {"color": CURVE, "text": "curve", "xytext": (8, 9)},
     }
     for (method, place), shift in zip(beside.items(), (-0.08, 0.08), strict=True):
         mine = [q for q in found if q.method == method and 10 in q.against]
@@ -94,13 +94,12 @@ def passes(ax: Axes) -> Axes:
     return ax
 
 
-ABOVE: dict[str, Any] = {"xytext": (0, 5), "ha": "center", "va": "bottom"}
 BELOW: dict[str, Any] = {"xytext": (0, -6), "ha": "center", "va": "top"}
 RIGHT: dict[str, Any] = {"xytext": (7, 0), "ha": "left", "va": "center"}
 LEFT: dict[str, Any] = {"xytext": (-7, 0), "ha": "right", "va": "center"}
 
 SHOWN = {
-    "ensemble 3": ("3 fine-tunes", ABOVE),
+    "ensemble 3": ("3 fine-tunes", RIGHT),
     "ensemble 5": ("5 fine-tunes", RIGHT),
     "ensemble 10": ("10 fine-tunes", BELOW),
     "ensemble 3, five units": ("3 fine-tunes,\ntrained longer", RIGHT),
@@ -129,8 +128,7 @@ def seconds(ax: Axes) -> Axes:
         y, low, high = differences[method]
         colour = CURVE if "curve" in method else LINE
         ax.errorbar([x], [y], [[y - low], [high - y]], fmt="o", color=colour, capsize=3)
-        at = (x, high if place is ABOVE else y)
-        ax.annotate(name, at, textcoords="offset points", fontsize=9, color=colour, **place)
+        ax.annotate(name, (x, y), textcoords="offset points", fontsize=9, color=colour, **place)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel="training, GPU seconds a set", xlim=(0, 190))
     return ax
