@@ -37,6 +37,7 @@ from loracurve.curve.config import LoraOptions
 from loracurve.model.config import ModelConfig
 from loracurve.system.errors import UserError, is_passing
 from loracurve.system.source import Source
+from loracurve.training import loop
 from loracurve.training.config import LoopConfig
 
 
@@ -215,7 +216,10 @@ def test_shifted_sets_need_the_same_classes(tmp_path: Path) -> None:
     assert len(said) == 4 and all("expected the classes of made" in s for s in said)
 
 
-def test_a_killed_suite_goes_on_to_the_same_bytes(finished: tuple[SuiteConfig, Path], tmp_path: Path) -> None:
+def test_a_killed_suite_goes_on_to_the_same_bytes(
+    finished: tuple[SuiteConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "BETWEEN_CHECKPOINTS", 0.0)
     reference, whole = finished
     suite, out = tmp_path / "suite.yaml", tmp_path / "out"
     suite.write_text(json.dumps(plain(reference)))

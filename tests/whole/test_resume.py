@@ -17,6 +17,7 @@ from loracurve.runs.config import load_config
 from loracurve.runs.fit import fit_run
 from loracurve.system.errors import CheckpointError, UserError
 from loracurve.system.files import read_json
+from loracurve.training import loop
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -80,8 +81,11 @@ def test_a_run_does_not_go_on_from_the_checkpoint_of_another(
 
 
 @pytest.mark.parametrize("part", ["anchors", "cells"])
-def test_a_damaged_checkpoint_is_no_result_of_a_suite(part: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_no_result_of_a_suite(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cell is left, the line says what to delete, and then the same command does the whole work."""
+    monkeypatch.setattr(loop, "BETWEEN_CHECKPOINTS", 0.0)
     made = {"made": SuiteTask(scoring="label")}
     suite, out = little(tmp_path, tasks=made, methods={"curve": anchored(units=1)}), tmp_path / "out"
     said: list[str] = []
