@@ -23,11 +23,10 @@ import torch
 from loracurve.baselines.curve import Curve, with_changes
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.suite import load_suite, method_of
-from loracurve.inference import metrics
-from loracurve.inference.calibration import fit_temperature, tempered
 from loracurve.model.config import ModelConfig
 from loracurve.runs.config import RunConfig
 from loracurve.runs.distill import distill_run
+from loracurve.runs.evaluate import MethodPredictions, summarise
 from loracurve.runs.fit import fit_run
 from loracurve.runs.run import open_run
 from loracurve.system.environment import environment
@@ -92,18 +91,18 @@ def judged(folder: Path, data: Path, foreign: list[str]) -> dict[str, Any]:
         rows = open_dataset(str(data / name), whole=True).rows("test")[:FOREIGN_ROWS]
         sets[f"foreign {name}"] = run.task.encode_foreign(rows, name)
     found = average.predict_all(run.model, sets)
-    temperature = fit_temperature(found["validation"].log_probs, sets["validation"].labels)
-    labels = sets["test"].labels
-    named = ("nll", "acc", "brier", "ece")
-    as_it_is = metrics.classification_summary(found["test"], labels)
-    after = metrics.classification_summary(tempered(found["test"], temperature), labels)
-    detection = {name: metrics.detection_summary(found["test"], found[f"foreign {name}"]) for name in foreign}
+    validation = found.pop("validation"), sets["validation"].labels
+    method = MethodPredictions("average", len(average.weights), found, validation=validation)
+    report = summarise([method], {"test": sets["test"].labels})["average"]
     return {
-        "passes": len(average.weights),
-        **{name: as_it_is[name] for name in named},
-        "after_temperature": {name: after[name] for name in named},
-        "temperature": temperature,
-        "auroc": {n: {k: v for k, v in f.items() if k.startswith("auroc")} for n, f in detection.items()},
+        "passes": report["passes"],
+        **{name: report["sets"]["test"][name] for name in ("nll", "acc", "brier", "ece")},
+        "after_temperature": report["tempered"]["sets"]["test"],
+        "temperature": report["tempered"]["temperature"],
+        "auroc": {
+            other: {k: v for k, v in report["detection"][f"foreign {other}"].items() if k.startswith("auroc")}
+            for other in foreign
+        },
         "rows": {name: len(encoded) for name, encoded in sets.items()},
     }
 
