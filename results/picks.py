@@ -1,11 +1,12 @@
-"""What the two tuning suites of a second model chose, put into the suites that follow.
+"""What two tuning suites chose, put into the suite that follows.
 
 python results/picks.py OUT/minilm_tuning [OUT/minilm_curve_tuning] SUITE.yaml > CHOSEN.yaml
 
-For each set the shortest fine-tune whose validation NLL (average of three adapters, seed 0) is within .002 of the best;
-for the curve one rate, the lowest mean over sets. A fit that failed is worse than all others. A set on which the best
-fine-tune's accuracy is not three standard errors above the share of the largest class is left out. The tables that this
-was read from go to the error stream.
+For each set the shortest fine-tune whose validation NLL (average of three adapters, seed 0) is within .002 of the best.
+For the curve the rate of the lowest validation NLL: of each set, or one of the lowest mean over sets where the suite's
+curves name a rate already. A fit that failed is worse than all others. A set on which the best fine-tune's accuracy is
+not three standard errors above the share of the largest class is left out. The tables that this was read from go to the
+error stream.
 """
 
 from __future__ import annotations
@@ -62,14 +63,25 @@ def main(tuned: Path, curves: Path | None, suite: dict[str, Any]) -> None:
     if curves is not None:
         found = validation(curves)
         show(found)
-        by_method = found.pivot(index="set", columns="method", values="nll").mean()
-        name = by_method.idxmin()
-        rate = found.options[found.method == name].iloc[0]["method"]["training"]["learning_rate"]
-        for method in suite["methods"].values():
-            for one in (method, method.get("of", {})):
-                if one.get("method") == "curve":
-                    one["training"]["learning_rate"] = rate
+        named = [t for m in suite["methods"].values() for t in _training_of(m) if "learning_rate" in t]
+        if named:
+            by_method = found.pivot(index="set", columns="method", values="nll").mean()
+            for training in named:
+                training["learning_rate"] = _rate(found[found.method == by_method.idxmin()].iloc[0])
+        else:
+            for name, of in found.groupby("set"):
+                if name in suite["tasks"]:
+                    suite["tasks"][name]["curve_learning_rate"] = _rate(of.loc[of.nll.idxmin()])
     yaml.safe_dump(suite, sys.stdout, sort_keys=False, default_flow_style=None, width=200)
+
+
+def _training_of(method: dict[str, Any]) -> list[dict[str, Any]]:
+    return [m["training"] for m in (method, method.get("of", {})) if m.get("method") == "curve"]
+
+
+def _rate(of: pd.Series[Any]) -> float:
+    rate: float = of.options["method"]["training"]["learning_rate"]
+    return rate
 
 
 def show(found: pd.DataFrame) -> None:

@@ -9,7 +9,9 @@ import pytest
 from helpers.suites import anchored, little
 
 from loracurve.baselines.curve import Curve
+from loracurve.baselines.single import Single
 from loracurve.baselines.temperature import TemperatureScaled
+from loracurve.bench.cells import Group
 from loracurve.bench.provenance import fingerprint, made_with, options_of
 from loracurve.bench.suite import Cell
 from loracurve.bench.tiny_model import TINY
@@ -73,3 +75,25 @@ def test_cells_from_before_there_was_a_share_of_validation_stay_and_suites_have_
     assert not made_with(older, suite, cell)
     with pytest.raises(UserError, match=r"^training.validation_share: expected none in a suite, found 0.1; "):
         replace(suite, training=replace(suite.training, validation_share=0.1))
+
+
+def test_a_task_has_a_rate_for_curves_of_its_own_that_changes_no_other_method(tmp_path: Path) -> None:
+    plain, own = Curve(units=4), Curve(units=4, training={"learning_rate": 3e-3})
+    methods = {"one": Single(), "plain": plain, "own": own, "inside": TemperatureScaled(plain)}
+    suite = little(tmp_path, methods=methods)
+    tasks = {"made": replace(suite.tasks["made"], curve_learning_rate=2e-3)}
+    changed = replace(suite, tasks=tasks)
+    spelt = replace(suite, methods=methods | {"plain": replace(plain, training={"learning_rate": 2e-3})})
+    cells = {name: Cell("made", 0, name) for name in methods}
+    for name in ("one", "own"):
+        assert options_of(changed, cells[name]) == options_of(suite, cells[name])
+    assert options_of(changed, task="made") == options_of(suite, task="made"), "nor the anchors"
+    assert options_of(changed, cells["plain"]) == options_of(spelt, cells["plain"])
+    assert options_of(changed, cells["inside"])["method"]["of"] == options_of(spelt, cells["plain"])["method"]
+    assert not made_with(options_of(suite, cells["plain"]), changed, cells["plain"])
+    group = Group(changed, "made", 0, tmp_path / "out")
+    group.run(cells["plain"])
+    other = Group(spelt, "made", 0, tmp_path / "spelt")
+    other.run(cells["plain"])
+    predictions = "cells/made/0/plain/predictions.parquet"
+    assert (tmp_path / "out" / predictions).read_bytes() == (tmp_path / "spelt" / predictions).read_bytes()

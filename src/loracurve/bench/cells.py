@@ -116,7 +116,7 @@ class Group:
         setting = Setting(model, task, self.anchors(), training, samples, self.seed, work, self.progress, shelf)
         with PeakMemory() as memory:
             started = time.perf_counter()
-            fitted = shelf.fit(method_of(self.suite, cell.method), setting)
+            fitted = shelf.fit(method_of(self.suite, cell.method, self.task), setting)
             now = time.perf_counter()
             fit_seconds, started = now - started + shelf.saved - saved, now
             predicted = {name: fitted.predict(encoded) for name, encoded in self.shared.sets.items()}

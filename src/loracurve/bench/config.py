@@ -90,6 +90,8 @@ class SuiteTask(TaskConfig):
     """Examples in a step. Default: the suite's."""
     learning_rate: Positive | None = None
     """Peak learning rate. Default: the suite's."""
+    curve_learning_rate: Positive | None = None
+    """Peak learning rate of curves whose `training` names none. Default: that of a fine-tune."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

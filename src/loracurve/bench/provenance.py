@@ -51,17 +51,23 @@ def options_of(
     task, seed = (cell.task, cell.seed) if cell else (task, seed)
     values = {
         "model": plain(suite.model, defaults) | {"name": Path(suite.model.name).name},
-        "task": plain(suite.tasks[task], defaults) | {"data": Path(suite.tasks[task].data or task).name},
+        "task": _task(suite, task, defaults),
         "lora": plain(suite.lora, defaults),
         "training": plain(suite.training_of(task, seed), defaults),
         "anchors": suite.anchors,
     }
     if cell:
-        method = method_of(suite, cell.method)
+        method = method_of(suite, cell.method, task)
         values |= {"method": plain(_spelt_out(method) if defaults else method, defaults), "samples": suite.samples}
         values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
     found: dict[str, Any] = _same_numbers(values)
     return found
+
+
+def _task(suite: SuiteConfig, task: str, defaults: bool) -> dict[str, Any]:
+    values = plain(suite.tasks[task], defaults) | {"data": Path(suite.tasks[task].data or task).name}
+    values.pop("curve_learning_rate", None)  # stands with the methods that it changes
+    return values
 
 
 def made_with(recorded: Mapping[str, Any], suite: SuiteConfig, cell: Cell | None = None, **which: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,21 @@ def full_ensemble(suite: SuiteConfig) -> str:
     return next((n for n, m in suite.methods.items() if m == whole), f"ensemble {suite.anchors}")
 
 
-def method_of(suite: SuiteConfig, name: str) -> Any:
-    """The method of a cell, or what the scan of the anchors is to do."""
+def method_of(suite: SuiteConfig, name: str, task: str | None = None) -> Any:
+    """The method of a cell, or what the scan of the anchors is to do; `task` adds what is set for a task alone."""
     if name == LANDSCAPE:
         return suite.landscape
     found: Method = suite.methods[name] if name in suite.methods else Ensemble(suite.anchors)
-    return found
+    rate = None if task is None else suite.tasks[task].curve_learning_rate
+    return found if rate is None else _with_rate(found, rate)
+
+
+def _with_rate(method: Any, rate: float) -> Any:
+    """The method with the learning rate of its curve, its own or that of a method inside, where it names none."""
+    if isinstance(method, Curve):
+        return replace(method, training={"learning_rate": rate} | method.training)
+    inside = getattr(method, "of", None)
+    return method if inside is None else replace(method, of=_with_rate(inside, rate))
 
 
 def load_suite(path: str | Path, changes: Sequence[str] = ()) -> SuiteConfig:
