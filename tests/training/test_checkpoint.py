@@ -282,7 +282,7 @@ def test_after_a_divergence_a_lower_rate_goes_on(at: int, kept: int, tmp_path: P
     hook.remove()
     where = f"the last good state, of step {kept}, is in {tmp_path / 'run'}" if kept else "no step is kept"
     advice = "lower learning_rate and go on (fit: --resume), or begin anew"
-    assert str(error.value) == f"the loss is not finite at step {at}; {where}; {advice}"
+    assert str(error.value) == f"the gradient of the loss is not finite at step {at}; {where}; {advice}"
     assert (tmp_path / "run" / "checkpoint.json").exists() == bool(kept)
     model.set_curve(model.spec, start)
     found = fit(model, task, lower, tmp_path / "run", **QUIET)

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from loracurve.baselines.method import Fitted, Setting
 from loracurve.baselines.peft_model import AnswerHead, ClassLogits
 from loracurve.inference.predictive import Predictive
+from loracurve.model.attention import without_cudnn_attention
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
 from loracurve.system.ranges import Amount, NonNegative, check_ranges
@@ -69,7 +70,8 @@ class Laplace:
             network, "classification", "all", "kron", backend=library.curvature.CurvlinopsGGN,
             prior_precision=self.prior_precision or 1.0,
         )  # fmt: skip
-        posterior.fit(_Rows(network, train))
+        with without_cudnn_attention():
+            posterior.fit(_Rows(network, train))
         if not self.prior_precision:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="By default `link_approx`")

@@ -19,6 +19,7 @@ from loracurve.curve.lora_space import PREFIX, ControlPoints
 from loracurve.curve.spec import CurveSpec
 from loracurve.inference.information import negative_log_likelihood
 from loracurve.inference.prediction import point_nll, predict_split
+from loracurve.model.attention import without_cudnn_attention
 from loracurve.model.cuda_graphs import Captured
 from loracurve.model.curve_model import CurveModel
 from loracurve.model.injection import initial_control_points
@@ -79,9 +80,10 @@ class OneAdapter:
         total = torch.zeros((), dtype=factors[0].dtype, device=self.model.device)
         examples = sum(len(b.labels) for b in batches)
         for batch in batches:
-            log_probs = self.model.runner.scores(batch, self.here, Layout("points")).log_softmax(-1)
-            loss = negative_log_likelihood(log_probs, batch.labels).sum() / examples
-            loss.backward()
+            with without_cudnn_attention():
+                log_probs = self.model.runner.scores(batch, self.here, Layout("points")).log_softmax(-1)
+                loss = negative_log_likelihood(log_probs, batch.labels).sum() / examples
+                loss.backward()
             total += loss.detach()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in factors]
         return torch.cat([total[None], *(g.flatten() for g in found)])

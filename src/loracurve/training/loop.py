@@ -196,7 +196,7 @@ def run_loop(
     Several processes take the same steps as one; the main one alone writes. Only dropout differs.
 
     Raises:
-        UserError: the loss is not finite (an earlier checkpoint is kept), micro-batches smaller than the number of
+        UserError: the loss or its gradient is not finite (an earlier checkpoint is kept), micro-batches smaller than the number of
             processes.
         CheckpointError: a checkpoint that is damaged or of another training (`training.origin`).
     """
@@ -267,7 +267,7 @@ def take_steps(
             if not (validate or save or last or state.step % look_every == 0):
                 continue
             if (bad := _collect(state, waiting, rows, trained.figures)) is not None:
-                raise UserError(f"the loss is not finite at step {bad}{_advice(config, checkpoint, kept)}")
+                raise UserError(f"{bad}{_advice(config, checkpoint, kept)}")
             if validate or state.step == config.steps:
                 nll = _validate(trained, state.step, _advice(config, checkpoint, kept))
                 state.history[-1]["validation_nll"] = nll
@@ -386,13 +386,15 @@ def _validate(trained: Trained, step: int, advice: str) -> list[float]:
         raise UserError(f"the predictions are not finite after step {step}{advice}") from error
 
 
-def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> int | None:
-    """Move figures of finished steps into the history; returns the first step whose loss is not finite, if any."""
+def _collect(state: LoopState, waiting: list[dict[str, Any]], rows: list[Tensor], names: Sequence[str]) -> str | None:
+    """Move figures of finished steps into the history; returns what is not finite at the first step of which the loss
+    or its gradient is not."""
     if not rows:
         return None
     for entry, values in zip(waiting, torch.stack(rows).tolist(), strict=True):
         if not all(map(math.isfinite, values[:2])):
-            return int(entry["step"])
+            what = "gradient of the loss" if math.isfinite(values[0]) else "loss"
+            return f"the {what} is not finite at step {entry['step']}"
         state.history.append(entry | dict(zip(names, values, strict=True)))
     waiting.clear()
     rows.clear()

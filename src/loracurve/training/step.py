@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loracurve.curve.lora_space import column
+from loracurve.model.attention import without_cudnn_attention
 from loracurve.model.cuda_graphs import Captured
 from loracurve.system.distributed import sum_over_processes, world
 from loracurve.training.micro_batches import MicroBatch, TrainingObjective
@@ -165,11 +166,12 @@ class Stepper:
     def _backward(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         """Add a micro-batch's gradient; returns its loss and figures."""
         noise = self.perturbation
-        if noise is not None and noise.config.kind == "sam":
-            # One point for all rows: the layout `points` with one group.
-            return sam_backward(lambda: self.program.loss(part), self.factors, part.coefficients[0], noise.rho)
-        loss, values = self.program.loss(part)
-        loss.backward()
+        with without_cudnn_attention():
+            if noise is not None and noise.config.kind == "sam":
+                # One point for all rows: the layout `points` with one group.
+                return sam_backward(lambda: self.program.loss(part), self.factors, part.coefficients[0], noise.rho)
+            loss, values = self.program.loss(part)
+            loss.backward()
         return loss, values
 
     def _clip(self) -> Tensor:

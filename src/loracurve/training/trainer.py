@@ -23,6 +23,7 @@ from loracurve.curve.files import load_curve
 from loracurve.curve.lora_space import column
 from loracurve.curve.sampling import sample_points
 from loracurve.inference.information import mixture_log_probs, negative_log_likelihood
+from loracurve.model.attention import without_cudnn_attention
 from loracurve.model.curve_model import CurveModel
 from loracurve.system.errors import UserError
 from loracurve.system.randomness import generator
@@ -140,6 +141,12 @@ class CurveTrainer(Trainer):
         known = labels != UNLABELLED
         loss = negative_log_likelihood(mixture_log_probs(rows[:, known]), labels[known]).mean()
         return (loss, CausalLMOutput(loss=loss, logits=mixture_log_probs(log_probs))) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer`'s, with attention kernels whose gradients are finite."""
+        with without_cudnn_attention():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
 
     def prediction_step(
         self,
