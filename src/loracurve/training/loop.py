@@ -196,8 +196,8 @@ def run_loop(
     Several processes take the same steps as one; the main one alone writes. Only dropout differs.
 
     Raises:
-        UserError: the loss or its gradient is not finite (an earlier checkpoint is kept), micro-batches smaller than the number of
-            processes.
+        UserError: the loss or its gradient is not finite (an earlier checkpoint is kept), micro-batches smaller than
+            the number of processes.
         CheckpointError: a checkpoint that is damaged or of another training (`training.origin`).
     """
     accelerator = accelerator or Accelerator()
