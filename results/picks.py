@@ -34,7 +34,7 @@ def validation(out: Path) -> pd.DataFrame:
             continue
         values = {"set": cell["task"], "method": cell["method"], "options": cell["options"]}
         if cell["status"] != "done":
-            lines.append(values | {"nll": math.inf, "above": False})
+            lines.append(values | {"nll": math.inf, "above": False, "accuracy": math.nan, "seconds": math.nan})
             continue
         found = read_predictions(path.parent / "predictions.parquet")
         average, labels = found.sets["validation"], found.labels["validation"]
