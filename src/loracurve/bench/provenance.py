@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loracurve.baselines.curve import Curve, own_options
+from loracurve.baselines.curve import own_options
 from loracurve.bench.config import SuiteConfig
 from loracurve.bench.registry import method_name
 from loracurve.bench.retired import RetiredCurve, merged, of_results, with_defaults
-from loracurve.bench.suite import Cell, method_of
+from loracurve.bench.suite import Cell, method_of, with_training
 
 __all__ = ["fingerprint", "made_with", "options_of", "plain"]
 
@@ -58,7 +58,9 @@ def options_of(
     }
     if cell:
         method = method_of(suite, cell.method, task)
-        values |= {"method": plain(_spelt_out(method) if defaults else method, defaults), "samples": suite.samples}
+        # All options of a curve's training: they stand in no field, and what the library's defaults are may change.
+        method = with_training(method, own_options) if defaults else method
+        values |= {"method": plain(method, defaults), "samples": suite.samples}
         values |= {"train_rows": suite.train_rows, "ood_rows": suite.ood_rows}
     found: dict[str, Any] = _same_numbers(values)
     return found
@@ -81,15 +83,6 @@ def fingerprint(suite: SuiteConfig, cell: Cell | None = None, task: str = "", se
     """Hash of `options_of`, for names of folders."""
     text = json.dumps(options_of(suite, cell, task, seed), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _spelt_out(method: Any) -> Any:
-    """A method whose curve, its own or that of a method inside, says all options of its training: they stand in no
-    field, and what the library's defaults are may change."""
-    if isinstance(method, Curve):
-        return dataclasses.replace(method, training=own_options(method))
-    inside = getattr(method, "of", None)
-    return method if inside is None else dataclasses.replace(method, of=_spelt_out(inside))
 
 
 def _within(part: Any, whole: Any) -> bool:

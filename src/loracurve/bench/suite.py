@@ -18,7 +18,17 @@ from loracurve.system.errors import UserError
 from loracurve.system.options import parse, parse_mapping
 from loracurve.training.config import FitConfig
 
-__all__ = ["Cell", "cells_of", "full_ensemble", "load_suite", "method_from", "method_of", "scans_of", "suite_of"]
+__all__ = [
+    "Cell",
+    "cells_of",
+    "full_ensemble",
+    "load_suite",
+    "method_from",
+    "method_of",
+    "scans_of",
+    "suite_of",
+    "with_training",
+]
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,15 @@ def method_of(suite: SuiteConfig, name: str, task: str | None = None) -> Any:
         return suite.landscape
     found: Method = suite.methods[name] if name in suite.methods else Ensemble(suite.anchors)
     rate = None if task is None else suite.tasks[task].curve_learning_rate
-    return found if rate is None else _with_rate(found, rate)
+    return found if rate is None else with_training(found, lambda curve: {"learning_rate": rate} | curve.training)
 
 
-def _with_rate(method: Any, rate: float) -> Any:
-    """The method with the learning rate of its curve, its own or that of a method inside, where it names none."""
+def with_training(method: Any, options: Callable[[Curve], dict[str, Any]]) -> Any:
+    """A method whose curve, its own or that of a method inside, has these options of its training."""
     if isinstance(method, Curve):
-        return replace(method, training={"learning_rate": rate} | method.training)
+        return replace(method, training=options(method))
     inside = getattr(method, "of", None)
-    return method if inside is None else replace(method, of=_with_rate(inside, rate))
+    return method if inside is None else replace(method, of=with_training(inside, options))
 
 
 def load_suite(path: str | Path, changes: Sequence[str] = ()) -> SuiteConfig:
